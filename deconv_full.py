@@ -1,0 +1,608 @@
+"""Project the strongest activations of every filter back to pixels, and measure all projections of conv4.
+
+Run:    uv run deconv_full.py
+Reads:  outputs/CNN.pth
+Writes: outputs/activations.npz, outputs/projections.npz, outputs/projection_statistics.npz,
+        outputs/deconv/conv*.png
+
+The arithmetic is that of deconv.py (Zeiler & Fergus 2014, section 2.1), arranged for millions of units:
+
+- A window suffices. Going down, one unit spreads over the kernel of its filter, each value of that over a
+  pooling region, that over the next kernel, and so on; beyond the receptive field everything is zero. So only
+  a window is computed, at every layer, and what of it lies outside the image is left out. Windows that the
+  border cuts in the same way have the same shape and are projected together.
+- Unpooling needs no switches of its own: each pooled value is repeated over its pooling region and multiplied
+  by a mask that is 1 at the maximum. The masks are made once for each image, for all its units.
+- A transposed convolution is a convolution with the filters turned round. Stride s makes s x s of them, one
+  for each place between two steps, which are interleaved afterwards.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from CNN import (
+    CNN,
+    IMAGE_SIZE,
+    LAYERS,
+    Checkpoint,
+    ConvBlock,
+    choose_device,
+    frame_sizes,
+    load_checkpoint,
+    receptive_fields,
+)
+from deconv import displayed, gain_filters, unpool
+from load_data import Split, load_split, normalise, save_arrays, save_figure, title
+
+N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
+IMAGES_PER_CLASS: int | None = None  # test images of each class in projection_statistics.npz; None: all
+BATCH_SIZE = 32  # images whose masks are held at once; more costs memory, not time
+CHUNK = 32  # units projected at once by one thread; on a CPU they should fit its cache, on a GPU try 2048
+FILTERS_PER_PAGE = 32  # filters in one picture of outputs/deconv/
+CHECKPOINT = Path("outputs/CNN.pth")
+DATA_DIR = Path("data")
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
+OUTPUTS = Path("outputs")
+
+
+class Span(NamedTuple):
+    """Rows (or columns) of a window at one layer's input: `start` to `stop` inside the frame.
+
+    `first` is where the window would start without the border; start - first rows are cut off.
+    """
+
+    first: int
+    start: int
+    stop: int
+
+
+class Units(NamedTuple):
+    """Some units of one layer, one entry each.
+
+    Attributes:
+        image: Index into the images whose masks are at hand, int64 (units,).
+        filter: Index of the filter, int64 (units,).
+        value: Activation, float32 (units,).
+        row: Row of the unit in the map before pooling: where the switch points, int64 (units,).
+        column: Column likewise.
+    """
+
+    image: Tensor
+    filter: Tensor
+    value: Tensor
+    row: Tensor
+    column: Tensor
+
+    def take(self, which: Tensor) -> "Units":
+        """Return the units at the places `which`."""
+        return Units(*(entry[which] for entry in self))
+
+
+def turned_filters(block: ConvBlock) -> Tensor:
+    """Return filters whose plain convolution is the block's transposed one, batch norm's gain included.
+
+    With stride s a transposed convolution puts W[s t + e] at row s (r + t) + e for an input at row r. So for
+    each e = 0 .. s - 1 there is one plain convolution with taps t, turned round because a plain convolution
+    looks back where a transposed one spreads. Taps past the end of the kernel are zero.
+
+    Returns:
+        (channels * s * s, filters, taps, taps); `pixel_shuffle` interleaves the s * s results.
+    """
+    filters = gain_filters(block)
+    (count, channels, kernel, _), (_, stride, _) = filters.shape, block.sizes()
+    taps = math.ceil(kernel / stride)
+    filters = F.pad(filters, (0, taps * stride - kernel) * 2)
+    filters = filters.view(count, channels, taps, stride, taps, stride).flip(2, 4)
+    filters = filters.permute(1, 3, 5, 0, 2, 4).reshape(channels * stride**2, count, taps, taps)
+    return filters.contiguous(memory_format=torch.channels_last)
+
+
+class Projector:
+    """Projects units of one layer, many at a time, each in its receptive-field window.
+
+    Arrays inside have channels last, (units, rows, columns, channels): the masks of a window's row are then
+    one piece of memory, which is what makes gathering them cheap.
+
+    Args:
+        net: The network, in evaluation mode; its weights are read once, here.
+        layer: 0 for conv1 to 3 for conv4.
+    """
+
+    def __init__(self, net: CNN, layer: int):
+        self.layer = layer
+        self.blocks = net.blocks[: layer + 1]
+        self.input_sizes, self.conv_sizes = frame_sizes(net)
+        self.window = receptive_fields(net)[layer].size
+        self.own_filters = gain_filters(self.blocks[layer]).permute(0, 2, 3, 1).contiguous()
+        self.turned = [turned_filters(block) for block in self.blocks[:layer]]
+        self.windows = [self.spans(row) for row in range(self.conv_sizes[layer])]
+        # rows (and columns) whose windows the border cuts alike have the same pattern
+        cuts = [tuple((start - first, stop - start) for first, start, stop in row) for row in self.windows]
+        numbers = {cut: number for number, cut in enumerate(dict.fromkeys(cuts))}
+        device = self.own_filters.device
+        self.pattern = torch.tensor([numbers[cut] for cut in cuts], device=device)
+
+    def spans(self, row: int) -> list[Span]:
+        """Return the window of a unit at `row` (or column) at the input of its own layer and of all below.
+
+        An input of the layer above is a pooled value here, spread over its pooling region.
+        """
+        spans, start, stop = [], row, row + 1
+        for k in reversed(range(self.layer + 1)):
+            kernel, stride, padding = self.blocks[k].sizes()
+            first = start * stride - padding
+            last = (stop - 1) * stride - padding + kernel
+            spans.append(Span(first, max(first, 0), min(last, self.input_sizes[k])))
+            if k > 0:
+                pool = self.blocks[k - 1].pool_size
+                start, stop = spans[-1].start * pool, spans[-1].stop * pool
+        return spans
+
+    def masks(self, features: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return, for each layer below, 1 where a maximum was and 0 elsewhere.
+
+        Args:
+            features: What `net.features` returned for the images.
+
+        Returns:
+            float32 (images, rows, columns, filters) each, without rows and columns that pooling left over.
+        """
+        masks = []
+        for k in range(self.layer):
+            pooled, switches = features[k]
+            mask = unpool(torch.ones_like(pooled), switches, self.conv_sizes[k])
+            side = pooled.shape[-1] * self.blocks[k].pool_size
+            masks.append(mask[:, :, :side, :side].permute(0, 2, 3, 1).contiguous())
+        return masks
+
+    def units(self, features: Sequence[tuple[Tensor, Tensor]], places: Tensor) -> Units:
+        """Return the unit of each image and filter at a given place of this layer's pooled maps.
+
+        Args:
+            features: What `net.features` returned for the images.
+            places: row * columns + column in the pooled map, int64 (images, filters).
+        """
+        pooled, switches = (
+            maps.flatten(2).gather(2, places[:, :, None]).flatten() for maps in features[self.layer]
+        )
+        images, filters = places.shape
+        image = torch.arange(images, device=places.device).repeat_interleave(filters)
+        filter_ = torch.arange(filters, device=places.device).repeat(images)
+        size = self.conv_sizes[self.layer]
+        return Units(image, filter_, pooled, switches // size, switches % size)
+
+    def groups(self, units: Units, chunk: int) -> Iterator[Tensor]:
+        """Yield the places of units that the border cuts alike, at most `chunk` at a time."""
+        kinds = self.pattern[units.row] * len(self.pattern) + self.pattern[units.column]
+        order = kinds.argsort(stable=True)
+        for group in order.split(kinds.unique(return_counts=True)[1].tolist()):
+            yield from group.split(chunk)
+
+    def project(self, masks: Sequence[Tensor], units: Units) -> Tensor:
+        """Project units that the border cuts alike (one of `groups`).
+
+        Returns:
+            float32 (units, rows, columns, 3): the part of each window that lies inside the image, signed, in
+            units of normalised pixels.
+        """
+        n = len(units.image)
+        rows, columns = self.windows[int(units.row[0])], self.windows[int(units.column[0])]
+        # how far each unit lies from the first one, in steps of the layer that is being looked at
+        below, right, step = units.row - units.row[0], units.column - units.column[0], 1
+        own = self.own_filters[:, cut(rows[0]), cut(columns[0])]
+        signal = own[units.filter] * units.value[:, None, None, None]
+        for k, row, column in zip(reversed(range(self.layer)), rows, columns, strict=False):
+            pool = self.blocks[k].pool_size
+            step *= self.blocks[k + 1].sizes()[1] * pool
+            mask = gather(
+                masks[k],
+                units.image,
+                row.start * pool + below * step,
+                column.start * pool + right * step,
+                (row.stop - row.start) * pool,
+                (column.stop - column.start) * pool,
+            )
+            _, height, width, filters = mask.shape
+            # unpool: (units, rows, 1, columns, 1, filters) over the rows and columns of its pooling region
+            regions = mask.view(n, height // pool, pool, width // pool, pool, filters)
+            regions *= signal.clamp_(min=0)[:, :, None, :, None]  # rectified on the way
+            stride = self.blocks[k].sizes()[1]
+            taps = self.turned[k].shape[-1]
+            signal = F.conv2d(mask.permute(0, 3, 1, 2), self.turned[k], padding=taps - 1)
+            signal = F.pixel_shuffle(signal, stride) if stride > 1 else signal
+            depth = self.layer - k
+            signal = signal.permute(0, 2, 3, 1)[:, cut(rows[depth]), cut(columns[depth])]
+        return signal
+
+
+def cut(span: Span) -> slice:
+    """Return the part of a full window that lies inside the frame."""
+    return slice(span.start - span.first, span.stop - span.first)
+
+
+def gather(masks: Tensor, image: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """Copy one window of `height` x `width` for each unit out of masks (images, rows, columns, filters)."""
+    _, rows, columns, filters = masks.shape
+    row = image[:, None] * rows + top[:, None] + torch.arange(height, device=masks.device)
+    column = left[:, None] + torch.arange(width, device=masks.device)
+    places = row[:, :, None] * columns + column[:, None, :]  # (units, height, width)
+    return masks.view(-1, filters).index_select(0, places.view(-1)).view(len(image), height, width, filters)
+
+
+def batches(
+    images: NDArray[np.uint8], checkpoint: Checkpoint, device: torch.device, batch_size: int, doing: str
+) -> Iterator[tuple[slice, list[tuple[Tensor, Tensor]]]]:
+    """Yield, under a progress bar, which images a batch holds and what `CNN.features` returns for it."""
+    with tqdm(total=len(images), desc=doing, unit=" images", disable=None) as bar:
+        for start in range(0, len(images), batch_size):
+            which = slice(start, min(start + batch_size, len(images)))
+            batch = torch.from_numpy(images[which]).to(device)
+            batch = normalise(batch, checkpoint.mean, checkpoint.std).contiguous(
+                memory_format=torch.channels_last
+            )
+            yield which, checkpoint.net.features(batch)
+            bar.update(which.stop - which.start)
+
+
+def measure_activations(
+    images: NDArray[np.uint8], checkpoint: Checkpoint, device: torch.device, batch_size: int
+) -> dict[str, NDArray[Any]]:
+    """Measure each filter of each layer on each image.
+
+    Args:
+        images: uint8 (images, 3, 96, 96).
+        checkpoint: The network, with the mean and std of its training images.
+        device: Where to compute.
+        batch_size: Images at once.
+
+    Returns:
+        For k = 1 to 4, over the pooled map: conv{k}_max float32 (images, filters); conv{k}_position int16
+        (images, filters, 2), row and column of the maximum, the first one, 0 where nothing fires;
+        conv{k}_mean and conv{k}_nonzero, the mean and the share of positions above zero, float32.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for _, features in batches(images, checkpoint, device, batch_size, "activations"):
+        for layer, (pooled, _) in zip(LAYERS, features, strict=True):
+            flat = pooled.flatten(2)  # (images, filters, positions)
+            place = flat.argmax(dim=2)
+            columns = pooled.shape[-1]
+            found.setdefault(f"{layer}_max", []).append(flat.amax(dim=2).cpu())
+            position = torch.stack([place // columns, place % columns], dim=2)
+            found.setdefault(f"{layer}_position", []).append(position.to(torch.int16).cpu())
+            found.setdefault(f"{layer}_mean", []).append(flat.mean(dim=2).cpu())
+            found.setdefault(f"{layer}_nonzero", []).append((flat > 0).float().mean(dim=2).cpu())
+    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+
+
+def top_images(values: NDArray[np.float32], count: int) -> NDArray[np.int32]:
+    """Return the images that drive each filter most, strongest first, ties to the lower index.
+
+    Args:
+        values: Strongest activation of each filter in each image, (images, filters).
+        count: How many images a filter.
+
+    Returns:
+        int32 (filters, count); -1 where fewer images make the filter fire at all.
+    """
+    order = np.argsort(-values, axis=0, kind="stable")[:count]
+    fires = np.take_along_axis(values, order, axis=0) > 0
+    return np.where(fires, order, -1).T.astype(np.int32)
+
+
+def project_top(
+    split: Split,
+    checkpoint: Checkpoint,
+    activations: dict[str, NDArray[Any]],
+    device: torch.device,
+    n_top: int,
+    batch_size: int,
+    chunk: int,
+) -> dict[str, NDArray[Any]]:
+    """Project every filter's strongest activations in `n_top` different images (Figure 2 of the paper).
+
+    Args:
+        split: Images, with the labels that came with them.
+        checkpoint: The network, with the mean and std of its training images.
+        activations: What `measure_activations` returned for these images.
+        device: Where to compute.
+        n_top: Images a filter.
+        batch_size: Images at once.
+        chunk: Units at once.
+
+    Returns:
+        For k = 1 to 4: conv{k}_image, _value, _position, _origin, _projection and _patch, as the README's
+        table of outputs describes them.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    projectors = [Projector(checkpoint.net, k) for k in range(len(LAYERS))]
+    for layer, projector in zip(LAYERS, projectors, strict=True):
+        image = top_images(activations[f"{layer}_max"], n_top)  # (filters, n_top)
+        filter_ = np.arange(len(image))[:, None]
+        fires, size = image >= 0, projector.window
+        found[f"{layer}_image"] = image
+        found[f"{layer}_value"] = np.where(fires, activations[f"{layer}_max"][image, filter_], 0).astype(
+            np.float32
+        )
+        position = activations[f"{layer}_position"][image, filter_]
+        found[f"{layer}_position"] = np.where(fires[:, :, None], position, 0).astype(np.int16)
+        found[f"{layer}_origin"] = np.zeros((*image.shape, 2), np.int16)
+        found[f"{layer}_projection"] = np.zeros((*image.shape, 3, size, size), np.float32)
+        found[f"{layer}_patch"] = np.zeros((*image.shape, 3, size, size), np.uint8)
+
+    needed = np.unique(np.concatenate([found[f"{layer}_image"].ravel() for layer in LAYERS]))
+    needed = needed[needed >= 0]
+    for which, features in batches(split.images[needed], checkpoint, device, batch_size, "top images"):
+        for layer, projector in zip(LAYERS, projectors, strict=True):
+            image = found[f"{layer}_image"]
+            entries = np.argwhere(np.isin(image, needed[which]))  # (units, 2): filter and rank of each unit
+            filter_, rank = entries.T
+            local = torch.from_numpy(np.searchsorted(needed[which], image[filter_, rank])).to(device)
+            row, column = torch.from_numpy(found[f"{layer}_position"][filter_, rank]).long().to(device).T
+            switches = features[projector.layer][1]
+            switch = switches[local, torch.from_numpy(filter_).to(device), row, column]
+            side = projector.conv_sizes[projector.layer]
+            value = torch.from_numpy(found[f"{layer}_value"][filter_, rank]).to(device)
+            units = Units(local, torch.from_numpy(filter_).to(device), value, switch // side, switch % side)
+            masks = projector.masks(features)
+            for group in projector.groups(units, chunk):
+                some = units.take(group)
+                signal = projector.project(masks, some).permute(0, 3, 1, 2).cpu().numpy()
+                rows, columns = (projector.windows[int(at[0])][-1] for at in (some.row, some.column))
+                places = group.cpu().numpy()
+                found[f"{layer}_projection"][filter_[places], rank[places], :, cut(rows), cut(columns)] = (
+                    signal
+                )
+            for number, (r, c) in enumerate(zip(units.row.tolist(), units.column.tolist(), strict=True)):
+                rows, columns = projector.windows[r][-1], projector.windows[c][-1]
+                entry = filter_[number], rank[number]
+                found[f"{layer}_origin"][entry] = rows.first, columns.first
+                patch = split.images[image[entry], :, rows.start : rows.stop, columns.start : columns.stop]
+                found[f"{layer}_patch"][entry][:, cut(rows), cut(columns)] = patch
+    return found
+
+
+def magnitude_statistics(projections: Tensor, pixels: int) -> Tensor:
+    """Return nonzero_count, mean, max and variance of each projection's magnitude, float32 (units, 4).
+
+    The magnitude at a pixel is the sum over RGB of the absolute values. The mean is over the non-zero pixels,
+    0 where there are none; the variance is over all `pixels` of the full frame.
+
+    Args:
+        projections: (units, rows, columns, 3), the part of each window inside the image.
+        pixels: Number of pixels of the image; those outside the window are zero.
+    """
+    magnitude = projections.abs().sum(dim=3).flatten(1)
+    count = (magnitude > 0).sum(dim=1)
+    total = magnitude.sum(dim=1)
+    frame_mean = total / pixels
+    outside = pixels - magnitude.shape[1]
+    # around the mean rather than from the mean of squares, which would lose digits
+    squares = (magnitude - frame_mean[:, None]).square().sum(dim=1) + outside * frame_mean.square()
+    mean = total / count.clamp(min=1)
+    return torch.stack([count.float(), mean, magnitude.amax(dim=1), squares / pixels], dim=1)
+
+
+def measure_projections(
+    images: NDArray[np.uint8],
+    checkpoint: Checkpoint,
+    places: NDArray[np.int64],
+    device: torch.device,
+    batch_size: int,
+    chunk: int,
+) -> dict[str, NDArray[np.float32]]:
+    """Project every filter of conv4 in every image from its strongest place, and measure the projections.
+
+    Args:
+        images: uint8 (images, 3, 96, 96).
+        checkpoint: The network, with the mean and std of its training images.
+        places: row * columns + column of the strongest activation in conv4's pooled map, (images, filters).
+        device: Where to compute.
+        batch_size: Images at once.
+        chunk: Units at once, for each thread.
+
+    Returns:
+        nonzero_count, mean, max and variance of `magnitude_statistics`, float32 (images, filters) each; all 0
+        where the filter does not fire, which costs no projection.
+    """
+    projector = Projector(checkpoint.net, len(LAYERS) - 1)
+    found = np.zeros((*places.shape, 4), np.float32)
+    # On a CPU each thread takes chunks that stay in its own cache; that beats sharing each operation.
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    with ThreadPoolExecutor(threads, initializer=set_threads, initargs=(device,)) as workers:
+        for which, features in batches(images, checkpoint, device, batch_size, "projections"):
+            masks = projector.masks(features)
+            units = projector.units(features, torch.from_numpy(places[which]).to(device))
+            fires = units.value.nonzero().flatten()
+            units = units.take(fires)
+            statistics = torch.zeros(places[which].size, 4, device=device)
+
+            def measure(
+                group: Tensor,
+                masks: list[Tensor] = masks,
+                units: Units = units,
+                fires: Tensor = fires,
+                statistics: Tensor = statistics,
+            ) -> None:
+                projections = projector.project(masks, units.take(group))
+                statistics[fires[group]] = magnitude_statistics(projections, IMAGE_SIZE**2)
+
+            for _ in workers.map(measure, projector.groups(units, chunk)):
+                pass
+            found[which] = statistics.view(*places[which].shape, 4).cpu().numpy()
+    names = ("nonzero_count", "mean", "max", "variance")
+    return {name: np.ascontiguousarray(found[:, :, k]) for k, name in enumerate(names)}
+
+
+def set_threads(device: torch.device) -> None:
+    """Keep a worker thread's operations on its own core."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
+def first_of_each_class(labels: NDArray[np.int64], count: int | None) -> NDArray[np.int64]:
+    """Return the indices of the first `count` images of each class, in order; all of them for None."""
+    if count is None:
+        return np.arange(len(labels))
+    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]))
+
+
+def grid(panels: NDArray[Any]) -> NDArray[Any]:
+    """Lay (panels, rows, columns, 3) out in a square, one white pixel between them."""
+    side = math.ceil(math.sqrt(len(panels)))
+    _, height, width, _ = panels.shape
+    sheet = np.ones((side * (height + 1) - 1, side * (width + 1) - 1, 3), np.float32)
+    for number, panel in enumerate(panels):
+        top, left = number // side * (height + 1), number % side * (width + 1)
+        sheet[top : top + height, left : left + width] = panel
+    return sheet
+
+
+def draw_page(
+    projections: NDArray[np.float32],
+    patches: NDArray[np.uint8],
+    values: NDArray[np.float32],
+    filters: Sequence[int],
+    heading: str,
+) -> Figure:
+    """Draw the layout of the paper's Figure 2: projections of each filter, beside them the image patches.
+
+    Args:
+        projections: (filters, n_top, 3, rows, columns), signed; grey is zero, one scale for each filter.
+        patches: uint8 of the same shape.
+        values: Activations (filters, n_top), strongest first; the first is written above its filter.
+        filters: Numbers of the filters.
+        heading: Title of the page.
+    """
+    columns = 4
+    rows = math.ceil(len(filters) / columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(10, 0.55 + 1.32 * rows), dpi=150, squeeze=False, layout="constrained"
+    )
+    fig.get_layout_engine().set(w_pad=0.05, h_pad=0.03)  # type: ignore[union-attr, call-arg]
+    for ax in axes.ravel():
+        ax.axis("off")
+    for ax, projection, patch, value, number in zip(
+        axes.flat, projections, patches, values, filters, strict=False
+    ):
+        left = grid(displayed(projection))
+        right = grid(np.moveaxis(patch, 1, 3) / 255)
+        gap = np.ones((len(left), max(2, len(left) // 20), 3))
+        ax.imshow(np.concatenate([left, gap, right], axis=1), interpolation="nearest")
+        text = f"filter {number}, activation {value[0]:.2f}" if value[0] > 0 else f"filter {number}, dead"
+        ax.set_title(text, fontsize=7, pad=2)
+    fig.suptitle(heading, fontsize=9)
+    return fig
+
+
+def draw_pages(found: dict[str, NDArray[Any]], heading: str, per_page: int, folder: Path) -> list[Path]:
+    """Draw the top projections of every filter of every layer, `per_page` filters a picture."""
+    paths = []
+    for layer in LAYERS:
+        projections, patches = found[f"{layer}_projection"], found[f"{layer}_patch"]
+        for start in range(0, len(projections), per_page):
+            filters = range(start, min(start + per_page, len(projections)))
+            window = projections.shape[-1]
+            some = f"{layer}, filters {filters[0]} to {filters[-1]}, windows of {window} x {window} pixels"
+            page = slice(filters[0], filters[-1] + 1)
+            figure = draw_page(
+                projections[page], patches[page], found[f"{layer}_value"][page], filters, f"{some}\n{heading}"
+            )
+            paths.append(folder / f"{layer}_filters_{filters[0]:03d}_to_{filters[-1]:03d}.png")
+            save_figure(figure, paths[-1])
+    return paths
+
+
+def check_settings(
+    n_top: int, images_per_class: int | None, batch_size: int, chunk: int, images: int
+) -> None:
+    """Refuse settings that make no sense.
+
+    Raises:
+        SystemExit: If one is out of range.
+    """
+    if not 1 <= n_top <= images:
+        raise SystemExit(f"N_TOP is {n_top}; expected 1 to {images:,}, the number of test images")
+    if images_per_class is not None and images_per_class < 1:
+        raise SystemExit(f"IMAGES_PER_CLASS is {images_per_class}; expected None (all) or at least 1")
+    if batch_size < 1 or chunk < 1:
+        raise SystemExit(f"BATCH_SIZE is {batch_size} and CHUNK is {chunk}; expected at least 1")
+
+
+def main() -> None:
+    """Measure activations, project the top images of every filter, then measure all projections of conv4."""
+    sns.set_theme(context="paper", style="white", palette="colorblind")
+    device = choose_device(DEVICE)
+    checkpoint = load_checkpoint(CHECKPOINT, device)
+    split = load_split(checkpoint.dataset, DATA_DIR, "test")
+    check_settings(N_TOP, IMAGES_PER_CLASS, BATCH_SIZE, CHUNK, len(split.images))
+    filters = sum(checkpoint.net.config["filters"])
+    print(
+        f"projecting {filters} filters over {len(split.images):,} test images of {title(checkpoint.dataset)} "
+        f"on {device}, torch {torch.__version__};\n"
+        f"starting anew, earlier results are replaced as new ones finish"
+    )
+
+    def save(name: str, arrays: dict[str, NDArray[Any]]) -> None:
+        save_arrays(
+            OUTPUTS / name,
+            checkpoint_sha256=checkpoint.sha256,
+            dataset=checkpoint.dataset,
+            class_names=checkpoint.class_names,
+            **arrays,
+        )
+        print(f"wrote {OUTPUTS / name}", flush=True)
+
+    try:
+        activations = measure_activations(split.images, checkpoint, device, BATCH_SIZE)
+        save("activations.npz", {"labels": split.labels, **activations})
+        for layer in LAYERS:
+            fires = activations[f"{layer}_max"] > 0  # (images, filters)
+            dead = int((~fires.any(axis=0)).sum())
+            print(
+                f"{layer}: {fires.shape[1]:>3} filters, {dead} dead, firing in {fires.mean():.1%} of images"
+            )
+
+        top = project_top(split, checkpoint, activations, device, N_TOP, BATCH_SIZE, CHUNK)
+        save("projections.npz", top)
+        heading = f"top {N_TOP} of {len(split.images):,} test images of {title(checkpoint.dataset)}; "
+        heading += f"grey is zero; test accuracy {checkpoint.metrics['test_accuracy']:.1%}"
+        paths = draw_pages(top, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
+        print(f"wrote {len(paths)} pages, {paths[0]} to {paths[-1].name}", flush=True)
+
+        chosen = first_of_each_class(split.labels, IMAGES_PER_CLASS)
+        columns = frame_sizes(checkpoint.net)[1][3] // checkpoint.net.blocks[3].pool_size
+        row, column = np.moveaxis(activations["conv4_position"][chosen].astype(np.int64), 2, 0)
+        start = time.perf_counter()
+        statistics = measure_projections(
+            split.images[chosen], checkpoint, row * columns + column, device, BATCH_SIZE, CHUNK
+        )
+        seconds = time.perf_counter() - start
+        count = int((activations["conv4_max"][chosen] > 0).sum())
+        print(
+            f"{count:,} projections of conv4 in {seconds:.0f} s, {1e3 * seconds / max(count, 1):.3f} ms each"
+        )
+        chosen_from = {"labels": split.labels[chosen], "image": chosen}
+        save("projection_statistics.npz", {**chosen_from, **statistics})
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "interrupted: what was written is whole, the rest is missing; the next run starts anew"
+        ) from None
+    print("next: uv run analyse_projections.py")
+
+
+if __name__ == "__main__":
+    main()

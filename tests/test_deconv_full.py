@@ -1,0 +1,254 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeNet
+
+import deconv
+import deconv_full
+from CNN import CNN, LAYERS, Checkpoint, receptive_fields, save_checkpoint
+from deconv_full import Projector, magnitude_statistics, top_images
+from load_data import Split, normalise
+
+CPU = torch.device("cpu")
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"kernel_sizes": (5, 3, 3, 3), "strides": (1, 1, 1, 1), "pool_sizes": (2, 2, 2, 2)},
+    {"kernel_sizes": (3, 3, 3, 3), "strides": (2, 1, 1, 1), "pool_sizes": (2, 2, 2, 2)},
+    {"kernel_sizes": (7, 5, 3, 1), "strides": (1, 1, 1, 1), "pool_sizes": (3, 2, 2, 2)},
+    {"kernel_sizes": (7, 5, 3, 3), "strides": (2, 2, 1, 1), "pool_sizes": (3, 1, 2, 2)},
+    {"kernel_sizes": (1, 3, 5, 7), "strides": (1, 1, 1, 1), "pool_sizes": (4, 1, 2, 3)},
+    {"kernel_sizes": (5, 5, 5, 3), "strides": (2, 1, 2, 1), "pool_sizes": (1, 3, 1, 4)},
+]
+
+
+def in_frame(projector: Projector, units: deconv_full.Units, n: int, window: torch.Tensor) -> torch.Tensor:
+    """Put a window (rows, columns, 3) back into the full frame (3, 96, 96)."""
+    rows, columns = projector.windows[int(units.row[n])][-1], projector.windows[int(units.column[n])][-1]
+    frame = torch.zeros(3, 96, 96)
+    frame[:, rows.start : rows.stop, columns.start : columns.stop] = window.permute(2, 0, 1)
+    return frame
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("layer", range(4))
+def test_windows_equal_the_plain_projection(make_net: MakeNet, config: Any, layer: int) -> None:
+    net = make_net(seed=layer, **config)
+    features = net.features(torch.randn(2, 3, 96, 96))
+    projector = Projector(net, layer)
+    masks, pooled = projector.masks(features), features[layer][0]
+    _, filters, size, _ = pooled.shape
+    corners = torch.tensor([0, size - 1, size * (size - 1), size * size - 1])
+    for trial in range(2):
+        places = (
+            torch.randint(0, size * size, (2, filters))
+            if trial
+            else corners.repeat(2 * filters)[: 2 * filters]
+        )
+        units = projector.units(features, places.view(2, filters))
+        for group in projector.groups(units, 3):
+            some = units.take(group)
+            for n, window in enumerate(projector.project(masks, some)):
+                filter_, image = int(some.filter[n]), int(some.image[n])
+                row, column = divmod(int(places.view(2, filters)[image, filter_]), size)
+                alone = [
+                    (maps[image : image + 1], switches[image : image + 1]) for maps, switches in features
+                ]
+                expected = deconv.project_unit(net, alone, layer, filter_, row, column)
+                found = in_frame(projector, some, n, window)
+                assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_each_unit_is_in_one_group_of_units_that_the_border_cuts_alike(make_net: MakeNet) -> None:
+    net = make_net()
+    projector = Projector(net, 3)
+    size = projector.conv_sizes[3]
+    row, column = torch.randint(0, size, (2, 500))
+    units = deconv_full.Units(torch.zeros(500).long(), torch.zeros(500).long(), torch.ones(500), row, column)
+    groups = list(projector.groups(units, 7))
+    assert sorted(torch.cat(groups).tolist()) == list(range(500))
+    for group in groups:
+        assert len(group) <= 7
+        for at in (row, column):
+            cuts = {
+                tuple((s.start - s.first, s.stop - s.first) for s in projector.windows[int(r)])
+                for r in at[group]
+            }
+            assert len(cuts) == 1
+
+
+def test_window_size_is_the_receptive_field(make_net: MakeNet) -> None:
+    for config in CONFIGS:
+        net = make_net(**config)
+        for layer, field in enumerate(receptive_fields(net)):
+            projector = Projector(net, layer)
+            middle = projector.conv_sizes[layer] // 2
+            first = projector.windows[middle][-1].first
+            assert (projector.window, first) == (field.size, middle * field.jump + field.start)
+
+
+def test_top_images_are_different_strongest_first_and_ties_go_to_the_lower_index() -> None:
+    values = np.array([[1, 0, 0], [3, 0, 2], [3, 0, 0], [2, 0, 2]], np.float32)
+    assert top_images(values, 3).tolist() == [[1, 2, 3], [-1, -1, -1], [1, 3, -1]]
+    assert top_images(values, 3).dtype == np.int32
+
+
+def test_magnitude_statistics_by_hand() -> None:
+    projections = torch.zeros(2, 2, 2, 3)
+    projections[0, 0, 0] = torch.tensor([1.0, -2, 0])  # magnitude 3
+    projections[0, 1, 1] = torch.tensor([0.0, 0, -1])  # magnitude 1
+    count, mean, largest, variance = magnitude_statistics(projections, 16)[0].tolist()
+    assert (count, mean, largest) == (2, 2, 3)
+    assert variance == pytest.approx((9 + 1) / 16 - (4 / 16) ** 2)
+    assert magnitude_statistics(projections, 16)[1].tolist() == [0, 0, 0, 0]
+
+
+def make_checkpoint(net: CNN) -> Checkpoint:
+    names = [f"class {k}" for k in range(10)]
+    metrics = {"test_accuracy": 0.1}
+    return Checkpoint(net, "stl10", names, [0.45] * 3, [0.25] * 3, 0, 0, metrics, "0" * 64)
+
+
+@pytest.fixture
+def split() -> Split:
+    rng = np.random.default_rng(1)
+    return Split(rng.integers(0, 256, (12, 3, 96, 96)).astype(np.uint8), np.arange(12) % 10)
+
+
+def test_activations_equal_those_of_single_images(make_net: MakeNet, split: Split) -> None:
+    checkpoint = make_checkpoint(make_net())
+    found = deconv_full.measure_activations(split.images, checkpoint, CPU, 5)
+    for n, image in enumerate(split.images):
+        batch = normalise(torch.from_numpy(image[None]), checkpoint.mean, checkpoint.std)
+        for layer, (pooled, _) in zip(LAYERS, checkpoint.net.features(batch), strict=True):
+            maps = pooled[0].numpy()
+            assert found[f"{layer}_max"][n] == pytest.approx(maps.max(axis=(1, 2)), rel=1e-4, abs=1e-5)
+            assert found[f"{layer}_mean"][n] == pytest.approx(maps.mean(axis=(1, 2)), rel=1e-4, abs=1e-5)
+            assert found[f"{layer}_nonzero"][n] == pytest.approx((maps > 0).mean(axis=(1, 2)), abs=1e-3)
+            rows, columns = found[f"{layer}_position"][n].T
+            at_place = maps[np.arange(len(maps)), rows, columns]
+            assert at_place == pytest.approx(maps.max(axis=(1, 2)), rel=1e-4, abs=1e-5)
+
+
+def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
+    make_net: MakeNet, split: Split
+) -> None:
+    checkpoint = make_checkpoint(make_net())
+    activations = deconv_full.measure_activations(split.images, checkpoint, CPU, 5)
+    found = deconv_full.project_top(split, checkpoint, activations, CPU, 9, 5, 4)
+    for k, layer in enumerate(LAYERS):
+        size = receptive_fields(checkpoint.net)[k].size
+        for filter_, images in enumerate(found[f"{layer}_image"]):
+            living = images[images >= 0]
+            assert len(set(living)) == len(living)
+            values = found[f"{layer}_value"][filter_]
+            assert (np.diff(values) <= 0).all()
+            for rank, image in enumerate(images):
+                projection, patch, origin = (
+                    found[f"{layer}_{name}"][filter_, rank] for name in ("projection", "patch", "origin")
+                )
+                if image < 0:
+                    assert not projection.any() and not patch.any() and values[rank] == 0
+                    continue
+                batch = normalise(torch.from_numpy(split.images[[image]]), checkpoint.mean, checkpoint.std)
+                features = checkpoint.net.features(batch)
+                row, column = found[f"{layer}_position"][filter_, rank]
+                plain = deconv.project_unit(
+                    checkpoint.net, features, k, filter_, int(row), int(column)
+                ).numpy()
+                unit = deconv.Unit(filter_, 1.0, int(origin[0]), int(origin[1]), size, plain)
+                expected = deconv.window_of(plain, unit, 0)
+                assert np.abs(projection - expected).max() <= 1e-4 * np.abs(plain).max()
+                assert np.abs(plain).sum() == pytest.approx(
+                    np.abs(expected).sum(), rel=1e-5
+                )  # nothing outside
+                pixels = split.images[image].astype(np.float32)
+                assert (patch == deconv.window_of(pixels, unit, 0)).all()
+
+
+def test_statistics_of_all_projections_equal_those_of_full_frames(make_net: MakeNet, split: Split) -> None:
+    checkpoint = make_checkpoint(make_net())
+    activations = deconv_full.measure_activations(split.images, checkpoint, CPU, 5)
+    size = 96
+    for block in checkpoint.net.blocks:
+        kernel, stride, padding = block.sizes()
+        size = ((size + 2 * padding - kernel) // stride + 1) // block.pool_size
+    row, column = np.moveaxis(activations["conv4_position"].astype(np.int64), 2, 0)
+    threads = torch.get_num_threads()
+    found = deconv_full.measure_projections(split.images, checkpoint, row * size + column, CPU, 5, 4)
+    assert torch.get_num_threads() == threads
+    for image in range(3):
+        batch = normalise(torch.from_numpy(split.images[[image]]), checkpoint.mean, checkpoint.std)
+        features = checkpoint.net.features(batch)
+        for filter_ in range(8):
+            at = int(row[image, filter_]), int(column[image, filter_])
+            frame = deconv.project_unit(checkpoint.net, features, 3, filter_, *at).numpy()
+            magnitude = np.abs(frame.astype(np.float64)).sum(axis=0)
+            above = magnitude[magnitude > 0]
+            assert found["nonzero_count"][image, filter_] == pytest.approx(len(above), abs=2)
+            assert found["mean"][image, filter_] == pytest.approx(above.mean() if len(above) else 0, rel=1e-3)
+            assert found["max"][image, filter_] == pytest.approx(magnitude.max(), rel=1e-4)
+            assert found["variance"][image, filter_] == pytest.approx(magnitude.var(), rel=1e-3, abs=1e-9)
+
+
+def test_a_dead_filter_has_no_top_images_and_empty_statistics(make_net: MakeNet, split: Split) -> None:
+    net = make_net()
+    net.blocks[3].bn.weight[2], net.blocks[3].bn.bias[2] = 0, -1  # never above zero
+    checkpoint = make_checkpoint(net)
+    activations = deconv_full.measure_activations(split.images, checkpoint, CPU, 12)
+    assert not activations["conv4_max"][:, 2].any() and not activations["conv4_position"][:, 2].any()
+    found = deconv_full.project_top(split, checkpoint, activations, CPU, 9, 12, 32)
+    assert (found["conv4_image"][2] == -1).all() and not found["conv4_projection"][2].any()
+    places = np.zeros((12, 8), np.int64)
+    statistics = deconv_full.measure_projections(split.images, checkpoint, places, CPU, 12, 32)
+    assert all(not statistics[name][:, 2].any() for name in statistics)
+
+
+def test_the_first_images_of_each_class_are_chosen() -> None:
+    labels = np.array([1, 0, 1, 1, 0, 2])
+    assert deconv_full.first_of_each_class(labels, 2).tolist() == [0, 1, 2, 4, 5]
+    assert deconv_full.first_of_each_class(labels, None).tolist() == list(range(6))
+
+
+def test_settings_out_of_range_are_refused_before_any_work(
+    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"outputs/CNN.pth not found: run `uv run train_CNN.py` first"):
+        deconv_full.main()
+    info: dict[str, Any] = {"mean": [0.4] * 3, "std": [0.25] * 3, "seed": 0, "epochs": 0}
+    names = [f"class {k}" for k in range(10)]
+    metrics = {"test_accuracy": 0.1}
+    save_checkpoint(
+        Path("outputs/CNN.pth"), make_net(), dataset="stl10", class_names=names, metrics=metrics, **info
+    )
+    for name, value, message in (
+        ("N_TOP", 31, "N_TOP is 31; expected 1 to 30"),
+        ("N_TOP", 0, "N_TOP is 0"),
+        ("IMAGES_PER_CLASS", 0, "IMAGES_PER_CLASS is 0"),
+        ("BATCH_SIZE", 0, "BATCH_SIZE is 0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(deconv_full, name, value)
+            with pytest.raises(SystemExit, match=message):
+                deconv_full.main()
+    assert [path.name for path in Path("outputs").iterdir()] == ["CNN.pth"]
+
+
+def test_an_interruption_ends_in_one_line_and_leaves_whole_files(
+    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info: dict[str, Any] = {"mean": [0.4] * 3, "std": [0.25] * 3, "seed": 0, "epochs": 0}
+    names = [f"class {k}" for k in range(10)]
+    save_checkpoint(
+        Path("outputs/CNN.pth"), make_net(), dataset="stl10", class_names=names, metrics={}, **info
+    )
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deconv_full, "project_top", interrupt)
+    with pytest.raises(SystemExit, match="interrupted"):
+        deconv_full.main()
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["CNN.pth", "activations.npz"]

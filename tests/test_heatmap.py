@@ -1,0 +1,241 @@
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+import heatmap
+from CNN import CNN, Checkpoint, load_checkpoint, save_checkpoint
+from deconv import project_unit
+from deconv_full import measure_activations
+from load_data import Split, normalise, save_arrays
+
+NAMES = ["a/b $x^$", "NA", "empty"]  # markup, a path separator, what pandas takes for nothing; no image
+MEAN, STD = [0.45, 0.44, 0.41], [0.26, 0.25, 0.27]
+DEAD = 3
+Inputs = tuple[Split, Checkpoint, dict[str, NDArray[Any]]]
+
+
+def save_network(seed: int) -> Checkpoint:
+    torch.manual_seed(seed)
+    net = CNN(filters=(4, 6, 8, 10), classes=len(NAMES))
+    net.blocks[3].bn.bias.data[DEAD] = -1000
+    save_checkpoint(
+        Path("outputs/CNN.pth"),
+        net,
+        dataset="shapes",
+        class_names=NAMES,
+        mean=MEAN,
+        std=STD,
+        seed=seed,
+        epochs=1,
+        metrics={"test_accuracy": 0.5},
+    )
+    return load_checkpoint(Path("outputs/CNN.pth"))
+
+
+def write_tables(values: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+    means = np.stack([values[labels == label].mean(axis=0) for label in range(2)])
+    rest = means.min(axis=0)
+    dead = np.asarray(values.max(axis=0) == 0)
+    filters = pd.DataFrame({"layer": "conv4", "filter": np.arange(10), "dead": dead})
+    filters["activation_mean"] = values.mean(axis=0)
+    filters["activation_nonzero"] = (values > 0).mean(axis=0)
+    filters["preferred_class"] = [
+        None if d else NAMES[k] for d, k in zip(dead, means.argmax(axis=0), strict=True)
+    ]
+    with np.errstate(invalid="ignore"):
+        filters["selectivity"] = (means.max(axis=0) - rest) / (means.max(axis=0) + rest)
+    classes = pd.DataFrame({"layer": "conv4", "filter": np.repeat(np.arange(10), 3), "class": NAMES * 10})
+    classes["activation_mean"] = np.vstack([means, np.full(10, np.nan)]).T.ravel()
+    filters.to_csv("outputs/filter_metrics.csv", index=False)
+    classes.to_csv("outputs/class_metrics.csv", index=False)
+
+
+@pytest.fixture
+def inputs(monkeypatch: pytest.MonkeyPatch) -> Inputs:
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (7, 3, 96, 96), np.uint8), np.array([0, 1, 0, 1, 1, 0, 0]))
+    monkeypatch.setattr(heatmap, "load_split", lambda *_: split)
+    monkeypatch.setattr(heatmap, "DEVICE", "cpu")
+    checkpoint = save_network(0)
+    found = measure_activations(split.images, checkpoint, torch.device("cpu"), 4)
+    save_arrays(
+        Path("outputs/activations.npz"),
+        checkpoint_sha256=checkpoint.sha256,
+        dataset="shapes",
+        class_names=NAMES,
+        labels=split.labels,
+        **found,
+    )
+    write_tables(found["conv4_max"], split.labels)
+    return split, checkpoint, found
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> dict[str, Figure]:
+    """What main() draws, by file name."""
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(heatmap, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    monkeypatch.setattr(heatmap, "TOP_FILTERS", 2)
+    monkeypatch.setattr(heatmap, "SUMMED_FILTERS", 3)
+    with plt.rc_context():
+        heatmap.main()
+    plt.close("all")
+    return drawn
+
+
+def full_frame(inputs: Inputs, image: int, filter_: int) -> NDArray[np.float32]:
+    split, checkpoint, found = inputs
+    features = checkpoint.net.features(normalise(torch.from_numpy(split.images[image][None]), MEAN, STD))
+    row, column = found["conv4_position"][image, filter_].tolist()
+    return np.asarray(project_unit(checkpoint.net, features, 3, filter_, row, column))
+
+
+def heading(figure: Figure) -> str:
+    return figure.get_suptitle()
+
+
+def refusal() -> str:
+    with pytest.raises(SystemExit) as error:
+        heatmap.main()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_sums_equal_full_frame_projections_of_each_image(inputs: Inputs) -> None:
+    split, checkpoint, found = inputs
+    members = np.array([0, 2, 5, 6])
+    groups = [heatmap.pairs(members, filter_) for filter_ in range(10)]
+    magnitudes, signed = heatmap.sum_projections(
+        split.images, checkpoint, torch.device("cpu"), found["conv4_position"], groups, 2, 3, "test"
+    )
+    expected = [[full_frame(inputs, image, filter_) for image in members] for filter_ in range(10)]
+    assert sum(np.abs(frames).max() > 0 for frames in expected) > 3  # there is something to compare
+    for number, frames in enumerate(expected):
+        sums = np.sum(frames, axis=0), np.abs(frames).sum(axis=(0, 1))
+        for got, right in zip((signed[number], magnitudes[number]), sums, strict=True):
+            np.testing.assert_allclose(got, right, atol=1e-5 * np.abs(right).max())
+
+
+def test_the_mean_map_of_a_class_is_its_average_magnitude(figures: dict[str, Figure], inputs: Inputs) -> None:
+    panels = figures["class_1_NA.png"].axes[:8:7]  # of seven in a row, the left one
+    assert [panel.get_ylabel().startswith("filter") for panel in panels] == [True, True]
+    for panel in panels:
+        filter_ = int(panel.get_ylabel().split()[1])
+        frames = np.abs([full_frame(inputs, image, filter_) for image in (1, 3, 4)])
+        expected = frames.sum(axis=1).mean(axis=0)
+        shown = np.asarray(panel.images[0].get_array())
+        np.testing.assert_allclose(shown, expected, atol=1e-5 * expected.max())
+
+
+def test_file_names_hold_only_letters_digits_hyphens_and_underscores() -> None:
+    assert heatmap.safe_name("../a b\\c$é-1_Z") == "_a_b_c_-1_Z"
+    assert len(heatmap.safe_name("x" * 1000)) == 60
+
+
+def test_filters_are_ordered_by_class_then_falling_selectivity_without_the_dead() -> None:
+    table = pd.DataFrame(
+        {
+            "filter": [0, 1, 2, 3, 4],
+            "dead": [False, False, True, False, False],
+            "preferred_class": ["zebra", "ant", None, "zebra", "ant"],
+            "selectivity": [0.2, 0.5, np.nan, 0.9, 0.5],
+        }
+    )
+    assert heatmap.sort_filters(table, ["zebra", "ant"])["filter"].tolist() == [3, 0, 1, 4]
+
+
+def test_class_filter_heatmap_shows_shares_of_each_living_filter(
+    figures: dict[str, Figure], inputs: Inputs
+) -> None:
+    figure = figures["class_filter_heatmap.png"]
+    assert "1 dead filters left out" in heading(figure)
+    shares = np.ma.masked_invalid(np.asarray(figure.axes[1].images[0].get_array()))
+    assert shares.shape == (3, 9)
+    np.testing.assert_allclose(shares[:2].max(axis=0), 1)
+    assert shares[2].mask.all()  # a class without images
+    assert [text.get_text().split(" (")[0] for text in figure.axes[1].get_yticklabels()] == NAMES
+
+
+def test_one_figure_a_class_that_has_images_and_each_names_its_data(
+    figures: dict[str, Figure], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(figures) == {"class_filter_heatmap.png", "class_0_a_b_x_.png", "class_1_NA.png", "images.png"}
+    assert all("7 test images of generated shapes" in heading(figure) for figure in figures.values())
+    assert NAMES[0] in heading(figures["class_0_a_b_x_.png"])
+    for figure in figures.values():
+        figure.canvas.draw()  # names are not read as formulas, which here would raise
+
+
+def test_dead_filters_are_never_among_the_top(figures: dict[str, Figure]) -> None:
+    for name in ("class_0_a_b_x_.png", "class_1_NA.png"):
+        rows = [ax.get_ylabel() for ax in figures[name].axes if ax.get_ylabel().startswith("filter")]
+        assert len(rows) == 2
+        assert not any(row.startswith(f"filter {DEAD}\n") for row in rows)
+
+
+def test_the_run_says_what_is_skipped_and_that_it_is_the_last_stage(
+    capsys: pytest.CaptureFixture[str], figures: dict[str, Figure]
+) -> None:
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("drawing conv4 on 7 test images of generated shapes on cpu, torch ")
+    assert "empty: no test images, nothing to draw" in lines
+    assert lines[-2:] == [
+        "wrote outputs/heatmaps/images.png",
+        "this was the last stage: look at the pictures in outputs/heatmaps/",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("CNN.pth", "train_CNN.py"),
+        ("activations.npz", "deconv_full.py"),
+        ("filter_metrics.csv", "analyse_projections.py"),
+        ("class_metrics.csv", "analyse_projections.py"),
+    ],
+)
+def test_a_missing_file_names_the_command_to_run(inputs: Inputs, name: str, command: str) -> None:
+    (Path("outputs") / name).unlink()
+    assert refusal() == f"outputs/{name} not found: run `uv run {command}` first"
+
+
+def test_activations_of_another_checkpoint_are_refused(inputs: Inputs) -> None:
+    save_network(1)
+    assert "outputs/activations.npz is from another checkpoint or data set" in refusal()
+
+
+def test_other_test_images_are_refused(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split(inputs[0].images, 1 - inputs[0].labels)
+    monkeypatch.setattr(heatmap, "load_split", lambda *_: split)
+    assert "has other labels" in refusal()
+
+
+def test_tables_that_do_not_fit_the_activations_are_refused(inputs: Inputs) -> None:
+    path = Path("outputs/filter_metrics.csv")
+    whole = path.read_text()
+    for text in ("", "\0\xff", "layer,filter\n", whole[: len(whole) // 2], whole.replace("NA", "other")):
+        path.write_text(text)
+        assert "run `uv run analyse_projections.py` again" in refusal()
+    write_tables(inputs[2]["conv4_max"] * np.float32(1.1), inputs[0].labels)
+    assert "run `uv run analyse_projections.py` again" in refusal()
+
+
+@pytest.mark.parametrize("setting", ["TOP_FILTERS", "TOP_IMAGES", "SUMMED_FILTERS", "BATCH_SIZE", "CHUNK"])
+def test_settings_below_one_are_refused(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setattr(heatmap, setting, 0)
+    assert setting in refusal()
+
+
+def test_a_filter_that_projects_nothing_is_drawn_without_a_warning() -> None:
+    nothing = np.zeros((1, 96, 96))
+    image = np.zeros((1, 1, 3, 96, 96), np.uint8)
+    heatmap.draw_class(nothing, image, nothing[None], ["filter 0"], [["activation 0"]], "").canvas.draw()
+    heatmap.draw_images(image[0], nothing, np.zeros((1, 3, 96, 96)), ["x"], "").canvas.draw()
+    plt.close("all")

@@ -1,0 +1,237 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MakeNet
+
+import train_CNN
+from CNN import CNN, load_checkpoint
+from load_data import Augmentation, Split, augment, normalise
+
+GREY = [0.5] * 3
+QUARTER = [0.25] * 3
+
+
+@pytest.fixture
+def quick(tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings for a run of seconds on the tiny set."""
+    settings = {"EPOCHS": 3, "BATCH_SIZE": 16, "FILTERS": (4, 5, 6, 8), "DEVICE": "cpu", "DATASET": "stl10"}
+    for name, value in settings.items():
+        monkeypatch.setattr(train_CNN, name, value)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return load_checkpoint(Path("outputs/CNN.pth")).net.state_dict()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_loss_and_accuracy_are_over_all_images_whatever_the_batches(make_net: MakeNet) -> None:
+    net = make_net()
+    images = torch.randint(0, 256, (503, 3, 96, 96), dtype=torch.uint8)  # 250 + 250 + 3
+    labels = torch.randint(0, 10, (503,))
+    found = train_CNN.evaluate(net, images, labels, GREY, QUARTER, torch.float32)
+    logits = torch.cat([net(normalise(batch, GREY, QUARTER)) for batch in images.split(1)])
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-4)
+    assert abs(found.accuracy - float((logits.argmax(1) == labels).sum()) / 503) <= 1 / 503
+    assert int((found.predictions != logits.argmax(1)).sum()) <= 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_uses_evaluation_mode_and_gives_the_mode_back(make_net: MakeNet, training: bool) -> None:
+    net = make_net().train(training)
+    modes = []
+    net.blocks[0].bn.register_forward_hook(lambda module, *_: modes.append(module.training))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    images, labels = torch.zeros(4, 3, 96, 96, dtype=torch.uint8), torch.zeros(4).long()
+    train_CNN.evaluate(net, images, labels, GREY, QUARTER, torch.float32)
+    assert modes == [False] and net.training == training
+    assert same(before, net.state_dict())
+
+
+def test_confusion_counts_true_classes_in_rows() -> None:
+    labels, predictions = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 0, 2, 2])
+    assert train_CNN.confusion_matrix(labels, predictions, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+
+
+def test_the_report_gives_accuracies_confusions_and_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    train_CNN.report(np.array([[90, 10], [30, 70]]), ["cat", "dog"])
+    out = capsys.readouterr().out
+    assert "cat           90.0%  (90 of 100)" in out and "dog           70.0%  (70 of 100)" in out
+    assert "30 images of dog were taken for cat" in out
+    # 0.8 +- 1.96 * sqrt(0.8 * 0.2 / 200) = 0.8 +- 0.0554
+    assert "accuracy 80.00%, 95 % interval 74.46% to 85.54%" in out
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_CNN.main()
+    first, log = weights(), pd.read_csv("outputs/training_log.csv")
+    train_CNN.main()
+    again = pd.read_csv("outputs/training_log.csv")
+    assert same(first, weights())
+    assert log.drop(columns="seconds").equals(again.drop(columns="seconds"))
+    monkeypatch.setattr(train_CNN, "SEED", 1)
+    train_CNN.main()
+    assert not same(first, weights())
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    """Makes Ctrl-C arrive in the evaluation that follows some epochs."""
+    right, calls = train_CNN.evaluate, []
+
+    def evaluate(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > epochs:
+            raise KeyboardInterrupt
+        return right(*args)
+
+    monkeypatch.setattr(train_CNN, "evaluate", evaluate)
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_CNN.main()
+    whole, log = weights(), pd.read_csv("outputs/training_log.csv")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(SystemExit, match="interrupted in epoch 3; 2 finished epochs are kept"):
+            train_CNN.main()
+    torch.manual_seed(99)  # what happened in between does not matter
+    capsys.readouterr()
+    train_CNN.main()
+    assert "going on after epoch 2 of an interrupted run" in capsys.readouterr().out
+    assert same(whole, weights())
+    resumed = pd.read_csv("outputs/training_log.csv")
+    assert log.drop(columns="seconds").equals(resumed.drop(columns="seconds"))
+    assert not Path("outputs/training_state.pth").exists()
+
+
+def test_changed_settings_start_anew(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(SystemExit):
+            train_CNN.main()
+    monkeypatch.setattr(train_CNN, "LEARNING_RATE", 1e-3)
+    train_CNN.main()
+    assert "an interrupted run had other settings: starting anew" in capsys.readouterr().out
+    Path("outputs/training_state.pth").write_bytes(b"damaged")
+    train_CNN.main()
+    assert "cannot be read: starting anew" in capsys.readouterr().out
+
+
+def test_the_last_epoch_is_saved_with_snapshots_and_a_row_an_epoch(quick: None) -> None:
+    train_CNN.main()
+    log = pd.read_csv("outputs/training_log.csv")
+    assert log["epoch"].tolist() == [1, 2, 3]
+    columns = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds"]
+    assert list(log.columns) == ["epoch", *columns]
+    assert log.notna().all(axis=None)
+    names = sorted(path.name for path in Path("outputs/snapshots").iterdir())
+    assert names == ["epoch_001.pth", "epoch_002.pth", "epoch_003.pth"]
+    last = load_checkpoint(Path("outputs/snapshots/epoch_003.pth"))
+    final = load_checkpoint(Path("outputs/CNN.pth"))
+    assert same(last.net.state_dict(), final.net.state_dict())
+    assert (final.dataset, final.epochs, final.seed) == ("stl10", 3, 0)
+    assert load_checkpoint(Path("outputs/snapshots/epoch_001.pth")).epochs == 1
+    assert json.dumps(final.metrics)  # plain numbers
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_CNN, "LEARNING_RATE", 1e30)
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at step \d+, learning rate .*LEARNING_RATE"):
+        train_CNN.main()
+    assert not Path("outputs/CNN.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("EPOCHS", 0, "EPOCHS is 0; expected at least 1"),
+        ("BATCH_SIZE", 41, "BATCH_SIZE is 41; expected 2 to 40"),
+        ("BATCH_SIZE", 1, "BATCH_SIZE is 1"),
+        ("DATASET", "cifar", "DATASET is 'cifar'"),
+        ("DEVICE", "abacus", "DEVICE is 'abacus'"),
+        ("TRAIN_ON", "fold 10", "TRAIN_ON is 'fold 10'"),
+        ("TRAIN_ON", "fold 1", "fold_indices.txt not found"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    quick: None, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str
+) -> None:
+    monkeypatch.setattr(train_CNN, name, value)
+    with pytest.raises(SystemExit, match=message):
+        train_CNN.main()
+    assert not Path("outputs").exists()
+
+
+def test_validation_images_are_a_fifth_of_each_class_and_not_trained_on() -> None:
+    images = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
+    whole = Split(images, np.arange(50) % 5)
+    train, held_out = train_CNN.part_of_training(whole, whole, "validation", Path("none"))
+    assert np.bincount(held_out.labels).tolist() == [2] * 5 and np.bincount(train.labels).tolist() == [8] * 5
+    assert not set(train.images.ravel()) & set(held_out.images.ravel())
+
+
+def test_a_fold_is_a_line_of_the_published_file() -> None:
+    images = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
+    whole = Split(images, np.arange(50) % 5)
+    Path("fold_indices.txt").write_text("\n".join(f"{k} {k + 10} {k + 20}" for k in range(10)))
+    train, test = train_CNN.part_of_training(whole, whole, "fold 3", Path("fold_indices.txt"))
+    assert train.images.ravel().tolist() == [3, 13, 23] and test is whole
+
+
+def test_augmentation_of_no_strength_flips_or_leaves_alone() -> None:
+    images = torch.randn(64, 3, 32, 32)
+    nothing = Augmentation(shift=0, zoom=0, rotation=0, colour=0, cutout=0)
+    changed = augment(images, nothing, torch.Generator().manual_seed(0))
+    kept = (changed - images).abs().amax((1, 2, 3)) < 1e-5
+    flipped = (changed - images.flip(3)).abs().amax((1, 2, 3)) < 1e-5
+    assert (kept ^ flipped).all() and 10 < int(kept.sum()) < 54
+
+
+def test_augmentation_differs_between_images_and_repeats_with_the_seed() -> None:
+    images = torch.randn(1, 3, 32, 32).expand(8, 3, 32, 32)
+    strength = Augmentation(shift=4, zoom=0.2, rotation=10, colour=0.2, cutout=0)
+    first, again = (augment(images, strength, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert len({float(image.sum()) for image in first}) == 8
+
+
+def test_a_shift_moves_by_no_more_than_its_pixels() -> None:
+    images = torch.zeros(200, 3, 33, 33)
+    images[:, :, 16, 16] = 1
+    strength = Augmentation(shift=5, zoom=0, rotation=0, colour=0, cutout=0)
+    moved = augment(images, strength, torch.Generator().manual_seed(0)).mean(dim=1)
+    mass = moved.sum(dim=(1, 2))
+    assert mass == pytest.approx(torch.ones(200), abs=1e-4)
+    rows = (moved.sum(dim=2) * torch.arange(33)).sum(dim=1) - 16
+    assert 4 < float(rows.abs().max()) <= 5.01 and abs(float(rows.mean())) < 0.7
+
+
+def test_cutout_blanks_one_square_of_each_image() -> None:
+    images = torch.ones(100, 3, 32, 32)
+    strength = Augmentation(shift=0, zoom=0, rotation=0, colour=0, cutout=8)
+    blanked = (augment(images, strength, torch.Generator().manual_seed(0)) == 0).all(dim=1)
+    sizes = blanked.sum(dim=(1, 2))
+    assert int(sizes.max()) == 64 and int(sizes.min()) >= 16  # a quarter stays if the centre is in a corner
+
+
+def test_batch_size_two_and_one_epoch_work(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_CNN, "EPOCHS", 1)
+    monkeypatch.setattr(train_CNN, "BATCH_SIZE", 2)
+    train_CNN.main()
+    assert isinstance(load_checkpoint(Path("outputs/CNN.pth")).net, CNN)

@@ -1,0 +1,494 @@
+"""Train the network on the 5,000 labelled images of STL-10 and test it on the other 8,000.
+
+Run:    uv run train_CNN.py
+Reads:  data/stl10_binary/{train,test}_{X,y}.bin, which it downloads if they are missing
+Writes: outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/training_log.csv,
+        outputs/training_curves.png, outputs/confusion_matrix.png
+
+An interrupted run goes on from the last finished epoch, kept in outputs/training_state.pth, when the script
+is started again with the same settings.
+"""
+
+import json
+import math
+import pickle
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+
+from CNN import CNN, choose_device, save_checkpoint
+from load_data import (
+    Augmentation,
+    Split,
+    augment,
+    class_names,
+    find_dataset,
+    load_split,
+    mean_and_std,
+    normalise,
+    save_figure,
+    title,
+    whole_file,
+)
+
+# data
+DATASET = (
+    "auto"  # "stl10", "shapes" (generated) or "auto": STL-10 if it can be had, else shapes with a notice
+)
+DATA_DIR = Path("data")
+TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,000; "fold 0" to "fold 9"
+# network: CNN.py says what each one is
+FILTERS = (48, 96, 192, 256)
+KERNEL_SIZES = (5, 3, 3, 3)
+STRIDES = (2, 1, 1, 1)
+POOL_SIZES = (2, 2, 1, 4)
+HEAD_SIZE = 3
+DROPOUT = 0.3
+# training
+EPOCHS = 80  # passes over the training images
+SHAPES_EPOCHS = 12  # passes over the generated images, if there are only those
+BATCH_SIZE = 64  # images a step
+LEARNING_RATE = 3e-3  # of AdamW; largest, after the warm-up
+WARM_UP = 0.15  # share of the training in which the learning rate rises; then it falls along a cosine
+WEIGHT_DECAY = 0.05  # of filters and classifier, not of batch norm
+LABEL_SMOOTHING = 0.1  # share of the target spread over all classes
+AUGMENTATION = Augmentation(shift=12, zoom=0.15, rotation=5, colour=0.15, cutout=0)  # load_data.py says what
+SEED = 0  # weights, order of the images, augmentation and dropout
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
+# files
+CHECKPOINT = Path("outputs/CNN.pth")
+SNAPSHOTS = (
+    1,
+    2,
+    5,
+    10,
+    20,
+    30,
+    40,
+    64,
+)  # epochs kept to show how features evolve, as in the paper's Figure 4
+
+
+class Result(NamedTuple):
+    """What a network makes of some images: mean loss in nats, accuracy from 0 to 1, predicted classes."""
+
+    loss: float
+    accuracy: float
+    predictions: Tensor
+
+
+def choose_precision(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def part_of_training(split: Split, test: Split, train_on: str, folds: Path) -> tuple[Split, Split]:
+    """Return the images to train on and the images to measure on.
+
+    Args:
+        split: The training split.
+        test: The test split.
+        train_on: "all", "validation" or "fold 0" to "fold 9".
+        folds: fold_indices.txt of the published archive: ten lines of 1,000 indices into the training split.
+
+    Raises:
+        SystemExit: If `train_on` is none of these, or the file it needs is missing.
+    """
+    if train_on == "all":
+        return split, test
+    if train_on == "validation":  # the last fifth of each class
+        held_out = np.zeros(len(split.labels), bool)
+        for label in np.unique(split.labels):
+            members = np.flatnonzero(split.labels == label)
+            held_out[members[len(members) * 4 // 5 :]] = True
+        return select(split, np.flatnonzero(~held_out)), select(split, np.flatnonzero(held_out))
+    word, _, number = train_on.partition(" ")
+    if word != "fold" or number not in [str(fold) for fold in range(10)]:
+        raise SystemExit(f'TRAIN_ON is {train_on!r}; expected "all", "validation" or "fold 0" to "fold 9"')
+    if not folds.is_file():
+        raise SystemExit(f"{folds} not found: take it from the published archive, or set TRAIN_ON to all")
+    return select(split, np.loadtxt(folds, dtype=np.int64)[int(number)]), test
+
+
+def select(split: Split, places: NDArray[np.int64]) -> Split:
+    """Return the images and labels at `places`."""
+    return Split(split.images[places], split.labels[places])
+
+
+def evaluate(
+    net: CNN, images: Tensor, labels: Tensor, mean: list[float], std: list[float], precision: torch.dtype
+) -> Result:
+    """Measure the network in evaluation mode, then put it back into the mode it was in.
+
+    Args:
+        net: The network.
+        images: uint8 (images, 3, rows, columns) on the network's device.
+        labels: int64 (images,).
+        mean: Of each channel, on a scale of 0 to 1.
+        std: Likewise.
+        precision: Of the arithmetic.
+    """
+    was_training = net.training
+    net.eval()
+    losses, predictions = torch.zeros((), dtype=torch.float64), []
+    with torch.no_grad():
+        for batch, truth in zip(images.split(250), labels.split(250), strict=True):
+            batch = normalise(batch, mean, std).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(batch.device.type, precision, enabled=precision != torch.float32):
+                logits = net(batch)
+            losses += F.cross_entropy(logits.float(), truth, reduction="sum").cpu().double()
+            predictions.append(logits.argmax(dim=1))
+    net.train(was_training)
+    predicted = torch.cat(predictions)
+    return Result(float(losses) / len(labels), float((predicted == labels).float().mean()), predicted.cpu())
+
+
+class Trainer:
+    """A training run: network, optimiser, schedule and random state, which can be stored and restored.
+
+    Args:
+        config: Arguments of `CNN`.
+        device: Where to train.
+        precision: Of the forward and backward pass; weights and optimiser stay in float32.
+        steps: Optimiser steps of the whole run.
+        settings: The other settings of the run, for optimiser, schedule and loss.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        device: torch.device,
+        precision: torch.dtype,
+        steps: int,
+        settings: dict[str, Any],
+    ):
+        torch.manual_seed(settings["seed"])
+        self.generator = torch.Generator().manual_seed(settings["seed"])  # order and augmentation
+        self.net = CNN(**config).to(device).to(memory_format=torch.channels_last)
+        self.device, self.precision = device, precision
+        self.smoothing, self.augmentation = settings["label_smoothing"], settings["augmentation"]
+        decayed = [p for p in self.net.parameters() if p.ndim > 1]
+        others = [p for p in self.net.parameters() if p.ndim == 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": settings["weight_decay"]},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=settings["learning_rate"],
+            betas=(0.9, 0.99),
+        )
+        self.schedule = OneCycleLR(
+            self.optimizer,
+            settings["learning_rate"],
+            total_steps=steps + 1,
+            pct_start=settings["warm_up"],
+            cycle_momentum=False,  # betas stay
+        )
+
+    def epoch(
+        self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], batch_size: int
+    ) -> Result:
+        """Train on every image once, in random order, the last incomplete batch left out.
+
+        Args:
+            images: uint8 (images, 3, rows, columns).
+            labels: int64 (images,).
+            mean: Of each channel, on a scale of 0 to 1.
+            std: Likewise.
+            batch_size: Images a step.
+
+        Returns:
+            Loss and accuracy in training mode on the augmented images, as they were seen.
+
+        Raises:
+            SystemExit: If the loss is not finite.
+        """
+        self.net.train()
+        order = torch.randperm(len(images), generator=self.generator)
+        order = order[: len(images) // batch_size * batch_size]
+        total, predictions = torch.zeros((), dtype=torch.float64), []
+        for step, chosen in enumerate(tqdm(order.split(batch_size), unit="step", leave=False, disable=None)):
+            batch = normalise(images[chosen].to(self.device), mean, std)
+            batch = augment(batch, self.augmentation, self.generator).contiguous(
+                memory_format=torch.channels_last
+            )
+            truth = labels[chosen].to(self.device)
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                logits = self.net(batch)
+            loss = F.cross_entropy(logits.float(), truth, label_smoothing=self.smoothing)
+            if not math.isfinite(loss.item()):
+                rate = self.schedule.get_last_lr()[0]
+                raise SystemExit(
+                    f"the loss is {loss.item()} at step {step}, learning rate {rate:.3g}: lower LEARNING_RATE"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            total += loss.item()
+            predictions.append(logits.argmax(dim=1).cpu())
+        predicted = torch.cat(predictions)
+        accuracy = float((predicted == labels[order]).float().mean())
+        return Result(float(total) / (len(order) // batch_size), accuracy, predicted)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that decides how the training goes on."""
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["random"].cpu())
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda"]])
+
+
+def stored_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the state of an interrupted run with the same settings, or None, and say which."""
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+        same = state["settings"] == json.dumps(settings)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError):
+        print(f"{path} cannot be read: starting anew")
+        return None
+    if not same:
+        print("an interrupted run had other settings: starting anew")
+        return None
+    print(f"going on after epoch {len(state['rows'])} of an interrupted run")
+    return dict(state)
+
+
+def draw_curves(log: pd.DataFrame, heading: str) -> Figure:
+    """Draw loss, accuracy and learning rate of each epoch."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3), dpi=200, layout="constrained")
+    for ax, quantity, label in zip(axes, ("loss", "accuracy"), ("loss (nats)", "accuracy (%)"), strict=False):
+        scale = 100 if quantity == "accuracy" else 1
+        for part, name in (("train", "training images, augmented"), ("test", "test images")):
+            ax.plot(
+                log["epoch"],
+                scale * log[f"{part}_{quantity}"],
+                label=name,
+                marker="." if len(log) < 3 else "",
+            )
+        ax.set(xlabel="epoch", ylabel=label)
+        ax.legend(frameon=False)
+    axes[2].plot(log["epoch"], log["learning_rate"], color="0.3", marker="." if len(log) < 3 else "")
+    axes[2].set(xlabel="epoch", ylabel="learning rate at its end")
+    sns.despine(fig)
+    fig.suptitle(heading)
+    return fig
+
+
+def confusion_matrix(
+    labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
+    """Count images of each true class (row) that were taken for each class (column)."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts
+
+
+def draw_confusion(counts: NDArray[np.int64], names: list[str], heading: str) -> Figure:
+    """Draw the share of each true class's images that were taken for each class, in per cent."""
+    share = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    fig, ax = plt.subplots(figsize=(6, 5), dpi=200, layout="constrained")
+    sns.heatmap(
+        share,
+        annot=True,
+        fmt=".0f",
+        cmap="mako_r",
+        vmin=0,
+        vmax=100,
+        square=True,
+        xticklabels=names,
+        yticklabels=names,
+        cbar_kws={"label": "share of the true class (%)"},
+        ax=ax,
+    )
+    ax.set(xlabel="predicted class", ylabel="true class", title=heading)
+    return fig
+
+
+def report(counts: NDArray[np.int64], names: list[str]) -> None:
+    """Print accuracy of each class, worst confusions, and the accuracy with its 95 % interval (normal)."""
+    for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
+        print(f"  {name:<12}{right / max(row.sum(), 1):>7.1%}  ({right} of {row.sum()})")
+    wrong = counts - np.diag(counts.diagonal())
+    for place in np.argsort(-wrong, axis=None, kind="stable")[:3]:
+        truth, guess = divmod(int(place), len(names))
+        print(f"  {wrong[truth, guess]} images of {names[truth]} were taken for {names[guess]}")
+    images = counts.sum()
+    accuracy = counts.trace() / images
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)
+    print(f"accuracy {accuracy:.2%}, 95 % interval {accuracy - half:.2%} to {accuracy + half:.2%}")
+
+
+def check_settings(epochs: int, batch_size: int, images: int) -> None:
+    """Refuse settings that make no sense.
+
+    Raises:
+        SystemExit: If one is out of range.
+    """
+    if epochs < 1:
+        raise SystemExit(f"EPOCHS is {epochs}; expected at least 1")
+    if not 2 <= batch_size <= images:
+        raise SystemExit(
+            f"BATCH_SIZE is {batch_size}; expected 2 to {images:,}, the number of training images"
+        )
+
+
+def main() -> None:
+    """Train, measure after every epoch, and write checkpoint, log and figures."""
+    sns.set_theme(context="paper", style="white", palette="colorblind")
+    device = choose_device(DEVICE)
+    dataset = find_dataset(DATASET, DATA_DIR)
+    epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
+    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
+    train, test = part_of_training(train, test, TRAIN_ON, DATA_DIR / "stl10_binary" / "fold_indices.txt")
+    check_settings(epochs, BATCH_SIZE, len(train.images))
+    names, (mean, std) = class_names(dataset), mean_and_std(train.images)
+    precision = choose_precision(device)
+    settings: dict[str, Any] = {
+        "dataset": dataset,
+        "train_on": TRAIN_ON,
+        "mean": mean,
+        "config": {
+            "filters": FILTERS,
+            "kernel_sizes": KERNEL_SIZES,
+            "strides": STRIDES,
+            "pool_sizes": POOL_SIZES,
+            "head_size": HEAD_SIZE,
+            "dropout": DROPOUT,
+            "classes": len(names),
+        },
+        "epochs": epochs,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "warm_up": WARM_UP,
+        "weight_decay": WEIGHT_DECAY,
+        "label_smoothing": LABEL_SMOOTHING,
+        "augmentation": AUGMENTATION,
+        "seed": SEED,
+        "precision": str(precision),
+        "device": str(device),
+        "torch": torch.__version__,
+    }
+    print(
+        f"training on {len(train.images):,} images of {title(dataset)}, testing on {len(test.images):,}, "
+        f"on {device} in {str(precision).removeprefix('torch.')}, torch {torch.__version__}, seed {SEED}"
+    )
+    images, labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
+    test_images, test_labels = (
+        torch.from_numpy(test.images).to(device),
+        torch.from_numpy(test.labels).to(device),
+    )
+    steps = epochs * (len(images) // BATCH_SIZE)
+    trainer = Trainer(settings["config"], device, precision, steps, settings)
+    state_path = CHECKPOINT.with_name("training_state.pth")
+    state = stored_state(state_path, settings)
+    rows: list[dict[str, float]] = state["rows"] if state else []
+    if state:
+        trainer.restore(state)
+
+    def save(path: Path, metrics: dict[str, float]) -> None:
+        save_checkpoint(
+            path,
+            trainer.net,
+            dataset=dataset,
+            class_names=names,
+            mean=mean,
+            std=std,
+            seed=SEED,
+            epochs=len(rows),
+            metrics=metrics,
+        )
+
+    print(
+        f"{'epoch':>5}{'train loss':>12}{'accuracy':>10}"
+        f"{'test loss':>12}{'accuracy':>10}{'rate':>10}{'time':>9}"
+    )
+    before = rows[-1]["seconds"] if rows else 0.0
+    start = time.perf_counter()
+    while len(rows) < epochs:
+        epoch = len(rows) + 1
+        try:
+            learned = trainer.epoch(images, labels, mean, std, BATCH_SIZE)
+            tested = evaluate(trainer.net, test_images, test_labels, mean, std, precision)
+        except KeyboardInterrupt:
+            raise SystemExit(
+                f"interrupted in epoch {epoch}; {epoch - 1} finished epochs are kept: run again to go on"
+            ) from None
+        row = {
+            "epoch": epoch,
+            "train_loss": learned.loss,
+            "train_accuracy": learned.accuracy,
+            "test_loss": tested.loss,
+            "test_accuracy": tested.accuracy,
+            "learning_rate": float(trainer.schedule.get_last_lr()[0]),
+            "seconds": before + time.perf_counter() - start,
+        }
+        rows.append(row)
+        print(
+            f"{epoch:>5}{learned.loss:>12.4f}{learned.accuracy:>10.1%}{tested.loss:>12.4f}{tested.accuracy:>10.1%}"
+            f"{row['learning_rate']:>10.2g}{row['seconds']:>7.0f} s",
+            flush=True,
+        )
+        if epoch in SNAPSHOTS or epoch == epochs:
+            save(
+                CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth", {"test_accuracy": tested.accuracy}
+            )
+        with whole_file(state_path) as partial:
+            torch.save({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, partial)
+        with whole_file(CHECKPOINT.with_name("training_log.csv")) as partial:
+            pd.DataFrame(rows).to_csv(partial, index=False)
+
+    # once more in float32, the precision of every later stage
+    final = evaluate(trainer.net, test_images, test_labels, mean, std, torch.float32)
+    counts = confusion_matrix(test.labels, final.predictions.numpy(), len(names))
+    report(counts, names)
+    seconds = rows[-1]["seconds"]
+    print(f"{epochs * len(images) / seconds:,.0f} training images per second, testing included")
+    save(CHECKPOINT, {"test_accuracy": final.accuracy, "test_loss": final.loss, "seconds": seconds})
+    log = pd.DataFrame(rows)
+    heading = f"{title(dataset)}, {len(images):,} training and {len(test_labels):,} test images, seed {SEED}"
+    save_figure(draw_curves(log, heading), CHECKPOINT.with_name("training_curves.png"))
+    heading = f"{len(test_labels):,} test images of {title(dataset)}, accuracy {final.accuracy:.1%}"
+    save_figure(draw_confusion(counts, names, heading), CHECKPOINT.with_name("confusion_matrix.png"))
+    state_path.unlink()
+    print(
+        f"wrote {CHECKPOINT} and, beside it, snapshots/, training_log.csv, training_curves.png, "
+        "confusion_matrix.png"
+    )
+    print("next: uv run deconv.py")
+
+
+if __name__ == "__main__":
+    main()
