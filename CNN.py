@@ -80,11 +80,11 @@ class CNN(nn.Module):
 
     def __init__(
         self,
-        filters: Sequence[int] = (32, 64, 128, 256),
+        filters: Sequence[int] = (48, 96, 192, 256),
         kernel_sizes: Sequence[int] = (5, 3, 3, 3),
-        strides: Sequence[int] = (1, 1, 1, 1),
-        pool_sizes: Sequence[int] = (2, 2, 2, 2),
-        head_size: int = 1,
+        strides: Sequence[int] = (2, 1, 1, 1),
+        pool_sizes: Sequence[int] = (2, 2, 1, 4),
+        head_size: int = 3,
         dropout: float = 0.3,
         classes: int = 10,
     ):
@@ -276,7 +276,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         "metrics": dict,
     }
     for key, kind in types.items():
-        if not isinstance(content.get(key), kind):
+        if not isinstance(content.get(key), kind) or (
+            key == "metrics" and "test_accuracy" not in content[key]
+        ):
             raise SystemExit(f"{path} has no valid {key!r}: {again}")
     try:
         with torch.device("meta"):  # no memory is taken for what the file merely claims to hold

@@ -471,9 +471,23 @@ def grid(panels: NDArray[Any]) -> NDArray[Any]:
     return sheet
 
 
+def white_outside(patches: NDArray[np.uint8], origins: NDArray[np.int16]) -> NDArray[np.float64]:
+    """Turn patches into pictures (patches, rows, columns, 3) from 0 to 1, white beyond the image's border.
+
+    Args:
+        patches: uint8 (patches, 3, rows, columns).
+        origins: Row and column of each patch's top left pixel in the image, (patches, 2).
+    """
+    place = origins[:, :, None].astype(int) + np.arange(patches.shape[-1])  # (patches, 2, rows or columns)
+    row_inside, column_inside = np.moveaxis((place >= 0) & (place < IMAGE_SIZE), 1, 0)
+    inside = row_inside[:, :, None] & column_inside[:, None, :]
+    return np.where(inside[..., None], np.moveaxis(patches, 1, 3) / 255, 1.0)
+
+
 def draw_page(
     projections: NDArray[np.float32],
     patches: NDArray[np.uint8],
+    origins: NDArray[np.int16],
     values: NDArray[np.float32],
     filters: Sequence[int],
     heading: str,
@@ -483,6 +497,7 @@ def draw_page(
     Args:
         projections: (filters, n_top, 3, rows, columns), signed; grey is zero, one scale for each filter.
         patches: uint8 of the same shape.
+        origins: Row and column of each window's top left pixel in the image, (filters, n_top, 2).
         values: Activations (filters, n_top), strongest first; the first is written above its filter.
         filters: Numbers of the filters.
         heading: Title of the page.
@@ -495,33 +510,39 @@ def draw_page(
     fig.get_layout_engine().set(w_pad=0.05, h_pad=0.03)  # type: ignore[union-attr, call-arg]
     for ax in axes.ravel():
         ax.axis("off")
-    for ax, projection, patch, value, number in zip(
-        axes.flat, projections, patches, values, filters, strict=False
-    ):
-        left = grid(displayed(projection))
-        right = grid(np.moveaxis(patch, 1, 3) / 255)
+    for k, (ax, number) in enumerate(zip(axes.flat, filters, strict=False)):
+        left = grid(displayed(projections[k]))
+        right = grid(white_outside(patches[k], origins[k]))
         gap = np.ones((len(left), max(2, len(left) // 20), 3))
         ax.imshow(np.concatenate([left, gap, right], axis=1), interpolation="nearest")
-        text = f"filter {number}, activation {value[0]:.2f}" if value[0] > 0 else f"filter {number}, dead"
+        strongest = values[k, 0]
+        text = f"filter {number}, activation {strongest:.2f}" if strongest > 0 else f"filter {number}, dead"
         ax.set_title(text, fontsize=7, pad=2)
     fig.suptitle(heading, fontsize=9)
     return fig
 
 
 def draw_pages(found: dict[str, NDArray[Any]], heading: str, per_page: int, folder: Path) -> list[Path]:
-    """Draw the top projections of every filter of every layer, `per_page` filters a picture."""
+    """Draw the top projections of every filter of every layer, `per_page` filters a picture.
+
+    Earlier pages go first: those of a network with more filters would otherwise stay among the new ones.
+    """
+    for page in folder.glob("conv*_filters_*.png"):
+        page.unlink()
     paths = []
     for layer in LAYERS:
-        projections, patches = found[f"{layer}_projection"], found[f"{layer}_patch"]
-        for start in range(0, len(projections), per_page):
-            filters = range(start, min(start + per_page, len(projections)))
-            window = projections.shape[-1]
-            some = f"{layer}, filters {filters[0]} to {filters[-1]}, windows of {window} x {window} pixels"
-            page = slice(filters[0], filters[-1] + 1)
+        count, window = len(found[f"{layer}_value"]), found[f"{layer}_patch"].shape[-1]
+        for start in range(0, count, per_page):
+            stop = min(start + per_page, count)
             figure = draw_page(
-                projections[page], patches[page], found[f"{layer}_value"][page], filters, f"{some}\n{heading}"
+                found[f"{layer}_projection"][start:stop],
+                found[f"{layer}_patch"][start:stop],
+                found[f"{layer}_origin"][start:stop],
+                found[f"{layer}_value"][start:stop],
+                range(start, stop),
+                f"{layer}, filters {start} to {stop - 1}, windows of {window} x {window} pixels\n{heading}",
             )
-            paths.append(folder / f"{layer}_filters_{filters[0]:03d}_to_{filters[-1]:03d}.png")
+            paths.append(folder / f"{layer}_filters_{start:03d}_to_{stop - 1:03d}.png")
             save_figure(figure, paths[-1])
     return paths
 

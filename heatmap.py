@@ -320,6 +320,8 @@ def main() -> None:
     save_figure(draw_class_filters(mean_table(class_metrics, names), living, names, heading), path)
     print(f"wrote {path}", flush=True)
 
+    for old in folder.glob("class_[0-9]*.png"):  # of a data set with other classes
+        old.unlink()
     chosen, sums = [], []  # first image of each class; its summed magnitude and signed sum
     for label, name in enumerate(names):
         members = np.flatnonzero(labels == label)

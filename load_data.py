@@ -29,21 +29,23 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.datasets import STL10
 from tqdm import tqdm
 
 DATASET = "auto"  # "stl10", "shapes" (generated) or "auto": STL-10 if it can be had, else shapes
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 
-# STL-10 as published; URL and md5 sums as in torchvision.datasets.STL10, which takes seconds to import
-URL = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"  # 2.6 GB, labelled files first
+# STL-10 as published
+URL: str = STL10.url  # 2.6 GB, labelled files first
 TIMEOUT = 15.0  # seconds without an answer after which the download is given up
 FOLDER = "stl10_binary"
 SIZE = 96  # rows and columns of an image
+MD5: dict[str, str] = dict(STL10.train_list + STL10.test_list)
 FILES = {  # name: (bytes, md5 sum)
-    "train_X.bin": (5_000 * 3 * SIZE * SIZE, "918c2871b30a85fa023e0c44e0bee87f"),
-    "train_y.bin": (5_000, "5a34089d4802c674881badbb80307741"),
-    "test_X.bin": (8_000 * 3 * SIZE * SIZE, "7f263ba9f9e0b06b93213547f721ac82"),
-    "test_y.bin": (8_000, "36f9794fa4beb8a2c72628de14fa638e"),
+    "train_X.bin": (5_000 * 3 * SIZE * SIZE, MD5["train_X.bin"]),
+    "train_y.bin": (5_000, MD5["train_y.bin"]),
+    "test_X.bin": (8_000 * 3 * SIZE * SIZE, MD5["test_X.bin"]),
+    "test_y.bin": (8_000, MD5["test_y.bin"]),
 }
 EXTRAS = ("class_names.txt", "fold_indices.txt")  # kept if the archive brings them in time; not needed
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")

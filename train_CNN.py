@@ -416,8 +416,12 @@ def main() -> None:
     state_path = CHECKPOINT.with_name("training_state.pth")
     state = stored_state(state_path, settings)
     rows: list[dict[str, float]] = state["rows"] if state else []
+    snapshots = CHECKPOINT.parent / "snapshots"
     if state:
         trainer.restore(state)
+    else:
+        for old in snapshots.glob("epoch_*.pth"):  # of an earlier run
+            old.unlink()
 
     def save(path: Path, metrics: dict[str, float]) -> None:
         save_checkpoint(

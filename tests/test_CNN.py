@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import MakeNet
 
+import train_CNN
 from CNN import (
     CNN,
     choose_device,
@@ -30,7 +31,7 @@ PATH = Path("outputs/CNN.pth")
 
 
 def test_pooling_records_where_each_maximum_was() -> None:
-    net = CNN(filters=(2, 2, 2, 2)).eval()
+    net = CNN(filters=(2, 2, 2, 2), strides=(1, 1, 1, 1)).eval()
     images = torch.randn(3, 3, 96, 96)
     block = net.blocks[0]
     rectified = block.relu(block.bn(block.conv(images)))
@@ -46,8 +47,17 @@ def test_features_and_logits_come_from_the_same_pass(make_net: MakeNet) -> None:
     assert torch.equal(net(images), net.classify(net.features(images)[-1][0]))
 
 
-def test_conv4_has_256_filters_by_default() -> None:
-    assert CNN().config["filters"][-1] == 256
+def test_the_network_that_is_trained_is_the_default_and_has_256_filters_in_conv4() -> None:
+    assert CNN().config == {
+        "filters": list(train_CNN.FILTERS),
+        "kernel_sizes": list(train_CNN.KERNEL_SIZES),
+        "strides": list(train_CNN.STRIDES),
+        "pool_sizes": list(train_CNN.POOL_SIZES),
+        "head_size": train_CNN.HEAD_SIZE,
+        "dropout": train_CNN.DROPOUT,
+        "classes": 10,
+    }
+    assert train_CNN.FILTERS[-1] == 256
 
 
 def test_each_relu_is_used_once() -> None:

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 CONFIGS: list[dict[str, Any]] = [
     {},
     {"kernel_sizes": (5, 3, 3, 3), "strides": (1, 1, 1, 1), "pool_sizes": (2, 2, 2, 2)},
-    {"kernel_sizes": (3, 3, 3, 3), "strides": (2, 1, 1, 1), "pool_sizes": (2, 2, 2, 2)},
+    {"kernel_sizes": (3, 3, 3, 3), "strides": (2, 1, 1, 1), "pool_sizes": (2, 2, 2, 2), "head_size": 1},
     {"kernel_sizes": (7, 5, 3, 1), "strides": (1, 1, 1, 1), "pool_sizes": (3, 2, 2, 2)},
     {"kernel_sizes": (7, 5, 3, 3), "strides": (2, 2, 1, 1), "pool_sizes": (3, 1, 2, 2)},
     {"kernel_sizes": (1, 3, 5, 7), "strides": (1, 1, 1, 1), "pool_sizes": (4, 1, 2, 3)},
@@ -242,7 +242,12 @@ def test_an_interruption_ends_in_one_line_and_leaves_whole_files(
     info: dict[str, Any] = {"mean": [0.4] * 3, "std": [0.25] * 3, "seed": 0, "epochs": 0}
     names = [f"class {k}" for k in range(10)]
     save_checkpoint(
-        Path("outputs/CNN.pth"), make_net(), dataset="stl10", class_names=names, metrics={}, **info
+        Path("outputs/CNN.pth"),
+        make_net(),
+        dataset="stl10",
+        class_names=names,
+        metrics={"test_accuracy": 0.1},
+        **info,
     )
 
     def interrupt(*_: Any) -> Any:

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,15 @@ def test_tables_have_their_rows_and_columns(outputs: Path) -> None:
     assert len(classes) == 10 * sum(FILTERS)
     assert classes.loc[classes["layer"] != "conv4", "mean"].isna().all()
     assert filters.loc[filters["layer"] == "conv4", "nonzero_count"].notna().all()
+
+
+def test_the_readme_names_every_file_and_no_other(outputs: Path) -> None:
+    rows = re.findall(r"^\| ([^|]+) \| \w+\.py \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names = [name for row in rows for name in row.split(", ")]
+    patterns = {re.sub(r"NNN|\{k\}|K_NAME", "*", name) for name in names} - {"training_state.pth"}
+    files = {str(path.relative_to(outputs)) for path in outputs.rglob("*") if path.is_file()}
+    assert not [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)]
+    assert not [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in files)]
 
 
 def test_every_figure_is_there_and_nothing_half_written(outputs: Path) -> None:
