@@ -287,12 +287,12 @@ def stored_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return dict(state)
 
 
-def draw_curves(log: pd.DataFrame, heading: str) -> Figure:
-    """Draw loss, accuracy and learning rate of each epoch."""
+def draw_curves(log: pd.DataFrame, measured: str, heading: str) -> Figure:
+    """Draw loss, accuracy and learning rate of each epoch; `measured` says on which images."""
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), dpi=200, layout="constrained")
     for ax, quantity, label in zip(axes, ("loss", "accuracy"), ("loss (nats)", "accuracy (%)"), strict=False):
         scale = 100 if quantity == "accuracy" else 1
-        for part, name in (("train", "training images, augmented"), ("test", "test images")):
+        for part, name in (("train", "training images, augmented"), ("test", f"{measured} images")):
             ax.plot(
                 log["epoch"],
                 scale * log[f"{part}_{quantity}"],
@@ -302,7 +302,8 @@ def draw_curves(log: pd.DataFrame, heading: str) -> Figure:
         ax.set(xlabel="epoch", ylabel=label)
         ax.legend(frameon=False)
     axes[2].plot(log["epoch"], log["learning_rate"], color="0.3", marker="." if len(log) < 3 else "")
-    axes[2].set(xlabel="epoch", ylabel="learning rate at its end")
+    axes[2].set(xlabel="epoch", ylabel="learning rate at the end")
+    axes[2].ticklabel_format(axis="y", scilimits=(0, 0))
     sns.despine(fig)
     fig.suptitle(heading)
     return fig
@@ -334,6 +335,8 @@ def draw_confusion(counts: NDArray[np.int64], names: list[str], heading: str) ->
         cbar_kws={"label": "share of the true class (%)"},
         ax=ax,
     )
+    ax.tick_params(axis="x", rotation=45)
+    ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="predicted class", ylabel="true class", title=heading)
     return fig
 
@@ -402,8 +405,10 @@ def main() -> None:
         "device": str(device),
         "torch": torch.__version__,
     }
+    measured = "held-out training" if TRAIN_ON == "validation" else "test"
     print(
-        f"training on {len(train.images):,} images of {title(dataset)}, testing on {len(test.images):,}, "
+        f"training on {len(train.images):,} images of {title(dataset)}, "
+        f"measuring on {len(test.images):,} {measured} images, "
         f"on {device} in {str(precision).removeprefix('torch.')}, torch {torch.__version__}, seed {SEED}"
     )
     images, labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
@@ -483,9 +488,11 @@ def main() -> None:
     print(f"{epochs * len(images) / seconds:,.0f} training images per second, testing included")
     save(CHECKPOINT, {"test_accuracy": final.accuracy, "test_loss": final.loss, "seconds": seconds})
     log = pd.DataFrame(rows)
-    heading = f"{title(dataset)}, {len(images):,} training and {len(test_labels):,} test images, seed {SEED}"
-    save_figure(draw_curves(log, heading), CHECKPOINT.with_name("training_curves.png"))
-    heading = f"{len(test_labels):,} test images of {title(dataset)}, accuracy {final.accuracy:.1%}"
+    heading = (
+        f"{title(dataset)}, {len(images):,} training and {len(test_labels):,} {measured} images, seed {SEED}"
+    )
+    save_figure(draw_curves(log, measured, heading), CHECKPOINT.with_name("training_curves.png"))
+    heading = f"{len(test_labels):,} {measured} images of {title(dataset)}, accuracy {final.accuracy:.1%}"
     save_figure(draw_confusion(counts, names, heading), CHECKPOINT.with_name("confusion_matrix.png"))
     state_path.unlink()
     print(
