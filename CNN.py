@@ -73,7 +73,8 @@ class CNN(nn.Module):
         kernel_sizes: Kernel size of each convolution, odd.
         strides: Stride of each convolution.
         pool_sizes: Pooling size of each block.
-        head_size: The classifier sees conv4 averaged over this many rows and columns of equal regions.
+        head_size: The classifier sees conv4 averaged over this many rows and columns of regions; they overlap
+            where they do not divide the map.
         dropout: Probability with which an input of the classifier is dropped in training.
         classes: Number of classes.
     """
@@ -83,8 +84,8 @@ class CNN(nn.Module):
         filters: Sequence[int] = (48, 96, 192, 256),
         kernel_sizes: Sequence[int] = (5, 3, 3, 3),
         strides: Sequence[int] = (2, 1, 1, 1),
-        pool_sizes: Sequence[int] = (2, 2, 1, 4),
-        head_size: int = 3,
+        pool_sizes: Sequence[int] = (2, 2, 2, 2),
+        head_size: int = 2,
         dropout: float = 0.3,
         classes: int = 10,
     ):

@@ -244,18 +244,20 @@ def gather(masks: Tensor, image: Tensor, top: Tensor, left: Tensor, height: int,
 
 
 def batches(
-    images: NDArray[np.uint8], checkpoint: Checkpoint, device: torch.device, batch_size: int, doing: str
-) -> Iterator[tuple[slice, list[tuple[Tensor, Tensor]]]]:
-    """Yield, under a progress bar, which images a batch holds and what `CNN.features` returns for it."""
-    with tqdm(total=len(images), desc=doing, unit=" images", disable=None) as bar:
-        for start in range(0, len(images), batch_size):
-            which = slice(start, min(start + batch_size, len(images)))
-            batch = torch.from_numpy(images[which]).to(device)
-            batch = normalise(batch, checkpoint.mean, checkpoint.std).contiguous(
-                memory_format=torch.channels_last
-            )
-            yield which, checkpoint.net.features(batch)
-            bar.update(which.stop - which.start)
+    images: NDArray[np.uint8],
+    chosen: NDArray[np.int64],
+    checkpoint: Checkpoint,
+    device: torch.device,
+    batch_size: int,
+    doing: str,
+) -> Iterator[tuple[NDArray[np.int64], list[tuple[Tensor, Tensor]]]]:
+    """Yield, under a progress bar, which of the chosen images a batch holds and their `CNN.features`."""
+    with tqdm(total=len(chosen), desc=doing, unit=" images", disable=None) as bar:
+        for start in range(0, len(chosen), batch_size):
+            which = chosen[start : start + batch_size]
+            batch = normalise(torch.from_numpy(images[which]).to(device), checkpoint.mean, checkpoint.std)
+            yield which, checkpoint.net.features(batch.contiguous(memory_format=torch.channels_last))
+            bar.update(len(which))
 
 
 def measure_activations(
@@ -275,7 +277,8 @@ def measure_activations(
         conv{k}_mean and conv{k}_nonzero, the mean and the share of positions above zero, float32.
     """
     found: dict[str, list[Tensor]] = {}
-    for _, features in batches(images, checkpoint, device, batch_size, "activations"):
+    everything = np.arange(len(images))
+    for _, features in batches(images, everything, checkpoint, device, batch_size, "activations"):
         for layer, (pooled, _) in zip(LAYERS, features, strict=True):
             flat = pooled.flatten(2)  # (images, filters, positions)
             place = flat.argmax(dim=2)
@@ -344,13 +347,13 @@ def project_top(
         found[f"{layer}_patch"] = np.zeros((*image.shape, 3, size, size), np.uint8)
 
     needed = np.unique(np.concatenate([found[f"{layer}_image"].ravel() for layer in LAYERS]))
-    needed = needed[needed >= 0]
-    for which, features in batches(split.images[needed], checkpoint, device, batch_size, "top images"):
+    needed = needed[needed >= 0].astype(np.int64)
+    for which, features in batches(split.images, needed, checkpoint, device, batch_size, "top images"):
         for layer, projector in zip(LAYERS, projectors, strict=True):
             image = found[f"{layer}_image"]
-            entries = np.argwhere(np.isin(image, needed[which]))  # (units, 2): filter and rank of each unit
+            entries = np.argwhere(np.isin(image, which))  # (units, 2): filter and rank of each unit
             filter_, rank = entries.T
-            local = torch.from_numpy(np.searchsorted(needed[which], image[filter_, rank])).to(device)
+            local = torch.from_numpy(np.searchsorted(which, image[filter_, rank])).to(device)
             row, column = torch.from_numpy(found[f"{layer}_position"][filter_, rank]).long().to(device).T
             switches = features[projector.layer][1]
             switch = switches[local, torch.from_numpy(filter_).to(device), row, column]
@@ -398,53 +401,49 @@ def magnitude_statistics(projections: Tensor, pixels: int) -> Tensor:
 
 def measure_projections(
     images: NDArray[np.uint8],
+    chosen: NDArray[np.int64],
+    positions: NDArray[np.int16],
     checkpoint: Checkpoint,
-    places: NDArray[np.int64],
     device: torch.device,
     batch_size: int,
     chunk: int,
 ) -> dict[str, NDArray[np.float32]]:
-    """Project every filter of conv4 in every image from its strongest place, and measure the projections.
+    """Project every filter of conv4 in every chosen image from its strongest unit; measure the projections.
 
     Args:
         images: uint8 (images, 3, 96, 96).
+        chosen: Indices of those to project.
+        positions: Row and column of the strongest unit in conv4's pooled map, (images, filters, 2).
         checkpoint: The network, with the mean and std of its training images.
-        places: row * columns + column of the strongest activation in conv4's pooled map, (images, filters).
         device: Where to compute.
         batch_size: Images at once.
         chunk: Units at once, for each thread.
 
     Returns:
-        nonzero_count, mean, max and variance of `magnitude_statistics`, float32 (images, filters) each; all 0
-        where the filter does not fire, which costs no projection.
+        nonzero_count, mean, max and variance of `magnitude_statistics`, float32 (chosen images, filters); all
+        0 where the filter does not fire, which costs no projection.
     """
     projector = Projector(checkpoint.net, len(LAYERS) - 1)
-    found = np.zeros((*places.shape, 4), np.float32)
+    found = []
     # On a CPU each thread takes chunks that stay in its own cache; that beats sharing each operation.
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(threads, initializer=set_threads, initargs=(device,)) as workers:
-        for which, features in batches(images, checkpoint, device, batch_size, "projections"):
-            masks = projector.masks(features)
-            units = projector.units(features, torch.from_numpy(places[which]).to(device))
+        for which, features in batches(images, chosen, checkpoint, device, batch_size, "projections"):
+            rows, columns = torch.from_numpy(positions[which]).long().to(device).unbind(dim=2)
+            units = projector.units(features, rows * features[-1][0].shape[-1] + columns)
             fires = units.value.nonzero().flatten()
-            units = units.take(fires)
-            statistics = torch.zeros(places[which].size, 4, device=device)
+            units, masks = units.take(fires), projector.masks(features)
 
-            def measure(
-                group: Tensor,
-                masks: list[Tensor] = masks,
-                units: Units = units,
-                fires: Tensor = fires,
-                statistics: Tensor = statistics,
-            ) -> None:
-                projections = projector.project(masks, units.take(group))
-                statistics[fires[group]] = magnitude_statistics(projections, IMAGE_SIZE**2)
+            def measure(group: Tensor, masks: list[Tensor] = masks, units: Units = units) -> Tensor:
+                return magnitude_statistics(projector.project(masks, units.take(group)), IMAGE_SIZE**2)
 
-            for _ in workers.map(measure, projector.groups(units, chunk)):
-                pass
-            found[which] = statistics.view(*places[which].shape, 4).cpu().numpy()
+            groups = list(projector.groups(units, chunk))
+            statistics = torch.zeros(rows.numel(), 4, device=device)
+            if groups:
+                statistics[fires[torch.cat(groups)]] = torch.cat(list(workers.map(measure, groups)))
+            found.append(statistics.view(*rows.shape, 4).cpu().numpy())
     names = ("nonzero_count", "mean", "max", "variance")
-    return {name: np.ascontiguousarray(found[:, :, k]) for k, name in enumerate(names)}
+    return {name: np.concatenate([part[:, :, k] for part in found]) for k, name in enumerate(names)}
 
 
 def set_threads(device: torch.device) -> None:
@@ -605,11 +604,9 @@ def main() -> None:
         print(f"wrote {len(paths)} pages, {paths[0]} to {paths[-1].name}", flush=True)
 
         chosen = first_of_each_class(split.labels, IMAGES_PER_CLASS)
-        columns = frame_sizes(checkpoint.net)[1][3] // checkpoint.net.blocks[3].pool_size
-        row, column = np.moveaxis(activations["conv4_position"][chosen].astype(np.int64), 2, 0)
         start = time.perf_counter()
         statistics = measure_projections(
-            split.images[chosen], checkpoint, row * columns + column, device, BATCH_SIZE, CHUNK
+            split.images, chosen, activations["conv4_position"], checkpoint, device, BATCH_SIZE, CHUNK
         )
         seconds = time.perf_counter() - start
         count = int((activations["conv4_max"][chosen] > 0).sum())

@@ -152,8 +152,7 @@ def sum_projections(
     image, filter_ = np.concatenate(groups).T
     group = np.repeat(np.arange(len(groups)), [len(members) for members in groups])
     needed = np.unique(image)
-    for which, features in batches(images[needed], checkpoint, device, batch_size, doing):
-        batch = needed[which]
+    for batch, features in batches(images, needed, checkpoint, device, batch_size, doing):
         entries = np.flatnonzero(np.isin(image, batch))
         _, filters, _, columns = features[-1][0].shape
         row, column = np.moveaxis(positions[batch].astype(np.int64), 2, 0)

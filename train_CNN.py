@@ -53,8 +53,8 @@ TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,0
 FILTERS = (48, 96, 192, 256)
 KERNEL_SIZES = (5, 3, 3, 3)
 STRIDES = (2, 1, 1, 1)
-POOL_SIZES = (2, 2, 1, 4)
-HEAD_SIZE = 3
+POOL_SIZES = (2, 2, 2, 2)  # without pooling a layer, projections lose their outlines to a grid of dots
+HEAD_SIZE = 2
 DROPOUT = 0.3
 # training
 EPOCHS = 75  # passes over the training images

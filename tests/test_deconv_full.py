@@ -171,26 +171,22 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
 def test_statistics_of_all_projections_equal_those_of_full_frames(make_net: MakeNet, split: Split) -> None:
     checkpoint = make_checkpoint(make_net())
     activations = deconv_full.measure_activations(split.images, checkpoint, CPU, 5)
-    size = 96
-    for block in checkpoint.net.blocks:
-        kernel, stride, padding = block.sizes()
-        size = ((size + 2 * padding - kernel) // stride + 1) // block.pool_size
-    row, column = np.moveaxis(activations["conv4_position"].astype(np.int64), 2, 0)
+    positions, chosen = activations["conv4_position"], np.array([7, 0, 3])
     threads = torch.get_num_threads()
-    found = deconv_full.measure_projections(split.images, checkpoint, row * size + column, CPU, 5, 4)
+    found = deconv_full.measure_projections(split.images, chosen, positions, checkpoint, CPU, 2, 4)
     assert torch.get_num_threads() == threads
-    for image in range(3):
+    for n, image in enumerate(chosen):
         batch = normalise(torch.from_numpy(split.images[[image]]), checkpoint.mean, checkpoint.std)
         features = checkpoint.net.features(batch)
         for filter_ in range(8):
-            at = int(row[image, filter_]), int(column[image, filter_])
-            frame = deconv.project_unit(checkpoint.net, features, 3, filter_, *at).numpy()
+            row, column = positions[image, filter_].tolist()
+            frame = deconv.project_unit(checkpoint.net, features, 3, filter_, row, column).numpy()
             magnitude = np.abs(frame.astype(np.float64)).sum(axis=0)
             above = magnitude[magnitude > 0]
-            assert found["nonzero_count"][image, filter_] == pytest.approx(len(above), abs=2)
-            assert found["mean"][image, filter_] == pytest.approx(above.mean() if len(above) else 0, rel=1e-3)
-            assert found["max"][image, filter_] == pytest.approx(magnitude.max(), rel=1e-4)
-            assert found["variance"][image, filter_] == pytest.approx(magnitude.var(), rel=1e-3, abs=1e-9)
+            assert found["nonzero_count"][n, filter_] == pytest.approx(len(above), abs=2)
+            assert found["mean"][n, filter_] == pytest.approx(above.mean() if len(above) else 0, rel=1e-3)
+            assert found["max"][n, filter_] == pytest.approx(magnitude.max(), rel=1e-4)
+            assert found["variance"][n, filter_] == pytest.approx(magnitude.var(), rel=1e-3, abs=1e-9)
 
 
 def test_a_dead_filter_has_no_top_images_and_empty_statistics(make_net: MakeNet, split: Split) -> None:
@@ -201,8 +197,10 @@ def test_a_dead_filter_has_no_top_images_and_empty_statistics(make_net: MakeNet,
     assert not activations["conv4_max"][:, 2].any() and not activations["conv4_position"][:, 2].any()
     found = deconv_full.project_top(split, checkpoint, activations, CPU, 9, 12, 32)
     assert (found["conv4_image"][2] == -1).all() and not found["conv4_projection"][2].any()
-    places = np.zeros((12, 8), np.int64)
-    statistics = deconv_full.measure_projections(split.images, checkpoint, places, CPU, 12, 32)
+    positions = activations["conv4_position"]
+    statistics = deconv_full.measure_projections(
+        split.images, np.arange(12), positions, checkpoint, CPU, 12, 32
+    )
     assert all(not statistics[name][:, 2].any() for name in statistics)
 
 
