@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from CNN import LAYERS
@@ -228,8 +229,14 @@ def draw_distributions(filter_metrics: pd.DataFrame, heading: str) -> Figure:
             values = values[values >= 0] if linear else values[values > 0]
             if len(values):
                 ax.ecdf(values, color=f"C{place}", label=layer)
-        ax.set(xlabel=label, ylim=(0, 1.02), xscale="linear" if linear or not ax.lines else "log")
-    axes[0, 0].legend(handles=axes[0, 0].lines)
+        ax.set(xlabel=label, ylim=(0, 1.02))
+        if ax.lines and not linear:
+            ax.set_xscale("log")
+            low, high = ax.get_xlim()
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 12 * low else (1, 3)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+    fig.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=len(LAYERS))
     fig.supylabel("share of filters up to this value", size="medium")
     fig.suptitle(heading)
     sns.despine(fig)

@@ -13,7 +13,7 @@ millions of units.
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -213,11 +213,13 @@ def displayed(projections: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.moveaxis(shown, -3, -1)
 
 
-def window_of(frame: NDArray[np.float32], unit: Unit, outside: float) -> NDArray[np.float32]:
-    """Cut a unit's receptive field out of a frame (3, rows, columns); `outside` fills what lies beyond it."""
-    padded = np.pad(frame, ((0, 0), (unit.size,) * 2, (unit.size,) * 2), constant_values=outside)
-    top, left = unit.top + unit.size, unit.left + unit.size
-    return padded[:, top : top + unit.size, left : left + unit.size]
+def window_of(frame: NDArray[Any], top: int, left: int, size: int, outside: float) -> NDArray[Any]:
+    """Cut the window of `size` pixels at (top, left) out of a frame (3, rows, columns).
+
+    The window may cross the border; `outside` fills what lies beyond it.
+    """
+    padded = np.pad(frame, ((0, 0), (size, size), (size, size)), constant_values=outside)
+    return padded[:, top + size : top + 2 * size, left + size : left + 2 * size]
 
 
 def draw(image: NDArray[np.uint8], layers: dict[str, list[Unit]], columns: int, heading: str) -> Figure:
@@ -245,14 +247,16 @@ def draw(image: NDArray[np.uint8], layers: dict[str, list[Unit]], columns: int, 
         whole.set_title(f"{layer}, receptive field {units[0].size if units else 0} px", fontsize=8)
         if not units:
             continue
-        panels = displayed(np.stack([window_of(unit.projection, unit, 0) for unit in units]))
+        panels = displayed(
+            np.stack([window_of(unit.projection, unit.top, unit.left, unit.size, 0) for unit in units])
+        )
         colors = sns.color_palette("bright", len(units))
         for unit, panel, color, (upper, lower) in zip(units, panels, colors, pair.T[2:], strict=False):
             frame = Rectangle(
                 (unit.left - 0.5, unit.top - 0.5), unit.size, unit.size, fill=False, ec=color, lw=1.4
             )
             whole.add_patch(frame)
-            patch = window_of(pixels, unit, 1).transpose(1, 2, 0)
+            patch = window_of(pixels, unit.top, unit.left, unit.size, 1).transpose(1, 2, 0)
             for ax, picture in ((upper, panel), (lower, patch)):
                 ax.imshow(picture, interpolation="nearest")
                 ax.axis("on")

@@ -45,7 +45,7 @@ from CNN import (
     load_checkpoint,
     receptive_fields,
 )
-from deconv import displayed, gain_filters, unpool
+from deconv import displayed, gain_filters, unpool, window_of
 from load_data import Split, load_split, normalise, save_arrays, save_figure, title
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
@@ -62,7 +62,7 @@ OUTPUTS = Path("outputs")
 class Span(NamedTuple):
     """Rows (or columns) of a window at one layer's input: `start` to `stop` inside the frame.
 
-    `first` is where the window would start without the border; start - first rows are cut off.
+    `first` is where the rows that come out of the layer above start; start - first of them are cut off.
     """
 
     first: int
@@ -126,7 +126,7 @@ class Projector:
         self.layer = layer
         self.blocks = net.blocks[: layer + 1]
         self.input_sizes, self.conv_sizes = frame_sizes(net)
-        self.window = receptive_fields(net)[layer].size
+        self.field = receptive_fields(net)[layer]
         self.own_filters = gain_filters(self.blocks[layer]).permute(0, 2, 3, 1).contiguous()
         self.turned = [turned_filters(block) for block in self.blocks[:layer]]
         self.windows = [self.spans(row) for row in range(self.conv_sizes[layer])]
@@ -151,6 +151,10 @@ class Projector:
                 pool = self.blocks[k - 1].pool_size
                 start, stop = spans[-1].start * pool, spans[-1].stop * pool
         return spans
+
+    def origin(self, row: int) -> int:
+        """Return the pixel row (or column) where the window of a unit at `row` starts; it may be negative."""
+        return row * self.field.jump + self.field.start
 
     def masks(self, features: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Return, for each layer below, 1 where a maximum was and 0 elsewhere.
@@ -335,7 +339,7 @@ def project_top(
     for layer, projector in zip(LAYERS, projectors, strict=True):
         image = top_images(activations[f"{layer}_max"], n_top)  # (filters, n_top)
         filter_ = np.arange(len(image))[:, None]
-        fires, size = image >= 0, projector.window
+        fires, size = image >= 0, projector.field.size
         found[f"{layer}_image"] = image
         found[f"{layer}_value"] = np.where(fires, activations[f"{layer}_max"][image, filter_], 0).astype(
             np.float32
@@ -362,19 +366,19 @@ def project_top(
             units = Units(local, torch.from_numpy(filter_).to(device), value, switch // side, switch % side)
             masks = projector.masks(features)
             for group in projector.groups(units, chunk):
-                some = units.take(group)
-                signal = projector.project(masks, some).permute(0, 3, 1, 2).cpu().numpy()
-                rows, columns = (projector.windows[int(at[0])][-1] for at in (some.row, some.column))
-                places = group.cpu().numpy()
-                found[f"{layer}_projection"][filter_[places], rank[places], :, cut(rows), cut(columns)] = (
-                    signal
-                )
-            for number, (r, c) in enumerate(zip(units.row.tolist(), units.column.tolist(), strict=True)):
-                rows, columns = projector.windows[r][-1], projector.windows[c][-1]
-                entry = filter_[number], rank[number]
-                found[f"{layer}_origin"][entry] = rows.first, columns.first
-                patch = split.images[image[entry], :, rows.start : rows.stop, columns.start : columns.stop]
-                found[f"{layer}_patch"][entry][:, cut(rows), cut(columns)] = patch
+                signal = projector.project(masks, units.take(group)).permute(0, 3, 1, 2).cpu().numpy()
+                for number, window in zip(group.tolist(), signal, strict=True):
+                    entry = filter_[number], rank[number]
+                    places = int(units.row[number]), int(units.column[number])
+                    origin = projector.origin(places[0]), projector.origin(places[1])
+                    found[f"{layer}_origin"][entry] = origin
+                    seen = [projector.windows[place][-1] for place in places]
+                    rows, columns = (
+                        slice(s.start - o, s.stop - o) for s, o in zip(seen, origin, strict=True)
+                    )
+                    found[f"{layer}_projection"][entry][:, rows, columns] = window
+                    pixels = split.images[image[entry]]
+                    found[f"{layer}_patch"][entry] = window_of(pixels, *origin, projector.field.size, 0)
     return found
 
 

@@ -203,8 +203,7 @@ def test_grey_is_zero_and_one_scale_serves_all_panels() -> None:
 
 def test_a_window_over_the_border_is_filled_up() -> None:
     frame = np.arange(96 * 96, dtype=np.float32).reshape(1, 96, 96).repeat(3, axis=0)
-    unit = deconv.Unit(0, 1.0, -2, 93, 5, frame)
-    window = deconv.window_of(frame, unit, -1)
+    window = deconv.window_of(frame, -2, 93, 5, -1)
     assert window.shape == (3, 5, 5)
     assert (window[:, :2] == -1).all() and (window[:, :, 3:] == -1).all()
     assert window[0, 2:, :3].tolist() == frame[0, :3, 93:].tolist()

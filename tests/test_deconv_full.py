@@ -8,7 +8,7 @@ from conftest import MakeNet
 
 import deconv
 import deconv_full
-from CNN import CNN, LAYERS, Checkpoint, receptive_fields, save_checkpoint
+from CNN import CNN, LAYERS, Checkpoint, frame_sizes, receptive_fields, save_checkpoint
 from deconv_full import Projector, magnitude_statistics, top_images
 from load_data import Split, normalise
 
@@ -79,14 +79,16 @@ def test_each_unit_is_in_one_group_of_units_that_the_border_cuts_alike(make_net:
             assert len(cuts) == 1
 
 
-def test_window_size_is_the_receptive_field(make_net: MakeNet) -> None:
+def test_windows_lie_where_the_receptive_fields_do(make_net: MakeNet) -> None:
     for config in CONFIGS:
         net = make_net(**config)
         for layer, field in enumerate(receptive_fields(net)):
             projector = Projector(net, layer)
-            middle = projector.conv_sizes[layer] // 2
-            first = projector.windows[middle][-1].first
-            assert (projector.window, first) == (field.size, middle * field.jump + field.start)
+            for row, windows in enumerate(projector.windows):
+                origin, seen = row * field.jump + field.start, windows[-1]
+                assert projector.origin(row) == origin
+                assert max(origin, 0) == seen.start
+                assert seen.stop <= min(origin + field.size, 96)  # less where pooling left rows over
 
 
 def test_top_images_are_different_strongest_first_and_ties_go_to_the_lower_index() -> None:
@@ -138,8 +140,8 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
     checkpoint = make_checkpoint(make_net())
     activations = deconv_full.measure_activations(split.images, checkpoint, CPU, 5)
     found = deconv_full.project_top(split, checkpoint, activations, CPU, 9, 5, 4)
+    conv_sizes = frame_sizes(checkpoint.net)[1]
     for k, layer in enumerate(LAYERS):
-        size = receptive_fields(checkpoint.net)[k].size
         for filter_, images in enumerate(found[f"{layer}_image"]):
             living = images[images >= 0]
             assert len(set(living)) == len(living)
@@ -158,14 +160,16 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
                 plain = deconv.project_unit(
                     checkpoint.net, features, k, filter_, int(row), int(column)
                 ).numpy()
-                unit = deconv.Unit(filter_, 1.0, int(origin[0]), int(origin[1]), size, plain)
-                expected = deconv.window_of(plain, unit, 0)
+                at_row, at_column = divmod(int(features[k][1][0, filter_, row, column]), conv_sizes[k])
+                field = receptive_fields(checkpoint.net)[k]
+                window = at_row * field.jump + field.start, at_column * field.jump + field.start
+                assert tuple(origin) == window
+                expected = deconv.window_of(plain, *window, field.size, 0)
                 assert np.abs(projection - expected).max() <= 1e-4 * np.abs(plain).max()
                 assert np.abs(plain).sum() == pytest.approx(
                     np.abs(expected).sum(), rel=1e-5
                 )  # nothing outside
-                pixels = split.images[image].astype(np.float32)
-                assert (patch == deconv.window_of(pixels, unit, 0)).all()
+                assert (patch == deconv.window_of(split.images[image], *window, field.size, 0)).all()
 
 
 def test_statistics_of_all_projections_equal_those_of_full_frames(make_net: MakeNet, split: Split) -> None:

@@ -23,7 +23,7 @@ Inputs = tuple[Split, Checkpoint, dict[str, NDArray[Any]]]
 
 def save_network(seed: int) -> Checkpoint:
     torch.manual_seed(seed)
-    net = CNN(filters=(4, 6, 8, 10), classes=len(NAMES))
+    net = CNN(filters=(4, 6, 8, 10), strides=(1, 1, 1, 1), head_size=1, classes=len(NAMES))
     net.blocks[3].bn.bias.data[DEAD] = -1000
     save_checkpoint(
         Path("outputs/CNN.pth"),
