@@ -43,10 +43,10 @@ from load_data import load_split, normalise, save_figure, title
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (resized and cropped to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
 N_FILTERS = 6  # strongest filters drawn of each layer
-CHECKPOINT = Path("outputs/CNN.pth")
-DATA_DIR = Path("data")
+CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
+DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
-FIGURE = Path("outputs/deconv_image.png")
+FIGURE = Path("outputs/deconv_image.png")  # what is written
 
 
 def gain_filters(block: ConvBlock) -> Tensor:

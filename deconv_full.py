@@ -53,10 +53,10 @@ IMAGES_PER_CLASS: int | None = None  # test images of each class in projection_s
 BATCH_SIZE = 32  # images whose masks are held at once; more costs memory, not time
 CHUNK = 32  # units projected at once by one thread; on a CPU they should fit its cache, on a GPU try 2048
 FILTERS_PER_PAGE = 32  # filters in one picture of outputs/deconv/
-CHECKPOINT = Path("outputs/CNN.pth")
-DATA_DIR = Path("data")
+CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
+DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
-OUTPUTS = Path("outputs")
+OUTPUTS = Path("outputs")  # where results go
 
 
 class Span(NamedTuple):

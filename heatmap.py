@@ -35,10 +35,10 @@ TOP_IMAGES = 3  # images drawn of each filter: those of the class that drive it 
 SUMMED_FILTERS = 16  # strongest filters of an image, whose projections are added up in images.png
 BATCH_SIZE = 32  # images whose masks are held at once; more costs memory, not time
 CHUNK = 32  # projections at once; on a CPU they should fit its cache, on a GPU try 2048
-CHECKPOINT = Path("outputs/CNN.pth")
-DATA_DIR = Path("data")
+CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
+DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
-OUTPUTS = Path("outputs")
+OUTPUTS = Path("outputs")  # where results go
 
 LAYER = LAYERS[-1]  # not a setting: only conv4 has tables of its projections
 

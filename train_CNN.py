@@ -44,18 +44,16 @@ from load_data import (
 )
 
 # data
-DATASET = (
-    "auto"  # "stl10", "shapes" (generated) or "auto": STL-10 if it can be had, else shapes with a notice
-)
-DATA_DIR = Path("data")
+DATASET = "auto"  # "stl10", "shapes" (generated) or "auto": STL-10 if it can be had, else shapes
+DATA_DIR = Path("data")  # holds the folder stl10_binary
 TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,000; "fold 0" to "fold 9"
-# network: CNN.py says what each one is
-FILTERS = (48, 96, 192, 256)
-KERNEL_SIZES = (5, 3, 3, 3)
-STRIDES = (2, 1, 1, 1)
-POOL_SIZES = (2, 2, 2, 2)  # without pooling a layer, projections lose their outlines to a grid of dots
-HEAD_SIZE = 2
-DROPOUT = 0.3
+# network
+FILTERS = (48, 96, 192, 256)  # of conv1 to conv4, as the three below
+KERNEL_SIZES = (5, 3, 3, 3)  # odd
+STRIDES = (2, 1, 1, 1)  # 2 in conv1 makes an epoch three times as fast
+POOL_SIZES = (2, 2, 2, 2)  # a layer without pooling covers projections with a grid of dots
+HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
+DROPOUT = 0.3  # of the classifier's inputs
 # training
 EPOCHS = 75  # passes over the training images
 SHAPES_EPOCHS = 12  # passes over the generated images, if there are only those
@@ -68,17 +66,8 @@ AUGMENTATION = Augmentation(shift=12, zoom=0.15, rotation=5, colour=0.2, cutout=
 SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # files
-CHECKPOINT = Path("outputs/CNN.pth")
-SNAPSHOTS = (
-    1,
-    2,
-    5,
-    10,
-    20,
-    30,
-    40,
-    64,
-)  # epochs kept to show how features evolve, as in the paper's Figure 4
+CHECKPOINT = Path("outputs/CNN.pth")  # the other files go beside it
+SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, those of the paper's Figure 4
 
 
 class Result(NamedTuple):
