@@ -50,7 +50,7 @@ TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,0
 # network
 FILTERS = (48, 96, 192, 256)  # of conv1 to conv4, as the three below
 KERNEL_SIZES = (5, 3, 3, 3)  # odd
-STRIDES = (2, 1, 1, 1)  # 2 in conv1 makes an epoch three times as fast
+STRIDES = (2, 1, 1, 1)  # 2 in conv1 makes training several times faster
 POOL_SIZES = (2, 2, 2, 2)  # a layer without pooling covers projections with a grid of dots
 HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
 DROPOUT = 0.3  # of the classifier's inputs
