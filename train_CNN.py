@@ -56,7 +56,7 @@ HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
 DROPOUT = 0.3  # of the classifier's inputs
 # training
 EPOCHS = 75  # passes over the training images
-SHAPES_EPOCHS = 12  # passes over the generated images, if there are only those
+SHAPES_EPOCHS = 8  # passes over the generated images, if there are only those
 BATCH_SIZE = 64  # images a step
 LEARNING_RATE = 3e-3  # of AdamW; largest, after the warm-up
 WARM_UP = 0.15  # share of the training in which the learning rate rises; then it falls along a cosine
