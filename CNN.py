@@ -193,10 +193,16 @@ def choose_device(name: str) -> torch.device:
         present.insert(0, "cuda")
     if name == "auto":
         return torch.device(present[0])
-    kind, _, number = name.partition(":")
-    if kind not in present or (number and kind == "cuda" and int(number) >= torch.cuda.device_count()):
+    try:
+        device = torch.device(name)
+        found = device.type in present and (
+            device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+        )
+    except RuntimeError:  # no name of a device
+        found = False
+    if not found:
         raise SystemExit(f'DEVICE is {name!r}; this machine has {", ".join(present)} (or "auto")')
-    return torch.device(name)
+    return device
 
 
 class Checkpoint(NamedTuple):
@@ -240,8 +246,11 @@ def save_checkpoint(
         "epochs": epochs,
         "metrics": metrics,
     }
-    torch.save(content, partial)
-    partial.replace(path)
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -211,7 +211,7 @@ def print_summary(summary: pd.DataFrame, rankings: Mapping[str, pd.DataFrame], c
     print(f"{'class':<{width}}{'preferred by':>12}{'selectivity':>16}  top filters of {PROJECTED}")
     for name, ranking in rankings.items():
         top = ranking.head(count)
-        span = " to ".join(f"{index:.2f}" for index in top["selectivity"].iloc[[0, -1]]) if len(top) else ""
+        span = f"{top['selectivity'].max():.2f} to {top['selectivity'].min():.2f}" if len(top) else ""
         numbers = "".join(f"{cell:>6}" for cell in top["name"])
         print(f"{name:<{width}}{ranking['prefers'].sum():>12}{span:>16}{numbers}")
     print("* prefers another class, ° nearly dead; what is said about classes comes from activations:")

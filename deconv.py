@@ -1,7 +1,7 @@
 """Project one activation back to the pixels that caused it, in the plainest way.
 
 Run:    uv run deconv.py
-Reads:  outputs/CNN.pth
+Reads:  outputs/CNN.pth, data/stl10_binary/test_{X,y}.bin or the picture IMAGE
 Writes: outputs/deconv_image.png
 
 Zeiler & Fergus 2014, section 2.1: to see what a unit responds to, keep its activation, set all others of the

@@ -1,7 +1,7 @@
 """Project the strongest activations of every filter back to pixels, and measure all projections of conv4.
 
 Run:    uv run deconv_full.py
-Reads:  outputs/CNN.pth
+Reads:  outputs/CNN.pth, data/stl10_binary/test_{X,y}.bin
 Writes: outputs/activations.npz, outputs/projections.npz, outputs/projection_statistics.npz,
         outputs/deconv/conv*.png
 

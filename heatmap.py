@@ -1,7 +1,8 @@
 """Draw what the filters of conv4 respond to: over all classes, in each class, in single images.
 
 Run:    uv run heatmap.py
-Reads:  outputs/CNN.pth, outputs/activations.npz, outputs/filter_metrics.csv, outputs/class_metrics.csv
+Reads:  outputs/CNN.pth, outputs/activations.npz, outputs/filter_metrics.csv, outputs/class_metrics.csv,
+        data/stl10_binary/test_{X,y}.bin
 Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png, outputs/heatmaps/images.png
 
 The projection of a filter in an image starts from its strongest unit there. Its magnitude at a pixel is the

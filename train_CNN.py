@@ -83,7 +83,7 @@ def choose_precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -266,6 +266,7 @@ def stored_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     try:
         state = torch.load(path, weights_only=True)
         same = state["settings"] == json.dumps(settings)
+        _ = state["rows"], state["net"], state["optimizer"], state["schedule"], state["generator"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError):
         print(f"{path} cannot be read: starting anew")
         return None

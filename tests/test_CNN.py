@@ -194,10 +194,11 @@ def test_weights_that_are_not_finite_are_refused(make_net: MakeNet) -> None:
         load_checkpoint(PATH)
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+@pytest.mark.parametrize("name", ["tpu", "cpu:x", "cuda:", "cuda:-1", ""])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(SystemExit, match=r"DEVICE is 'tpu'; this machine has .*cpu"):
-        choose_device("tpu")
+    with pytest.raises(SystemExit, match=rf"DEVICE is '{name}'; this machine has .*cpu"):
+        choose_device(name)
 
 
 def test_an_unknown_layer_is_refused() -> None:
