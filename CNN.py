@@ -206,7 +206,7 @@ def choose_device(name: str) -> torch.device:
 
 
 class Checkpoint(NamedTuple):
-    """A trained network and what made it."""
+    """A trained network and what made it; `measured_on` says on which images `metrics` was measured."""
 
     net: CNN
     dataset: str
@@ -217,6 +217,7 @@ class Checkpoint(NamedTuple):
     epochs: int
     metrics: dict[str, float]
     sha256: str
+    measured_on: str = "test"
 
 
 def save_checkpoint(
@@ -230,6 +231,7 @@ def save_checkpoint(
     seed: int,
     epochs: int,
     metrics: dict[str, float],
+    measured_on: str = "test",
 ) -> None:
     """Write the network and what made it to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,6 +247,7 @@ def save_checkpoint(
         "seed": seed,
         "epochs": epochs,
         "metrics": metrics,
+        "measured_on": measured_on,
     }
     try:
         torch.save(content, partial)
@@ -284,7 +287,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         "seed": int,
         "epochs": int,
         "metrics": dict,
+        "measured_on": str,
     }
+    content.setdefault("measured_on", "test")
     for key, kind in types.items():
         if not isinstance(content.get(key), kind) or (
             key == "metrics" and "test_accuracy" not in content[key]

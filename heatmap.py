@@ -313,7 +313,7 @@ def main() -> None:
         raise SystemExit(f"no filter of {LAYER} fires on any test image: run `uv run train_CNN.py` again")
     source = f"{len(images):,} test images of {title(checkpoint.dataset)}"
     print(f"drawing {LAYER} on {source} on {device}, torch {torch.__version__}")
-    source += f" (test accuracy {checkpoint.metrics['test_accuracy']:.1%})"
+    source += f" ({checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%})"
 
     path = folder / "class_filter_heatmap.png"
     heading = f"{LAYER} on {source}; {len(filter_metrics) - len(living)} dead filters left out"

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from CNN import CNN, choose_device, save_checkpoint
+from CNN import CNN, IMAGE_SIZE, choose_device, save_checkpoint
 from load_data import (
     Augmentation,
     Split,
@@ -63,6 +63,7 @@ WARM_UP = 0.15  # share of the training in which the learning rate rises; then i
 WEIGHT_DECAY = 0.05  # of filters and classifier, not of batch norm
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes
 AUGMENTATION = Augmentation(shift=12, zoom=0.15, rotation=5, colour=0.2, cutout=0)  # load_data.py says what
+MEASURE_EVERY = 5  # epochs between measurements on the test images, which take half an epoch each
 SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # files
@@ -121,7 +122,13 @@ def select(split: Split, places: NDArray[np.int64]) -> Split:
 
 
 def evaluate(
-    net: CNN, images: Tensor, labels: Tensor, mean: list[float], std: list[float], precision: torch.dtype
+    net: CNN,
+    images: Tensor,
+    labels: Tensor,
+    mean: list[float],
+    std: list[float],
+    precision: torch.dtype,
+    mirrored: bool = False,
 ) -> Result:
     """Measure the network in evaluation mode, then put it back into the mode it was in.
 
@@ -132,6 +139,7 @@ def evaluate(
         mean: Of each channel, on a scale of 0 to 1.
         std: Likewise.
         precision: Of the arithmetic.
+        mirrored: Average the logits of each image with those of its mirror image.
     """
     was_training = net.training
     net.eval()
@@ -141,7 +149,7 @@ def evaluate(
         for batch, truth in zip(images.split(size), labels.split(size), strict=True):
             batch = normalise(batch, mean, std).contiguous(memory_format=torch.channels_last)
             with torch.autocast(batch.device.type, precision, enabled=precision != torch.float32):
-                logits = net(batch)
+                logits = (net(batch) + net(batch.flip(3))) / 2 if mirrored else net(batch)
             losses += F.cross_entropy(logits.float(), truth, reduction="sum").cpu().double()
             predictions.append(logits.argmax(dim=1))
     net.train(was_training)
@@ -223,9 +231,10 @@ class Trainer:
                 logits = self.net(batch)
             loss = F.cross_entropy(logits.float(), truth, label_smoothing=self.smoothing)
             if not math.isfinite(loss.item()):
-                rate = self.schedule.get_last_lr()[0]
+                epoch = self.schedule.last_epoch // (len(order) // batch_size) + 1
                 raise SystemExit(
-                    f"the loss is {loss.item()} at step {step}, learning rate {rate:.3g}: lower LEARNING_RATE"
+                    f"the loss is {loss.item()} in epoch {epoch}, step {step}, learning rate "
+                    f"{self.schedule.get_last_lr()[0]:.3g}: lower LEARNING_RATE"
                 )
             self.optimizer.zero_grad()
             loss.backward()
@@ -283,12 +292,9 @@ def draw_curves(log: pd.DataFrame, measured: str, heading: str) -> Figure:
     for ax, quantity, label in zip(axes, ("loss", "accuracy"), ("loss (nats)", "accuracy (%)"), strict=False):
         scale = 100 if quantity == "accuracy" else 1
         for part, name in (("train", "training images, augmented"), ("test", f"{measured} images")):
-            ax.plot(
-                log["epoch"],
-                scale * log[f"{part}_{quantity}"],
-                label=name,
-                marker="." if len(log) < 3 else "",
-            )
+            values = log[["epoch", f"{part}_{quantity}"]].dropna()  # not every epoch is measured
+            marker = "." if part == "test" or len(values) < 3 else ""
+            ax.plot(values["epoch"], scale * values[f"{part}_{quantity}"], label=name, marker=marker)
         ax.set(xlabel="epoch", ylabel=label)
         ax.legend(frameon=False)
     axes[2].plot(log["epoch"], log["learning_rate"], color="0.3", marker="." if len(log) < 3 else "")
@@ -345,35 +351,49 @@ def report(counts: NDArray[np.int64], names: list[str]) -> None:
     print(f"accuracy {accuracy:.2%}, 95 % interval {accuracy - half:.2%} to {accuracy + half:.2%}")
 
 
-def check_settings(epochs: int, batch_size: int, images: int) -> None:
-    """Refuse settings that make no sense.
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings that make no sense, before anything is downloaded or computed.
+
+    Args:
+        settings: Under their names in small letters; `config` holds the arguments of `CNN`.
 
     Raises:
-        SystemExit: If one is out of range.
+        SystemExit: If one is out of range or the network cannot be built.
     """
-    if epochs < 1:
-        raise SystemExit(f"EPOCHS is {epochs}; expected at least 1")
-    if not 2 <= batch_size <= images:
+    config = settings["config"]
+    limits = {
+        "epochs": (1, math.inf),
+        "shapes_epochs": (1, math.inf),
+        "measure_every": (1, math.inf),
+        "batch_size": (2, math.inf),  # batch norm needs two
+        "learning_rate": (0, math.inf),
+        "warm_up": (0, 1),
+        "weight_decay": (0, math.inf),
+        "label_smoothing": (0, 1),
+        "head_size": (1, math.inf),
+        "dropout": (0, 1),
+    }
+    for name, (lowest, highest) in limits.items():
+        value = (settings | config)[name]
+        if not lowest <= value <= highest:
+            expected = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
+            raise SystemExit(f"{name.upper()} is {value}; expected {expected}")
+    if any(kernel % 2 == 0 for kernel in config["kernel_sizes"]):
+        raise SystemExit(f"KERNEL_SIZES is {config['kernel_sizes']}; expected odd numbers")
+    try:
+        with torch.device("meta"):  # shapes only
+            CNN(**config).eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    except (RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise SystemExit(
-            f"BATCH_SIZE is {batch_size}; expected 2 to {images:,}, the number of training images"
-        )
+            f"FILTERS, KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
+            f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def main() -> None:
-    """Train, measure after every epoch, and write checkpoint, log and figures."""
+    """Train, measure now and then, and write checkpoint, log and figures."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    device = choose_device(DEVICE)
-    dataset = find_dataset(DATASET, DATA_DIR)
-    epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
-    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
-    train, test = part_of_training(train, test, TRAIN_ON, DATA_DIR / "stl10_binary" / "fold_indices.txt")
-    check_settings(epochs, BATCH_SIZE, len(train.images))
-    names, (mean, std) = class_names(dataset), mean_and_std(train.images)
-    precision = choose_precision(device)
     settings: dict[str, Any] = {
-        "dataset": dataset,
-        "train_on": TRAIN_ON,
-        "mean": mean,
         "config": {
             "filters": FILTERS,
             "kernel_sizes": KERNEL_SIZES,
@@ -381,20 +401,33 @@ def main() -> None:
             "pool_sizes": POOL_SIZES,
             "head_size": HEAD_SIZE,
             "dropout": DROPOUT,
-            "classes": len(names),
         },
-        "epochs": epochs,
+        "train_on": TRAIN_ON,
+        "epochs": EPOCHS,
+        "shapes_epochs": SHAPES_EPOCHS,
         "batch_size": BATCH_SIZE,
         "learning_rate": LEARNING_RATE,
         "warm_up": WARM_UP,
         "weight_decay": WEIGHT_DECAY,
         "label_smoothing": LABEL_SMOOTHING,
         "augmentation": AUGMENTATION,
+        "measure_every": MEASURE_EVERY,
         "seed": SEED,
-        "precision": str(precision),
-        "device": str(device),
-        "torch": torch.__version__,
     }
+    check_settings(settings)
+    device = choose_device(DEVICE)
+    dataset = find_dataset(DATASET, DATA_DIR)
+    epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
+    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
+    train, test = part_of_training(train, test, TRAIN_ON, DATA_DIR / "stl10_binary" / "fold_indices.txt")
+    if len(train.images) < BATCH_SIZE:
+        raise SystemExit(f"BATCH_SIZE is {BATCH_SIZE}; there are only {len(train.images):,} training images")
+    names, (mean, std) = class_names(dataset), mean_and_std(train.images)
+    settings["config"]["classes"] = len(names)
+    precision = choose_precision(device)
+    # with these a run that goes on is the run that was interrupted
+    settings |= {"dataset": dataset, "mean": mean, "precision": str(precision), "device": str(device)}
+    settings["torch"] = torch.__version__
     measured = "held-out training" if TRAIN_ON == "validation" else "test"
     print(
         f"training on {len(train.images):,} images of {title(dataset)}, "
@@ -429,6 +462,7 @@ def main() -> None:
             seed=SEED,
             epochs=len(rows),
             metrics=metrics,
+            measured_on=measured,
         )
 
     print(
@@ -441,7 +475,13 @@ def main() -> None:
         epoch = len(rows) + 1
         try:
             learned = trainer.epoch(images, labels, mean, std, BATCH_SIZE)
-            tested = evaluate(trainer.net, test_images, test_labels, mean, std, precision)
+            # evaluation draws no random numbers, so how often it happens does not change the training
+            due = epoch % MEASURE_EVERY == 0 or epoch in SNAPSHOTS or epoch == epochs
+            tested = (
+                evaluate(trainer.net, test_images, test_labels, mean, std, precision)
+                if due
+                else Result(math.nan, math.nan, torch.empty(0))
+            )
         except KeyboardInterrupt:
             raise SystemExit(
                 f"interrupted in epoch {epoch}; {epoch - 1} finished epochs are kept: run again to go on"
@@ -457,8 +497,9 @@ def main() -> None:
         }
         rows.append(row)
         print(
-            f"{epoch:>5}{learned.loss:>12.4f}{learned.accuracy:>10.1%}{tested.loss:>12.4f}{tested.accuracy:>10.1%}"
-            f"{row['learning_rate']:>10.2g}{row['seconds']:>7.0f} s",
+            f"{epoch:>5}{learned.loss:>12.4f}{learned.accuracy:>10.1%}"
+            + (f"{tested.loss:>12.4f}{tested.accuracy:>10.1%}" if due else " " * 22)
+            + f"{row['learning_rate']:>10.2g}{row['seconds']:>7.0f} s",
             flush=True,
         )
         if epoch in SNAPSHOTS or epoch == epochs:
@@ -471,12 +512,15 @@ def main() -> None:
             pd.DataFrame(rows).to_csv(partial, index=False)
 
     # once more in float32, the precision of every later stage
-    final = evaluate(trainer.net, test_images, test_labels, mean, std, torch.float32)
+    arguments = trainer.net, test_images, test_labels, mean, std, torch.float32
+    final, mirrored = evaluate(*arguments), evaluate(*arguments, mirrored=True)
     counts = confusion_matrix(test.labels, final.predictions.numpy(), len(names))
     report(counts, names)
+    print(f"averaged with each image's mirror image, at twice the cost: {mirrored.accuracy:.2%}")
     seconds = rows[-1]["seconds"]
     print(f"{epochs * len(images) / seconds:,.0f} training images per second, testing included")
-    save(CHECKPOINT, {"test_accuracy": final.accuracy, "test_loss": final.loss, "seconds": seconds})
+    metrics = {"test_accuracy": final.accuracy, "test_loss": final.loss, "seconds": seconds}
+    save(CHECKPOINT, {**metrics, "test_accuracy_mirrored": mirrored.accuracy})
     log = pd.DataFrame(rows)
     heading = (
         f"{title(dataset)}, {len(images):,} training and {len(test_labels):,} {measured} images, seed {SEED}"

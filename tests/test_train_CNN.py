@@ -56,6 +56,35 @@ def test_evaluation_uses_evaluation_mode_and_gives_the_mode_back(make_net: MakeN
     assert same(before, net.state_dict())
 
 
+def test_the_mirrored_measurement_averages_both_logits(make_net: MakeNet) -> None:
+    net = make_net()
+    net.classifier.weight *= 20  # logits that differ between images
+    images = torch.randint(0, 256, (60, 3, 96, 96), dtype=torch.uint8)
+    images[..., :48] = 0  # mirror images differ
+    normalised = normalise(images, GREY, QUARTER)
+    logits = (net(normalised) + net(normalised.flip(3))) / 2
+    labels = torch.randint(0, 10, (60,))
+    plain = train_CNN.evaluate(net, images, labels, GREY, QUARTER, torch.float32)
+    found = train_CNN.evaluate(net, images, labels, GREY, QUARTER, torch.float32, mirrored=True)
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-4)
+    assert found.loss != pytest.approx(plain.loss, rel=1e-4)
+    assert torch.equal(found.predictions, logits.argmax(dim=1))
+
+
+def test_test_images_are_measured_now_and_then_which_changes_no_weight(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_CNN, "SNAPSHOTS", (1,))
+    monkeypatch.setattr(train_CNN, "EPOCHS", 4)
+    train_CNN.main()
+    log, seldom = pd.read_csv("outputs/training_log.csv"), weights()
+    assert log.loc[log["test_loss"].notna(), "epoch"].tolist() == [1, 4]  # a snapshot, and the last
+    monkeypatch.setattr(train_CNN, "MEASURE_EVERY", 1)
+    train_CNN.main()
+    log = pd.read_csv("outputs/training_log.csv")
+    assert log["test_loss"].notna().all() and same(seldom, weights())
+
+
 def test_confusion_counts_true_classes_in_rows() -> None:
     labels, predictions = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 0, 2, 2])
     assert train_CNN.confusion_matrix(labels, predictions, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
@@ -88,11 +117,11 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
     """Makes Ctrl-C arrive in the evaluation that follows some epochs."""
     right, calls = train_CNN.evaluate, []
 
-    def evaluate(*args: Any) -> Any:
+    def evaluate(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) > epochs:
             raise KeyboardInterrupt
-        return right(*args)
+        return right(*args, **options)
 
     monkeypatch.setattr(train_CNN, "evaluate", evaluate)
 
@@ -152,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_CNN, "LEARNING_RATE", 1e30)
-    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at step \d+, learning rate .*LEARNING_RATE"):
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) in epoch 1, step \d, learning rate .*: low"):
         train_CNN.main()
     assert not Path("outputs/CNN.pth").exists()
 
@@ -161,8 +190,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
     ("name", "value", "message"),
     [
         ("EPOCHS", 0, "EPOCHS is 0; expected at least 1"),
-        ("BATCH_SIZE", 41, "BATCH_SIZE is 41; expected 2 to 40"),
-        ("BATCH_SIZE", 1, "BATCH_SIZE is 1"),
+        ("SHAPES_EPOCHS", 0, "SHAPES_EPOCHS is 0; expected at least 1"),
+        ("MEASURE_EVERY", 0, "MEASURE_EVERY is 0; expected at least 1"),
+        ("BATCH_SIZE", 41, "BATCH_SIZE is 41; there are only 40 training images"),
+        ("BATCH_SIZE", 1, "BATCH_SIZE is 1; expected at least 2"),
+        ("DROPOUT", 2, "DROPOUT is 2; expected 0 to 1"),
+        ("LEARNING_RATE", -1.0, "LEARNING_RATE is -1.0; expected at least 0"),
+        ("KERNEL_SIZES", (5, 4, 3, 3), r"KERNEL_SIZES is \(5, 4, 3, 3\); expected odd numbers"),
+        ("FILTERS", (8, 8, 8), "make no network of four layers"),
+        ("POOL_SIZES", (4, 4, 4, 4), "make no network of four layers for images of 96 pixels"),
+        ("STRIDES", (0, 1, 1, 1), "make no network of four layers"),
         ("DATASET", "cifar", "DATASET is 'cifar'"),
         ("DEVICE", "abacus", "DEVICE is 'abacus'"),
         ("TRAIN_ON", "fold 10", "TRAIN_ON is 'fold 10'"),
