@@ -1,9 +1,9 @@
 """Project the strongest activations of every filter back to pixels, and measure all projections of conv4.
 
 Run:    uv run deconv_full.py
-Reads:  outputs/CNN.pth, data/stl10_binary/test_{X,y}.bin
+Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth, data/stl10_binary/test_{X,y}.bin
 Writes: outputs/activations.npz, outputs/projections.npz, outputs/projection_statistics.npz,
-        outputs/deconv/conv*.png
+        outputs/deconv/conv*.png, outputs/feature_evolution.png
 
 The arithmetic is that of deconv.py (Zeiler & Fergus 2014, section 2.1), arranged for millions of units:
 
@@ -19,7 +19,7 @@ The arithmetic is that of deconv.py (Zeiler & Fergus 2014, section 2.1), arrange
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,8 @@ BATCH_SIZE = 32  # images whose masks are held at once; more costs memory, not t
 CHUNK = 32  # units projected at once by one thread; on a CPU they should fit its cache, on a GPU try 2048
 PRECISION = "float32"  # of projection_statistics.npz; or "bfloat16": faster, rounded; README says how much
 FILTERS_PER_PAGE = 32  # filters in one picture of outputs/deconv/
+EVOLUTION_FILTERS = 5  # filters of each layer in feature_evolution.png, evenly spaced by number
+EVOLUTION_IMAGES = 1000  # test images in which each snapshot's strongest activation is sought
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
@@ -575,8 +577,82 @@ def draw_pages(found: dict[str, NDArray[Any]], heading: str, per_page: int, fold
     return paths
 
 
+def read_snapshots(folder: Path, checkpoint: Checkpoint, device: torch.device) -> list[Checkpoint]:
+    """Return the snapshots of the training that ended in `checkpoint`, in order, or none if there are none."""
+    snapshots = [load_checkpoint(path, device) for path in sorted(folder.glob("epoch_*.pth"))]
+    if not snapshots:
+        return []
+    last, final = snapshots[-1].net.state_dict(), checkpoint.net.state_dict()
+    same = snapshots[-1].net.config == checkpoint.net.config and all(
+        torch.equal(last[name], final[name]) for name in final
+    )
+    return snapshots if same else []
+
+
+def project_evolution(
+    split: Split,
+    snapshots: Sequence[Checkpoint],
+    count: int,
+    device: torch.device,
+    batch_size: int,
+    chunk: int,
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Project, for a few filters, the strongest activation after each of several epochs (Figure 4).
+
+    Args:
+        split: Images in which it is sought, anew for each epoch.
+        snapshots: The network after each of these epochs.
+        count: Filters of each layer, evenly spaced by number.
+        device: Where to compute.
+        batch_size: Images at once.
+        chunk: Units at once.
+
+    Returns:
+        For each layer numbers of filters (filters,) and projections (filters, snapshots, 3, rows, columns).
+    """
+    numbers = [
+        np.unique(np.linspace(0, filters - 1, count).astype(np.int64))
+        for filters in snapshots[0].net.config["filters"]
+    ]
+    parts: dict[str, list[NDArray[np.float32]]] = {layer: [] for layer in LAYERS}
+    for snapshot in snapshots:
+        activations = measure_activations(split.images, snapshot, device, batch_size)
+        top = project_top(split, snapshot, activations, device, 1, batch_size, chunk)
+        for layer, chosen in zip(LAYERS, numbers, strict=True):
+            parts[layer].append(top[f"{layer}_projection"][chosen, 0])
+    return {
+        layer: (chosen, np.stack(parts[layer], axis=1)) for layer, chosen in zip(LAYERS, numbers, strict=True)
+    }
+
+
+def draw_evolution(
+    found: Mapping[str, tuple[NDArray[np.int64], NDArray[np.float32]]], epochs: Sequence[int], heading: str
+) -> Figure:
+    """Draw what `project_evolution` found: a row for each filter, a column for each epoch.
+
+    Each panel has a scale of its own, since projections grow as the network learns.
+    """
+    fig, axes = plt.subplots(2, 2, figsize=(10, 7), dpi=200, layout="constrained")
+    for ax, (layer, (numbers, projections)) in zip(axes.flat, found.items(), strict=True):
+        rows, columns, _, size, _ = projections.shape
+        step = size + max(1, size // 12)  # panel and gap
+        sheet = np.ones((rows * step, columns * step, 3), np.float32)
+        for row in range(rows):
+            for column in range(columns):
+                place = slice(row * step, row * step + size), slice(column * step, column * step + size)
+                sheet[place] = displayed(projections[row, column])
+        ax.imshow(sheet, interpolation="nearest")
+        ax.set_xticks(np.arange(columns) * step + size / 2 - 0.5, [str(epoch) for epoch in epochs])
+        ax.set_yticks(np.arange(rows) * step + size / 2 - 0.5, [str(number) for number in numbers])
+        ax.tick_params(length=0)
+        ax.set(xlabel="epoch", ylabel="filter", title=f"{layer}, windows of {size} x {size} pixels")
+        sns.despine(ax=ax, left=True, bottom=True)
+    fig.suptitle(heading, fontsize=10)
+    return fig
+
+
 def check_settings(
-    n_top: int, images_per_class: int | None, batch_size: int, chunk: int, images: int
+    n_top: int, images_per_class: int | None, batch_size: int, chunk: int, precision: str, images: int
 ) -> None:
     """Refuse settings that make no sense.
 
@@ -589,6 +665,8 @@ def check_settings(
         raise SystemExit(f"IMAGES_PER_CLASS is {images_per_class}; expected None (all) or at least 1")
     if batch_size < 1 or chunk < 1:
         raise SystemExit(f"BATCH_SIZE is {batch_size} and CHUNK is {chunk}; expected at least 1")
+    if precision not in PRECISIONS:
+        raise SystemExit(f"PRECISION is {precision!r}; expected {' or '.join(PRECISIONS)}")
 
 
 def main() -> None:
@@ -597,7 +675,7 @@ def main() -> None:
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     split = load_split(checkpoint.dataset, DATA_DIR, "test")
-    check_settings(N_TOP, IMAGES_PER_CLASS, BATCH_SIZE, CHUNK, len(split.images))
+    check_settings(N_TOP, IMAGES_PER_CLASS, BATCH_SIZE, CHUNK, PRECISION, len(split.images))
     filters = sum(checkpoint.net.config["filters"])
     print(
         f"projecting {filters} filters over {len(split.images):,} test images of {title(checkpoint.dataset)} "
@@ -633,6 +711,22 @@ def main() -> None:
         )
         paths = draw_pages(top, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
         print(f"wrote {len(paths)} pages, {paths[0]} to {paths[-1].name}", flush=True)
+
+        snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint, device)
+        if snapshots and EVOLUTION_FILTERS > 0:
+            some = Split(split.images[:EVOLUTION_IMAGES], split.labels[:EVOLUTION_IMAGES])
+            evolution = project_evolution(some, snapshots, EVOLUTION_FILTERS, device, BATCH_SIZE, CHUNK)
+            heading = (
+                f"strongest activation in {len(some.images):,} test images of {title(checkpoint.dataset)} "
+            )
+            heading += "after each epoch, projected; grey is zero, each panel has its own scale\n"
+            heading += f"{checkpoint.measured_on} accuracy at the end "
+            heading += f"{checkpoint.metrics['test_accuracy']:.1%}"
+            epochs = [snapshot.epochs for snapshot in snapshots]
+            save_figure(draw_evolution(evolution, epochs, heading), OUTPUTS / "feature_evolution.png")
+            print(f"wrote {OUTPUTS / 'feature_evolution.png'}", flush=True)
+        else:
+            print("no snapshots of this training: feature_evolution.png is not drawn")
 
         chosen = first_of_each_class(split.labels, IMAGES_PER_CLASS)
         start = time.perf_counter()

@@ -193,6 +193,53 @@ def test_statistics_of_all_projections_equal_those_of_full_frames(make_net: Make
             assert found["variance"][n, filter_] == pytest.approx(magnitude.var(), rel=1e-3, abs=1e-9)
 
 
+def test_bfloat16_is_near_float32_and_no_other_arithmetic(make_net: MakeNet, split: Split) -> None:
+    checkpoint = make_checkpoint(make_net())
+    activations = deconv_full.measure_activations(split.images, checkpoint, CPU, 12)
+    arguments = split.images, np.arange(12), activations["conv4_position"], checkpoint, CPU, 12, 32
+    exact = deconv_full.measure_projections(*arguments)
+    rounded = deconv_full.measure_projections(*arguments, precision=torch.bfloat16)
+    for name in ("mean", "max"):
+        fires = exact[name] > 0
+        error = np.abs(rounded[name] - exact[name])[fires] / exact[name][fires]
+        assert 0 < np.median(error) < 0.02
+
+
+def test_results_of_a_stride_are_put_side_by_side() -> None:
+    parts = torch.arange(2 * 3 * 4 * 2 * 2 * 3.0).view(2, 3, 4, 12)  # stride 2, three channels
+    together = deconv_full.interleave(parts, 2)
+    assert together.shape == (2, 6, 8, 3)
+    for row, column, channel in ((0, 0, 0), (3, 5, 2), (5, 0, 1)):
+        part = (row % 2 * 2 + column % 2) * 3 + channel
+        assert together[1, row, column, channel] == parts[1, row // 2, column // 2, part]
+
+
+def test_evolution_ends_in_the_top_projection_of_the_last_snapshot(make_net: MakeNet, split: Split) -> None:
+    first, last = make_checkpoint(make_net(seed=1)), make_checkpoint(make_net(seed=2))
+    found = deconv_full.project_evolution(split, [first, last], 3, CPU, 5, 4)
+    activations = deconv_full.measure_activations(split.images, last, CPU, 5)
+    top = deconv_full.project_top(split, last, activations, CPU, 1, 5, 4)
+    for filters, layer in zip((5, 6, 7, 8), LAYERS, strict=True):
+        numbers, projections = found[layer]
+        assert numbers.tolist() == [0, (filters - 1) // 2, filters - 1]
+        assert projections.shape[:3] == (3, 2, 3)
+        assert (projections[:, 1] == top[f"{layer}_projection"][numbers, 0]).all()
+        assert not np.array_equal(projections[:, 0], projections[:, 1])
+
+
+def test_snapshots_of_another_training_are_not_taken(make_net: MakeNet) -> None:
+    info: dict[str, Any] = {"dataset": "stl10", "class_names": ["a"] * 10, "mean": [0.4] * 3}
+    info |= {"std": [0.25] * 3, "seed": 0, "metrics": {"test_accuracy": 0.1}}
+    folder = Path("outputs/snapshots")
+    checkpoint = make_checkpoint(make_net(seed=2))
+    assert deconv_full.read_snapshots(folder, checkpoint, CPU) == []
+    for epoch in (10, 9, 2):
+        save_checkpoint(folder / f"epoch_{epoch:03d}.pth", make_net(seed=epoch), epochs=epoch, **info)
+    assert deconv_full.read_snapshots(folder, checkpoint, CPU) == []
+    ended = make_checkpoint(make_net(seed=10))
+    assert [s.epochs for s in deconv_full.read_snapshots(folder, ended, CPU)] == [2, 9, 10]
+
+
 def test_a_dead_filter_has_no_top_images_and_empty_statistics(make_net: MakeNet, split: Split) -> None:
     net = make_net()
     net.blocks[3].bn.weight[2], net.blocks[3].bn.bias[2] = 0, -1  # never above zero
@@ -230,6 +277,7 @@ def test_settings_out_of_range_are_refused_before_any_work(
         ("N_TOP", 0, "N_TOP is 0"),
         ("IMAGES_PER_CLASS", 0, "IMAGES_PER_CLASS is 0"),
         ("BATCH_SIZE", 0, "BATCH_SIZE is 0"),
+        ("PRECISION", "half", "PRECISION is 'half'; expected float32 or bfloat16"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(deconv_full, name, value)

@@ -1,4 +1,4 @@
-"""Time a projection four ways: deconv_full's engine, deconv's full frame, captum, autograd.
+"""Time a projection: deconv_full's engine in two precisions, deconv's full frame, captum, autograd.
 
 Run:    uv run python tests/benchmarks/bench_projection.py
 Reads:  outputs/CNN.pth and its data set
@@ -6,6 +6,10 @@ Writes: nothing; prints a table
 
 One thread is timed in process CPU time, all cores in wall time. The ways take turns, round after round. Each
 includes its forward pass: the engine's one serves all units of an image, the others need one for each unit.
+
+What a window saves depends on how much of the frame it covers. So conv4 is timed twice: in the trained network,
+whose conv4 windows are 75 pixels wide, and in one with 3 x 3 filters, no stride and 32, 64, 128, 256 filters,
+whose windows are 38 pixels wide (random weights: the arithmetic does not depend on them).
 """
 
 import os
@@ -126,7 +130,8 @@ def time_layer(
     """Return the milliseconds a projection of each way, and the engine's largest deviation from captum."""
     _, units = strongest_units(net, projector, images[:UNITS])
     chosen = [int(units.value.argmax()), *range(0, len(units.image), len(units.image) // UNITS)]
-    times: dict[str, list[float]] = {"engine": [], "plain": [], "captum": [], "autograd": []}
+    rounded = Projector(net, projector.layer, torch.bfloat16)
+    times: dict[str, list[float]] = {way: [] for way in ("engine", "bfloat16", "plain", "captum", "autograd")}
     captum, pool = NeuronDeconvolution(net, net.blocks[projector.layer].relu), projector.blocks[-1].pool_size
     worst = 0.0
     for round_ in range(ROUNDS + 1):  # the first one warms up
@@ -139,6 +144,7 @@ def time_layer(
 
         ways: dict[str, Callable[[], int | Tensor]] = {
             "engine": partial(engine, net, projector, images[:IMAGES], threads),
+            "bfloat16": partial(engine, net, rounded, images[:IMAGES], threads),
             "plain": plain,
             "captum": partial(captum.attribute, image, place),
             "autograd": partial(by_autograd, net, image, projector.layer, pooled),
@@ -156,6 +162,42 @@ def time_layer(
         frame[:, rows.start : rows.stop, columns.start : columns.stop] = window
         worst = max(worst, float((frame - expected).abs().max() / expected.abs().max()))
     return times, worst
+
+
+def small_windows(images: Tensor) -> CNN:
+    """Return an untrained network with conv4 windows of 38 pixels, its batch norms set by the images."""
+    torch.manual_seed(0)
+    net = CNN((32, 64, 128, 256), (3, 3, 3, 3), (1, 1, 1, 1), (2, 2, 2, 2)).train()
+    with torch.no_grad():
+        for _ in range(30):  # running statistics approach those of the batch
+            net(images[:IMAGES])
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def print_layer(
+    name: str,
+    net: CNN,
+    projector: Projector,
+    images: Tensor,
+    threads: int,
+    rate: float,
+    timer: Callable[[], float],
+) -> None:
+    """Print what a projection of one layer costs each way, and the engine's share of the limit."""
+    times, worst = time_layer(net, projector, images, threads, timer)
+    fast = statistics.median(times["engine"])
+    cells = []
+    for way, values in times.items():
+        median = statistics.median(values)
+        ratio = f" {median / fast:.0f}x" if way != "engine" else ""
+        cells.append(f"{way} {median:.3f} ({min(values):.3f} to {max(values):.3f}){ratio}")
+    needed = multiply_adds(projector, strongest_units(net, projector, images[:2])[1])
+    print(f"{name}: {'; '.join(cells)}")
+    print(
+        f"       {needed / 1e6:.2f}e6 multiply-adds, {needed / fast / 1e6 / rate:.0%} of the limit; "
+        f"differs from captum by {worst:.1e} of the largest",
+        flush=True,
+    )
 
 
 def print_growth(net: CNN, projector: Projector, images: Tensor, threads: int) -> None:
@@ -200,19 +242,17 @@ def main() -> None:
         print(f"\n{name}; the machine reaches {rate:.0f}e9 multiply-adds/s")
         print("ms a projection: median (min to max); x: how many times the engine's")
         for layer, projector in zip(LAYERS, projectors, strict=True):
-            times, worst = time_layer(net, projector, images, threads, timer)
-            fast = statistics.median(times["engine"])
-            cells = []
-            for way, values in times.items():
-                median = statistics.median(values)
-                ratio = f" {median / fast:.0f}x" if way != "engine" else ""
-                cells.append(f"{way} {median:.3f} ({min(values):.3f} to {max(values):.3f}){ratio}")
-            needed = multiply_adds(projector, strongest_units(net, projector, images[:2])[1])
-            print(f"{layer}: {'; '.join(cells)}")
-            print(
-                f"       {needed / 1e6:.2f}e6 multiply-adds, {needed / fast / 1e6 / rate:.0%} of the limit; "
-                f"differs from captum by {worst:.1e} of the largest"
-            )
+            print_layer(layer, net, projector, images, threads, rate, timer)
+        small = small_windows(images)
+        print_layer(
+            f"{LAYERS[-1]} of the small-window network",
+            small,
+            Projector(small, 3),
+            images,
+            threads,
+            rate,
+            timer,
+        )
     print_growth(net, projectors[-1], images, cores)
 
 
