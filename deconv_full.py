@@ -578,7 +578,7 @@ def draw_pages(found: dict[str, NDArray[Any]], heading: str, per_page: int, fold
 
 
 def read_snapshots(folder: Path, checkpoint: Checkpoint, device: torch.device) -> list[Checkpoint]:
-    """Return the snapshots of the training that ended in `checkpoint`, in order, or none if there are none."""
+    """Return the snapshots of the training that ended in `checkpoint`, in order; none if there are none."""
     snapshots = [load_checkpoint(path, device) for path in sorted(folder.glob("epoch_*.pth"))]
     if not snapshots:
         return []

@@ -7,9 +7,9 @@ Writes: nothing; prints a table
 One thread is timed in process CPU time, all cores in wall time. The ways take turns, round after round. Each
 includes its forward pass: the engine's one serves all units of an image, the others need one for each unit.
 
-What a window saves depends on how much of the frame it covers. So conv4 is timed twice: in the trained network,
-whose conv4 windows are 75 pixels wide, and in one with 3 x 3 filters, no stride and 32, 64, 128, 256 filters,
-whose windows are 38 pixels wide (random weights: the arithmetic does not depend on them).
+What a window saves depends on how much of the frame it covers. So conv4 is timed twice: in the trained
+network, whose conv4 windows are 75 pixels wide, and in one with 3 x 3 filters, no stride and 32, 64, 128, 256
+filters, whose windows are 38 pixels wide (random weights: the arithmetic does not depend on them).
 """
 
 import os
