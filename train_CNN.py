@@ -62,7 +62,7 @@ LEARNING_RATE = 3e-3  # of AdamW; largest, after the warm-up
 WARM_UP = 0.15  # share of the training in which the learning rate rises; then it falls along a cosine
 WEIGHT_DECAY = 0.05  # of filters and classifier, not of batch norm
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes
-AUGMENTATION = Augmentation(shift=12, zoom=0.15, rotation=5, colour=0.2, cutout=0)  # load_data.py says what
+AUGMENTATION = Augmentation(shift=12, zoom=0.25, rotation=10, colour=0.3, cutout=16)  # load_data.py says what
 MEASURE_EVERY = 5  # epochs between measurements on the test images, which take half an epoch each
 SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
