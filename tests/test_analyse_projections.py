@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,22 @@ from numpy.typing import NDArray
 
 import analyse_projections
 from analyse_projections import (
+    adjusted,
+    area_under_roc,
+    best_threshold,
     class_selectivity,
+    crossed_selectivity,
     draw_top_filters,
+    halves,
+    lifetime_sparseness,
+    omega_squared,
     rank_filters,
     read_measurements,
+    specialisation,
     summarise_layers,
     tabulate_classes,
     tabulate_filters,
+    top_precision,
 )
 from CNN import LAYERS
 from load_data import save_arrays
@@ -25,7 +35,10 @@ NAMES = ["cat, tabby", "$dog$_2", "ship"]
 FIRST, SECOND = OUTPUTS / "activations.npz", OUTPUTS / "projection_statistics.npz"
 STATISTICS = ["nonzero_count", "mean", "variance", "max"]
 METRICS = ["activation_mean", "activation_variance", "activation_nonzero"]
-FILTER_COLUMNS = ["layer", "filter", "dead", *METRICS, *STATISTICS, "preferred_class", "selectivity"]
+SPECIALISATION = ["selectivity", "selectivity_low", "selectivity_high", "selectivity_same", "auc"]
+SPECIALISATION += ["hit_rate", "false_alarm_rate", "omega_squared", "precision", "sparseness", "p_adjusted"]
+FILTER_COLUMNS = ["layer", "filter", "dead", *METRICS, *STATISTICS, "preferred_class", *SPECIALISATION]
+FILTER_COLUMNS += ["significant"]
 CLASS_COLUMNS = ["layer", "filter", "class", "activation_mean", *STATISTICS]
 
 Values = dict[str, NDArray[Any]]
@@ -33,6 +46,7 @@ Values = dict[str, NDArray[Any]]
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyse_projections, "RESAMPLINGS", 20)
     monkeypatch.setitem(plt.rcParams, "savefig.dpi", 20)
 
 
@@ -70,7 +84,7 @@ def tables(
     first = {"labels": np.array(labels), **values}
     save(first, statistics(first, np.arange(len(labels))), names)
     measured = read_measurements(OUTPUTS)
-    return tabulate_filters(*measured), tabulate_classes(*measured)
+    return tabulate_filters(*measured, 20, 0), tabulate_classes(*measured)
 
 
 def refusal() -> str:
@@ -101,7 +115,7 @@ def test_means_over_classes_count_each_class_once_however_many_images_it_has() -
     # class means 4, 1, 3; mean of the other classes' means (1 + 3) / 2, not the mean of their images 1.5
     strength = [[4.0], [1.0], [1.0], [1.0], [3.0]]
     filters, classes = tables(strength, [0, 1, 1, 1, 2], NAMES)
-    assert filters["selectivity"].tolist() == pytest.approx([(4 - 2) / (4 + 2)] * 4)
+    assert filters["selectivity_same"].tolist() == pytest.approx([(4 - 2) / (4 + 2)] * 4)
     assert filters["activation_mean"].tolist() == [2.0] * 4
     assert classes["activation_mean"].tolist() == [4.0, 1.0, 3.0] * 4
 
@@ -125,7 +139,7 @@ def test_filter_metrics_agree_with_a_plain_loop() -> None:
     first = activations()
     second = statistics(first)
     save(first, second)
-    table = tabulate_filters(*read_measurements(OUTPUTS))
+    table = tabulate_filters(*read_measurements(OUTPUTS), 20, 0)
     rows = {(row["layer"], row["filter"]): row for row in table.to_dict("records")}
     assert len(rows) == len(table) == 4 + 5 + 6 + 7
     for layer in LAYERS:
@@ -166,6 +180,110 @@ def test_class_metrics_agree_with_a_plain_loop() -> None:
                 assert np.isnan(row[key])
 
 
+def test_halves_hold_every_class_alike() -> None:
+    labels = np.array([2, 0, 0, 2, 0, 1, 2, 0])
+    assert halves(labels).tolist() == [0, 0, 1, 1, 0, 0, 0, 1]
+
+
+def test_crossed_selectivity_by_hand() -> None:
+    first = np.array([[6.0], [1.0], [2.0]])  # prefers the first class
+    second = np.array([[3.0], [5.0], [1.0]])  # prefers the second
+    on_second = (3 - 3) / (3 + 3)  # index of the first class there
+    on_first = (1 - 4) / (1 + 4)
+    assert crossed_selectivity(first, second) == pytest.approx([(on_second + on_first) / 2])
+
+
+def test_noise_has_no_crossed_selectivity_while_the_same_images_flatter_it() -> None:
+    rng = np.random.default_rng(3)
+    values, labels = rng.gamma(1.0, 1.0, (400, 300)), np.arange(400) % 10
+    found = specialisation(values, labels, 10, 99, rng)
+    assert abs(found["selectivity"].mean()) < 0.03 < 0.1 < found["selectivity_same"].mean()
+    assert (found["selectivity_low"] < 0).mean() > 0.9
+    assert (found["p_adjusted"] < 0.05).mean() < 0.02
+    assert abs(found["omega_squared"].mean()) < 0.002
+    assert abs(found["auc"].mean() - 0.5) < 0.01
+
+
+def test_a_filter_that_knows_its_class_is_significant_and_detects_it() -> None:
+    rng = np.random.default_rng(4)
+    labels = np.arange(400) % 10
+    values = rng.uniform(0, 1, (400, 2))
+    values[labels == 3, 0] += 2  # the first filter fires above 2 on class 3 and below 1 elsewhere
+    found = specialisation(values, labels, 10, 99, rng)
+    assert found["auc"][0] == found["precision"][0] == 1
+    assert found["hit_rate"][0] >= 0.8  # the threshold is the least of one half; some of the other lie below
+    assert found["false_alarm_rate"][0] == 0
+    assert found["p_adjusted"][0] == pytest.approx(2 * 0.01)  # none of 99 reaches it; two filters are tested
+    expected = (2.5 - 0.5) / (2.5 + 0.5)
+    assert found["selectivity"][0] == pytest.approx(expected, abs=0.03)
+    assert found["selectivity_low"][0] < found["selectivity"][0] < found["selectivity_high"][0]
+    assert found["p_adjusted"][1] > 0.05
+
+
+def test_bootstrap_intervals_have_the_width_of_the_standard_error() -> None:
+    rng = np.random.default_rng(5)
+    values, labels = rng.normal(5, 1, (400, 1)), np.repeat([0, 1], 200)
+    means = analyse_projections.bootstrap_means(values, labels, 3, 4000, rng)
+    assert means.shape == (4000, 3, 1) and np.isnan(means[:, 2]).all()
+    assert means[:, 0].mean() == pytest.approx(values[:200].mean(), abs=0.01)
+    assert means[:, 0].std() == pytest.approx(values[:200].std() / np.sqrt(200), rel=0.05)
+
+
+def test_shuffled_labels_keep_the_class_sizes_and_the_total() -> None:
+    rng = np.random.default_rng(6)
+    values, labels = rng.uniform(0, 1, (30, 2)), np.repeat([0, 1, 3], (20, 4, 6))
+    means = analyse_projections.shuffled_means(values, labels, 4, 120, rng)
+    assert means.shape == (120, 4, 2) and np.isnan(means[:, 2]).all()
+    total = 20 * means[:, 0] + 4 * means[:, 1] + 6 * means[:, 3]
+    np.testing.assert_allclose(total, np.tile(values.sum(axis=0), (120, 1)), rtol=1e-5)
+    assert means[:, 1, 0].std() > 0.05  # they are shuffled
+
+
+def test_adjusted_p_values_by_hand() -> None:
+    found = adjusted(np.array([0.04, np.nan, 0.01, 0.03, 0.5]))
+    # four tests: 0.01 * 4 / 1; 0.03 * 4 / 2 = 0.06, but 0.04 * 4 / 3 = 0.0533 is smaller; 0.5 * 4 / 4
+    assert found == pytest.approx([0.16 / 3, np.nan, 0.04, 0.16 / 3, 0.5], nan_ok=True)
+
+
+def test_area_under_the_curve_counts_pairs_and_half_of_ties() -> None:
+    rng = np.random.default_rng(7)
+    values = rng.integers(0, 5, (40, 3)).astype(float)
+    members = rng.random((40, 3)) < 0.3
+    for k, found in enumerate(area_under_roc(values, members)):
+        inside, outside = values[members[:, k], k], values[~members[:, k], k]
+        pairs = [(a > b) + 0.5 * (a == b) for a in inside for b in outside]
+        assert found == pytest.approx(np.mean(pairs))
+
+
+def test_the_best_threshold_is_found_by_trying_all() -> None:
+    rng = np.random.default_rng(8)
+    values, members = rng.integers(0, 9, (50, 20)).astype(float), rng.random((50, 20)) < 0.3
+
+    def gain(k: int, t: float) -> float:
+        fires = values[:, k] >= t
+        return float(fires[members[:, k]].mean() - fires[~members[:, k]].mean())
+
+    for k, found in enumerate(best_threshold(values, members)):
+        assert gain(k, found) == pytest.approx(max(gain(k, t) for t in values[:, k]))
+
+
+def test_omega_squared_by_hand() -> None:
+    values, labels = np.array([[1.0], [3.0], [5.0], [7.0]]), np.array([0, 0, 1, 1])
+    # grand mean 4, class means 2 and 6: SS_total 20, SS_between 16, MS_within (20 - 16) / 2 = 2
+    assert omega_squared(values, labels, 3) == pytest.approx([(16 - 1 * 2) / (20 + 2)])
+
+
+def test_sparseness_is_one_for_a_single_image_and_zero_for_all_alike() -> None:
+    values = np.array([[1.0, 3.0, 0.0], [0.0, 3.0, 0.0], [0.0, 3.0, 1.0], [0.0, 3.0, 1.0]])
+    assert lifetime_sparseness(values) == pytest.approx([1, 0, (1 - 0.25 / 0.5) / 0.75])
+
+
+def test_precision_counts_the_strongest_images_of_the_class() -> None:
+    values = np.array([[5.0], [4.0], [3.0], [3.0], [1.0]])
+    members = np.array([[True], [False], [False], [True], [True]])
+    assert top_precision(values, members, 3) == pytest.approx([1 / 3])  # the tie goes to the lower index
+
+
 def test_dead_filters_are_not_nearly_dead_and_one_in_a_hundred_is_not_nearly_dead() -> None:
     strength = np.zeros((300, 4))
     strength[:2, 1] = strength[:3, 2] = strength[:, 3] = 1  # 2, 3 and 300 of 300 images
@@ -204,7 +322,7 @@ def test_filters_rank_the_same_from_the_files() -> None:
     first = activations()
     save(first, statistics(first))
     measured = read_measurements(OUTPUTS)
-    made = tabulate_filters(*measured), tabulate_classes(*measured)
+    made = tabulate_filters(*measured, 20, 0), tabulate_classes(*measured)
     for table, path in zip(made, ("filters.csv", "classes.csv"), strict=True):
         table.to_csv(path, index=False)
     for layer in LAYERS:
@@ -242,15 +360,15 @@ def test_a_run_writes_what_it_says_and_the_same_again(capsys: pytest.CaptureFixt
     assert classes.columns.tolist() == CLASS_COLUMNS
     assert filters["dead"].dtype == bool
     assert filters["filter"].dtype == classes["filter"].dtype == np.int64
-    numbers = [*METRICS, *STATISTICS, "selectivity"]
+    numbers = [*METRICS, *STATISTICS, *SPECIALISATION]
     assert set(filters[numbers].dtypes) == set(classes[CLASS_COLUMNS[3:]].dtypes) == {np.dtype(np.float64)}
     assert set(classes["class"]) == set(NAMES)
 
     # a dead filter has neither class nor selectivity, and a minus never stands before zero
     text = (OUTPUTS / "filter_metrics.csv").read_text()
-    assert text.splitlines()[1] == "conv1,0,True,0.0,0.0,0.0,,,,,,"
-    assert text.splitlines()[1 + 4 + 5 + 6] == "conv4,0,True,0.0,0.0,0.0,0.0,0.0,0.0,0.0,,"
-    assert "-0.0" not in text + (OUTPUTS / "class_metrics.csv").read_text()
+    assert text.splitlines()[1] == "conv1,0,True,0.0,0.0,0.0" + "," * 17 + "False"
+    assert text.splitlines()[1 + 4 + 5 + 6] == "conv4,0,True" + ",0.0" * 7 + "," * 13 + "False"
+    assert not re.search(r"-0\.0[,\n]", text + (OUTPUTS / "class_metrics.csv").read_text())
     assert '"cat, tabby"' in text
 
 
@@ -260,7 +378,7 @@ def test_a_layer_without_living_filters_goes_through(capsys: pytest.CaptureFixtu
         first[f"{layer}_max"][:] = 0
     save(first, statistics(first))
     analyse_projections.main()
-    assert capsys.readouterr().out.splitlines()[3].split() == ["conv2", "5", "5", "0", "nan", "nan%"]
+    assert capsys.readouterr().out.splitlines()[3].split()[:5] == ["conv2", "5", "5", "0", "nan"]
     filters = pd.read_csv(OUTPUTS / "filter_metrics.csv")
     assert filters.loc[filters["layer"] == "conv4", ["preferred_class", "selectivity"]].isna().all(axis=None)
     classes = pd.read_csv(OUTPUTS / "class_metrics.csv")
@@ -310,7 +428,7 @@ def test_class_names_are_drawn_as_they_are_written() -> None:
     first = activations()
     save(first, statistics(first))
     measured = read_measurements(OUTPUTS)
-    tables = tabulate_filters(*measured), tabulate_classes(*measured)
+    tables = tabulate_filters(*measured, 20, 0), tabulate_classes(*measured)
     figure = draw_top_filters({name: rank_filters(*tables, "conv4", name) for name in NAMES}, 10, "heading")
     figure.canvas.draw()
     labels = figure.axes[0].get_yticklabels()
