@@ -250,7 +250,9 @@ def save_checkpoint(
         "measured_on": measured_on,
     }
     try:
-        torch.save(content, partial)
+        stream = io.BytesIO()  # so that a full disk is an OSError
+        torch.save(content, stream)
+        partial.write_bytes(stream.getvalue())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

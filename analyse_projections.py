@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from CNN import LAYERS
-from load_data import Arrays, load_arrays, save_figure, title, whole_file
+from load_data import Arrays, load_arrays, plain_errors, save_figure, title, whole_file
 
 OUTPUTS = Path("outputs")
 RESAMPLINGS = 1000  # bootstrap samples behind an interval, and shuffled label sets behind a p-value
@@ -572,4 +572,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -38,7 +38,7 @@ from CNN import (
     load_checkpoint,
     receptive_fields,
 )
-from load_data import load_split, normalise, save_figure, title
+from load_data import load_split, normalise, plain_errors, save_figure, title
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (resized and cropped to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
@@ -304,4 +304,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

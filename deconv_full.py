@@ -46,7 +46,7 @@ from CNN import (
     receptive_fields,
 )
 from deconv import displayed, gain_filters, unpool, window_of
-from load_data import Split, load_split, normalise, save_arrays, save_figure, title
+from load_data import Split, load_split, normalise, plain_errors, save_arrays, save_figure, title
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = None  # test images of each class in projection_statistics.npz; None: all
@@ -755,4 +755,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -29,7 +29,7 @@ from analyse_projections import by_class, rank_filters
 from CNN import IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import displayed
 from deconv_full import Projector, batches
-from load_data import load_arrays, load_split, save_figure, title
+from load_data import load_arrays, load_split, plain_errors, save_figure, title
 
 TOP_FILTERS = 4  # filters drawn of each class
 TOP_IMAGES = 3  # images drawn of each filter: those of the class that drive it most
@@ -371,4 +371,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -10,6 +10,8 @@ Every later stage takes its images from here, and the functions that write a fil
 import cmath
 import hashlib
 import math
+import os
+import sys
 import tarfile
 import urllib.error
 import urllib.request
@@ -189,6 +191,29 @@ def check_file(path: Path) -> None:
     others = [line for line in verified if not line.startswith(f"{path.name} ")]
     with suppress(OSError), whole_file(record) as partial:  # read-only: the sum is computed every time
         partial.write_text("\n".join([*others, entry]))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End what a user or a machine can cause in one line: Ctrl-C, a full disk, no permission, no memory.
+
+    Raises:
+        SystemExit: With that line.
+    """
+    try:
+        yield
+        if sys.stdout:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: what was written is whole; run again") from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        raise SystemExit("the output was closed before the end; run again with all of it shown") from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(f"{where}{error.strerror or error}; mend that and run again") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise SystemExit("out of memory: lower BATCH_SIZE and run again") from None
 
 
 @contextmanager
@@ -459,4 +484,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -9,6 +9,7 @@ An interrupted run goes on from the last finished epoch, kept in outputs/trainin
 is started again with the same settings.
 """
 
+import io
 import json
 import math
 import pickle
@@ -38,6 +39,7 @@ from load_data import (
     load_split,
     mean_and_std,
     normalise,
+    plain_errors,
     save_figure,
     title,
     whole_file,
@@ -471,9 +473,10 @@ def main() -> None:
     )
     before = rows[-1]["seconds"] if rows else 0.0
     start = time.perf_counter()
-    while len(rows) < epochs:
-        epoch = len(rows) + 1
-        try:
+    kept = len(rows)  # epochs from whose end a run can go on
+    try:
+        while len(rows) < epochs:
+            epoch = len(rows) + 1
             learned = trainer.epoch(images, labels, mean, std, BATCH_SIZE)
             # evaluation draws no random numbers, so how often it happens does not change the training
             due = epoch % MEASURE_EVERY == 0 or epoch in SNAPSHOTS or epoch == epochs
@@ -482,34 +485,37 @@ def main() -> None:
                 if due
                 else Result(math.nan, math.nan, torch.empty(0))
             )
-        except KeyboardInterrupt:
-            raise SystemExit(
-                f"interrupted in epoch {epoch}; {epoch - 1} finished epochs are kept: run again to go on"
-            ) from None
-        row = {
-            "epoch": epoch,
-            "train_loss": learned.loss,
-            "train_accuracy": learned.accuracy,
-            "test_loss": tested.loss,
-            "test_accuracy": tested.accuracy,
-            "learning_rate": float(trainer.schedule.get_last_lr()[0]),
-            "seconds": before + time.perf_counter() - start,
-        }
-        rows.append(row)
-        print(
-            f"{epoch:>5}{learned.loss:>12.4f}{learned.accuracy:>10.1%}"
-            + (f"{tested.loss:>12.4f}{tested.accuracy:>10.1%}" if due else " " * 22)
-            + f"{row['learning_rate']:>10.2g}{row['seconds']:>7.0f} s",
-            flush=True,
-        )
-        if epoch in SNAPSHOTS or epoch == epochs:
-            save(
-                CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth", {"test_accuracy": tested.accuracy}
+            row = {
+                "epoch": epoch,
+                "train_loss": learned.loss,
+                "train_accuracy": learned.accuracy,
+                "test_loss": tested.loss,
+                "test_accuracy": tested.accuracy,
+                "learning_rate": float(trainer.schedule.get_last_lr()[0]),
+                "seconds": before + time.perf_counter() - start,
+            }
+            rows.append(row)
+            print(
+                f"{epoch:>5}{learned.loss:>12.4f}{learned.accuracy:>10.1%}"
+                + (f"{tested.loss:>12.4f}{tested.accuracy:>10.1%}" if due else " " * 22)
+                + f"{row['learning_rate']:>10.2g}{row['seconds']:>7.0f} s",
+                flush=True,
             )
-        with whole_file(state_path) as partial:
-            torch.save({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, partial)
-        with whole_file(CHECKPOINT.with_name("training_log.csv")) as partial:
-            pd.DataFrame(rows).to_csv(partial, index=False)
+            if epoch in SNAPSHOTS or epoch == epochs:
+                save(
+                    CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth",
+                    {"test_accuracy": tested.accuracy},
+                )
+            with whole_file(state_path) as partial:
+                content = io.BytesIO()  # so that a full disk is an OSError
+                torch.save({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, content)
+                partial.write_bytes(content.getvalue())
+            kept = epoch
+            with whole_file(CHECKPOINT.with_name("training_log.csv")) as partial:
+                pd.DataFrame(rows).to_csv(partial, index=False)
+    except KeyboardInterrupt:
+        again = f"{kept} finished epochs are kept: run again to go on" if kept else "no finished epoch yet"
+        raise SystemExit(f"interrupted in epoch {kept + 1}; {again}") from None
 
     # once more in float32, the precision of every later stage
     arguments = trainer.net, test_images, test_labels, mean, std, torch.float32
@@ -537,4 +543,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()
