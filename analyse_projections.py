@@ -27,13 +27,13 @@ from load_data import Arrays, load_arrays, plain_errors, save_figure, title, who
 
 OUTPUTS = Path("outputs")
 RESAMPLINGS = 1000  # bootstrap samples behind an interval, and shuffled label sets behind a p-value
-FALSE_DISCOVERIES = 0.05  # share of false ones among the filters of a layer that are called significant
 SEED = 0  # of resampling and shuffling
 TOP_FILTERS = 10  # filters of conv4 shown for each class
 
 # Fixed by definition, not settings
 PROJECTED = LAYERS[-1]  # the layer whose projections were measured
 STATISTICS = ("nonzero_count", "mean", "variance", "max")  # of a projection
+FALSE_DISCOVERIES = 0.05  # share of false ones among the filters of a layer that are called significant
 NEARLY_DEAD = 0.01  # a living filter is nearly dead if it fires on a smaller share of the test images
 AXES = {  # what figures call the columns of filter_metrics.csv
     "activation_mean": "activation: mean",
