@@ -618,7 +618,11 @@ def draw_occlusion(
     relative, best = found.relative(), found.probability.argmax(axis=3)
     top = float(np.percentile(magnitudes[magnitudes > 0], 99.5)) if magnitudes.any() else 1.0  # robust
     colours = ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(len(names))])
-    above = ("image, square", "activity of its\nstrongest filter", "projection of\nthis filter")
+    above: tuple[str, ...] = (
+        "image, square",
+        "activity of its\nstrongest filter",
+        "projection of\nthis filter",
+    )
     above += ("probability of\nthe true class", "most probable\nclass")
     for k, row in enumerate(axes):
         column_texts = ("",) * 5 if k else above
@@ -661,8 +665,8 @@ def draw_occlusion(
         labelspacing=0.3,
     )
     legend.set_in_layout(False)  # it stands beside the colour bars, which make room for it
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)
     fig.suptitle(heading, parse_math=False)
     return fig
 
@@ -758,8 +762,8 @@ def draw_invariance(
         ax.set(ylim=(0, 1.02))
     handles = axes[0, 1].get_lines()
     legend = fig.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)
     fig.suptitle(heading, parse_math=False)
     return fig
 
@@ -769,7 +773,7 @@ def main() -> None:
     sns.set_theme(context="paper", style="white", palette="colorblind")
     if min(TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE, CHUNK) < 1:
         raise SystemExit("TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE and CHUNK must be at least 1")
-    degrees = {"shift": list(SHIFTS), "zoom": list(ZOOMS), "angle": list(ANGLES)}
+    degrees: dict[str, list[float]] = {"shift": list(SHIFTS), "zoom": list(ZOOMS), "angle": list(ANGLES)}
     if min(OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES) < 1:
         raise SystemExit("OCCLUDED_IMAGES, OCCLUSION_BATCH and INVARIANCE_IMAGES must be at least 1")
     for setting, value in {
@@ -913,26 +917,24 @@ def main() -> None:
     save_figure(draw_correlations([own, control], texts, heading), paths[1])
     print(f"wrote {paths[1]}", flush=True)
 
-    chosen = first[:INVARIANCE_IMAGES]
-    normalised = normalise(torch.from_numpy(images[chosen]).to(device), checkpoint.mean, checkpoint.std)
+    moved = first[:INVARIANCE_IMAGES]
+    normalised = normalise(torch.from_numpy(images[moved]).to(device), checkpoint.mean, checkpoint.std)
     examples, curves, kinds = [], [], []
     for kind, values_of in degrees.items():
-        shown = [values_of[k] for k in np.linspace(0, len(values_of) - 1, 5).round().astype(int)]
-        kinds.append((CHANGES[kind], values_of, shown))
-        examples.append(change_examples(images[chosen], checkpoint, kind, shown))
+        example_degrees = [values_of[k] for k in np.linspace(0, len(values_of) - 1, 5).round().astype(int)]
+        kinds.append((CHANGES[kind], values_of, example_degrees))
+        examples.append(change_examples(images[moved], checkpoint, kind, example_degrees))
         curves.append(
             np.stack(
                 [
                     measure_invariance(checkpoint.net, image, int(label), kind, values_of)
-                    for image, label in zip(normalised, labels[chosen], strict=True)
+                    for image, label in zip(normalised, labels[moved], strict=True)
                 ]
             )
         )
-    heading = (
-        f"Features of {len(chosen)} moved, enlarged and turned images, {len(chosen)} of the\n{source};\n"
-    )
+    heading = f"Features of {len(moved)} moved, enlarged and turned images, {len(moved)} of the\n{source};\n"
     heading += "distance from the unchanged image's, as a share of their norm"
-    save_figure(draw_invariance(examples, curves, kinds, labels[chosen].tolist(), names, heading), paths[2])
+    save_figure(draw_invariance(examples, curves, kinds, labels[moved].tolist(), names, heading), paths[2])
     print(f"wrote {paths[2]}\n{last_line}")
 
 
