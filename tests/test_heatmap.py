@@ -389,7 +389,9 @@ def test_the_map_of_the_most_probable_class_and_its_legend_name_the_right_classe
     figure = heatmap.draw_occlusion(image, found, magnitude, np.array([2]), NAMES, ["x"], 24, 48, "")
     axes = figure.axes[:5]
     assert np.asarray(axes[4].images[0].get_array()).tolist() == [[0, 0], [2, 0]]
-    np.testing.assert_allclose(np.asarray(axes[3].images[0].get_array()), [[0, 0], [0.6, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(axes[3].images[0].get_array()), np.array([[0, 0], [0.6, 0]]), rtol=1e-6
+    )
     legend = axes[4].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [NAMES[0], NAMES[2]]
