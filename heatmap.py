@@ -1,18 +1,25 @@
-"""Draw what the filters of conv4 respond to: over all classes, in each class, in single images.
+"""Draw what the filters of conv4 respond to: over all classes, in each class, in single and changed images.
 
 Run:    uv run heatmap.py
 Reads:  outputs/CNN.pth, outputs/activations.npz, outputs/filter_metrics.csv, outputs/class_metrics.csv,
         data/stl10_binary/test_{X,y}.bin
-Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png, outputs/heatmaps/images.png
+Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png, outputs/heatmaps/images.png,
+        outputs/heatmaps/occlusion.png, outputs/heatmaps/occlusion_correlation.png,
+        outputs/heatmaps/invariance.png
 
 The projection of a filter in an image starts from its strongest unit there. Its magnitude at a pixel is the
 sum over RGB of absolute values, in units of normalised pixels.
+
+Zeiler & Fergus 2014 change images in two ways to see what the network uses: a grey square slides over them
+(section 4.2), and they are moved, enlarged and turned (Figure 5). Both are done here on test images that are
+classified correctly. Grey is the mean colour of the training images, 0 in normalised pixels.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,18 +29,31 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import affine
+from tqdm import tqdm
 
 from analyse_projections import by_class, rank_filters
-from CNN import IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import displayed
 from deconv_full import Projector, batches
-from load_data import load_arrays, load_split, plain_errors, save_figure, title
+from load_data import load_arrays, load_split, normalise, plain_errors, save_figure, title
 
 TOP_FILTERS = 4  # filters drawn of each class
 TOP_IMAGES = 3  # images drawn of each filter: those of the class that drive it most
 SUMMED_FILTERS = 16  # strongest filters of an image, whose projections are added up in images.png
+OCCLUDER = 24  # pixels, side of the grey square that slides over an image: it hides a head or a wheel
+OCCLUSION_STRIDE = 2  # pixels from one position of the square to the next in occlusion.png
+OCCLUSION_STRIDE_MANY = 6  # pixels likewise for occlusion_correlation.png, where many images are occluded
+OCCLUDED_IMAGES = 50  # images in occlusion_correlation.png
+OCCLUSION_BATCH = 64  # occluded copies of an image that pass the network at once
+INVARIANCE_IMAGES = 5  # images in invariance.png, each of another class; the paper has 5, at most 10
+SHIFTS = range(-24, 25, 2)  # pixels by which they are moved, down is positive
+ZOOMS = [1 + k / 20 for k in range(17)]  # factors by which they are enlarged
+ANGLES = range(0, 351, 10)  # degrees by which they are turned clockwise
 BATCH_SIZE = 32  # images whose masks are held at once; more costs memory, not time
 CHUNK = 32  # projections at once; on a CPU they should fit its cache, on a GPU try 2048
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
@@ -42,6 +62,16 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 OUTPUTS = Path("outputs")  # where results go
 
 LAYER = LAYERS[-1]  # not a setting: only conv4 has tables of its projections
+# Ten colours that stay apart for the colour-blind (Petroff 2021, "Accessible color sequences"), one a class
+CLASS_COLOURS = (
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
+CHANGES = {  # arguments of `change`, and what figures call them
+    "shift": "vertical shift (pixels)",
+    "zoom": "scale (factor)",
+    "angle": "rotation (degrees)",
+}
 
 
 def load_activations(path: Path, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
@@ -171,6 +201,265 @@ def sum_projections(
     return magnitudes, signed
 
 
+def correct_images(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    checkpoint: Checkpoint,
+    device: torch.device,
+    count: int,
+    batch_size: int,
+) -> list[NDArray[np.int64]]:
+    """Return, for each class, the first `count` images that are classified correctly; fewer if there are not.
+
+    Args:
+        images: uint8 (images, 3, 96, 96).
+        labels: Of the images.
+        checkpoint: The network, with the mean and std of its training images.
+        device: Where to compute.
+        count: Images a class at most.
+        batch_size: Images at once.
+    """
+    found = []
+    for label in range(len(checkpoint.class_names)):
+        right = np.empty(0, np.int64)
+        members = np.flatnonzero(labels == label)
+        for start in range(0, len(members), batch_size):
+            if len(right) >= count:
+                break
+            which = members[start : start + batch_size]
+            batch = normalise(torch.from_numpy(images[which]).to(device), checkpoint.mean, checkpoint.std)
+            guesses = checkpoint.net(batch.contiguous(memory_format=torch.channels_last)).argmax(dim=1)
+            right = np.concatenate([right, which[guesses.cpu().numpy() == label]])
+        found.append(right[:count])
+    return found
+
+
+def in_turn(groups: Sequence[NDArray[np.int64]], count: int) -> NDArray[np.int64]:
+    """Return the first entry of each group, then the second of each, and so on, `count` in all at most."""
+    rounds = [g[k] for k in range(max(map(len, groups))) for g in groups if k < len(g)]
+    return np.array(rounds[:count], np.int64)
+
+
+def square_positions(side: int, stride: int) -> NDArray[np.bool_]:
+    """Return which rows (columns alike) of the image a square covers at each of its positions.
+
+    Its centres are `stride` pixels apart, the first one stride // 2 from the border. The border cuts squares
+    that reach beyond it.
+
+    Returns:
+        (positions, 96)
+    """
+    starts = np.arange(stride // 2, IMAGE_SIZE, stride)[:, None] - side // 2
+    pixels = np.arange(IMAGE_SIZE)
+    return (pixels >= starts) & (pixels < starts + side)
+
+
+def occlude(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return one copy of an image for each square, grey where the square is.
+
+    Args:
+        image: Normalised, (3, 96, 96).
+        rows: Which rows each square covers, bool (squares, 96).
+        columns: Which columns likewise.
+
+    Returns:
+        (squares, 3, 96, 96)
+    """
+    return image.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+class Occlusion(NamedTuple):
+    """What the network makes of images with a grey square at each position (section 4.2 of the paper).
+
+    The activity of a filter is the sum over its pooled map.
+
+    Attributes:
+        whole: Activity without a square, float32 (images,).
+        activity: Activity with the square there, float32 (images, positions down, positions across).
+        probability: Of each class likewise, float32 (images, positions down, positions across, classes).
+    """
+
+    whole: NDArray[np.float32]
+    activity: NDArray[np.float32]
+    probability: NDArray[np.float32]
+
+    def drop(self) -> NDArray[np.float32]:
+        """Return the activity that is lost to the square, (images, positions down, positions across).
+
+        What is below 1e-5 of the whole activity is rounding and becomes 0, so that its ranks are ties.
+        """
+        whole = self.whole[:, None, None]
+        lost = whole - self.activity
+        return np.where(np.abs(lost) > 1e-5 * whole, lost, np.float32(0))
+
+    def relative(self) -> NDArray[np.float32]:
+        """Return the activity as a share of that without a square; nan where the filter does not fire."""
+        whole = np.where(self.whole > 0, self.whole, np.nan).astype(np.float32)
+        return self.activity / whole[:, None, None]
+
+
+def slide_square(
+    images: NDArray[np.uint8],
+    filters: NDArray[np.int64],
+    checkpoint: Checkpoint,
+    device: torch.device,
+    covered: NDArray[np.bool_],
+    batch_size: int,
+    doing: str,
+) -> Occlusion:
+    """Slide a grey square over images and measure one filter of conv4 in each, and the probabilities.
+
+    Args:
+        images: uint8 (images, 3, 96, 96), at least one.
+        filters: Filter that is measured in each.
+        checkpoint: The network, with the mean and std of its training images.
+        device: Where to compute.
+        covered: What `square_positions` returned.
+        batch_size: Occluded copies at once.
+        doing: Label of the progress bar.
+    """
+    net, n = checkpoint.net, len(covered)
+    lines = torch.from_numpy(covered).to(device)
+    row, column = torch.arange(n * n, device=device) // n, torch.arange(n * n, device=device) % n
+    normalised = normalise(torch.from_numpy(images).to(device), checkpoint.mean, checkpoint.std)
+    pairs_of = zip(normalised, filters.tolist(), strict=True)
+    whole, activity, probability = [], [], []
+    for image, filter_ in tqdm(pairs_of, doing, len(images), unit=" images", disable=None):
+        pooled = net.features(image[None])[-1][0]
+        whole.append(pooled[0, filter_].sum().cpu())
+        for rows, columns in zip(row.split(batch_size), column.split(batch_size), strict=True):
+            copies = occlude(image, lines[rows], lines[columns])
+            pooled = net.features(copies.contiguous(memory_format=torch.channels_last))[-1][0]
+            activity.append(pooled[:, filter_].sum(dim=(1, 2)).cpu())
+            probability.append(net.classify(pooled).softmax(dim=1).cpu())
+    shape = len(images), n, n
+    return Occlusion(
+        torch.stack(whole).numpy(),
+        torch.cat(activity).view(shape).numpy(),
+        torch.cat(probability).view(*shape, -1).numpy(),
+    )
+
+
+def next_firing(fires: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return, for each image, the next one in the list, which is a ring, in which its filter fires as well.
+
+    Args:
+        fires: Whether the filter of image j fires in image i, (images i, images j).
+
+    Returns:
+        (images,); the image itself where there is no other.
+    """
+    n = len(fires)
+    rings = [(np.arange(1, n) + j) % n for j in range(n)]
+    return np.array([next((i for i in ring if fires[i, j]), j) for j, ring in enumerate(rings)], np.int64)
+
+
+def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Return Spearman's rank correlation: Pearson's of the ranks, ties sharing their mean rank.
+
+    nan if either is constant, as the magnitude of a projection is that is zero everywhere.
+    """
+    ranks = [pd.Series(values.ravel()).rank().to_numpy(np.float64) for values in (first, second)]
+    x, y = (values - values.mean() for values in ranks)
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / scale if scale > 0 else math.nan
+
+
+def rank_correlations(
+    drops: NDArray[np.float32], magnitudes: NDArray[np.float64], covered: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return, for each image, how well the activity drops where a projection shows structure.
+
+    Spearman's correlation, over the positions of the square, between the drop in activity and the
+    projection's magnitude summed over the pixels that the square covers there. Positions overlap, so they are
+    no independent samples: one image gives one number, and its spread is taken over images.
+
+    Args:
+        drops: (images, positions down, positions across)
+        magnitudes: Of the projections, (images, 96, 96).
+        covered: What `square_positions` returned.
+
+    Returns:
+        (images,), -1 to 1; nan where the projection is zero or nothing drops.
+    """
+    lines = covered.astype(np.float64)
+    sums = lines @ magnitudes @ lines.T
+    return np.array([spearman(drop, total) for drop, total in zip(drops, sums, strict=True)], np.float64)
+
+
+def median_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
+    """Return the median and its 95 % bootstrap interval, percentiles of the medians of 10,000 resamplings.
+
+    Values that are nan are left out; if nothing is left, all three are nan.
+    """
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return math.nan, math.nan, math.nan
+    chosen = np.random.default_rng(seed).integers(known.size, size=(10_000, known.size))
+    low, high = np.percentile(np.median(known[chosen], axis=1), [2.5, 97.5])
+    return float(np.median(known)), float(low), float(high)
+
+
+def change(image: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -> Tensor:
+    """Move, enlarge or turn normalised images (..., 3, 96, 96) about the centre; what is left bare is grey.
+
+    Args:
+        image: What is changed.
+        shift: Pixels downwards.
+        zoom: Factor.
+        angle: Degrees clockwise.
+    """
+    changed = affine(
+        image,
+        angle=float(angle),
+        translate=[0.0, float(shift)],
+        scale=float(zoom),
+        shear=[0.0, 0.0],
+        interpolation=InterpolationMode.BILINEAR,
+        fill=[0.0, 0.0, 0.0],
+    )
+    return cast(Tensor, changed)
+
+
+def change_examples(
+    images: NDArray[np.uint8], checkpoint: Checkpoint, kind: str, degrees: Sequence[float]
+) -> NDArray[np.float32]:
+    """Return images as `change` leaves them, for display: (images, degrees, 3, 96, 96) from 0 to 1."""
+    normalised = normalise(torch.from_numpy(images), checkpoint.mean, checkpoint.std)
+    changed = torch.stack([change(normalised, **{kind: degree}) for degree in degrees], dim=1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoint.mean, checkpoint.std))
+    pixels: NDArray[np.float32] = (changed * std + mean).clamp(0, 1).numpy()
+    return pixels
+
+
+def measure_invariance(
+    net: CNN, image: Tensor, label: int, kind: str, degrees: Sequence[float]
+) -> NDArray[np.float64]:
+    """Measure how far features of an image move when it is changed (Figure 5 of the paper).
+
+    Args:
+        net: The network, in evaluation mode.
+        image: Normalised, (3, 96, 96).
+        label: Its class.
+        kind: One of `CHANGES`.
+        degrees: How far it is changed.
+
+    Returns:
+        (3, degrees): Euclidean distance between the pooled maps of conv1 of the changed and the unchanged
+        image, as a share of the norm of the unchanged ones (nan if that is zero); that of conv4; probability
+        of `label`.
+    """
+    copies = torch.stack([image, *(change(image, **{kind: degree}) for degree in degrees)])
+    features = net.features(copies)
+    rows = []
+    for pooled in (features[0][0], features[-1][0]):
+        flat = pooled.flatten(1).double()
+        norm = flat[0].norm()
+        rows.append((flat[1:] - flat[0]).norm(dim=1) / torch.where(norm > 0, norm, torch.nan))
+    rows.append(net.classify(features[-1][0]).softmax(dim=1)[1:, label].double())
+    return torch.stack(rows).cpu().numpy()
+
+
 def draw_class_filters(
     means: NDArray[np.float64], living: pd.DataFrame, names: Sequence[str], heading: str
 ) -> Figure:
@@ -294,14 +583,212 @@ def draw_images(
     return fig
 
 
+def draw_occlusion(
+    images: NDArray[np.uint8],
+    found: Occlusion,
+    magnitudes: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    texts: Sequence[str],
+    side: int,
+    stride: int,
+    heading: str,
+) -> Figure:
+    """Draw the paper's maps of an occluded image, one image a row (Figure 6 of the ECCV version).
+
+    Args:
+        images: uint8 (images, 3, 96, 96).
+        found: What `slide_square` returned for them.
+        magnitudes: Of the filters' projections, (images, 96, 96).
+        labels: Of the images.
+        names: Of the classes.
+        texts: What is written beside each row.
+        side: Of the square, in pixels.
+        stride: Pixels from one position to the next.
+        heading: Title.
+    """
+    rows, size = len(images), IMAGE_SIZE
+    fig, axes = plt.subplots(
+        rows, 5, figsize=(8, 1.7 + 1.36 * rows), dpi=200, squeeze=False, layout="constrained"
+    )
+    # a value stands for the stride x stride pixels around the centre of its square
+    first = stride // 2 - stride / 2
+    last = first + stride * found.activity.shape[1]
+    where, whole = (first, last, last, first), (0, size, size, 0)
+    relative, best = found.relative(), found.probability.argmax(axis=3)
+    top = float(np.percentile(magnitudes[magnitudes > 0], 99.5)) if magnitudes.any() else 1.0  # robust
+    colours = ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(len(names))])
+    above: tuple[str, ...] = (
+        "image, square",
+        "activity of its\nstrongest filter",
+        "projection of\nthis filter",
+    )
+    above += ("probability of\nthe true class", "most probable\nclass")
+    for k, row in enumerate(axes):
+        column_texts = ("",) * 5 if k else above
+        show(row[0], np.moveaxis(images[k], 0, 2), column_texts[0], extent=whole)
+        row[0].set_ylabel(texts[k], rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
+        lowest = np.unravel_index(found.activity[k].argmin(), found.activity[k].shape)
+        top_left = [place * stride + stride // 2 - side // 2 for place in reversed(lowest)]
+        for colour, width in (("black", 2.2), ("white", 1.0)):
+            frame = Rectangle(tuple(top_left), side, side, fill=False, edgecolor=colour, linewidth=width)
+            row[0].add_patch(frame)
+        options = {"vmin": 0, "extent": where}
+        activity = show(row[1], relative[k], column_texts[1], cmap="RdBu_r", vmax=2, **options)
+        projection = show(row[2], magnitudes[k], column_texts[2], cmap="mako", vmin=0, vmax=top, extent=whole)
+        true_class = found.probability[k, :, :, labels[k]]
+        probability = show(row[3], true_class, column_texts[3], cmap="viridis", vmax=1, **options)
+        show(row[4], best[k], column_texts[4], cmap=colours, vmax=len(names), **options)
+        for ax in row:
+            ax.set(xlim=(0, size), ylim=(size, 0))
+    bars = (
+        (activity, "share of the activity\nwithout the square", "max"),
+        (projection, "magnitude\n(normalised pixels)", "max"),
+        (probability, "probability", "neither"),
+    )
+    for column, (drawn, text, extend) in enumerate(bars, start=1):
+        bar = fig.colorbar(
+            drawn, ax=axes[:, column], location="bottom", aspect=12, pad=0.01, shrink=0.9, extend=extend
+        )
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label(text, fontsize=8)
+    handles = [Patch(color=colours(int(label)), label=names[label]) for label in np.unique(best)]
+    legend = axes[-1, 4].legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.02),
+        ncols=2 if len(handles) > 5 else 1,
+        fontsize=7,
+        frameon=False,
+        handlelength=1,
+        columnspacing=1,
+        labelspacing=0.3,
+    )
+    legend.set_in_layout(False)  # it stands beside the colour bars, which make room for it
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)
+    fig.suptitle(heading, parse_math=False)
+    return fig
+
+
+def draw_correlations(values: Sequence[NDArray[np.float64]], texts: Sequence[str], heading: str) -> Figure:
+    """Draw distributions, one a row: a point an image, the median with its 95 % bootstrap interval.
+
+    Args:
+        values: Rank correlations; nan is left out.
+        texts: What is written beside each row.
+        heading: Title.
+    """
+    fig, ax = plt.subplots(figsize=(8, 1.1 + 1.0 * len(values)), dpi=200, layout="constrained")
+    ax.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    colours = sns.color_palette("colorblind", len(values))
+    for row, (some, colour) in enumerate(zip(values, colours, strict=True)):
+        known = np.sort(some[~np.isnan(some)])
+        median, low, high = median_interval(some)
+        # neighbours in rank lie on different heights, so that few points hide each other
+        heights = row - 0.3 + 0.07 * (np.arange(known.size) * 2 % 5)
+        ax.plot(known, heights, "o", color=colour, markersize=3.5, markeredgewidth=0, alpha=0.8)
+        ax.errorbar(
+            median, row + 0.16, xerr=[[median - low], [high - median]], fmt="D", color="0.15", capsize=3
+        )
+        note = f"median {median:.2f} ({low:.2f} to {high:.2f}), {known.size} images"
+        place = min(max(median, -0.65), 0.65) if known.size else 0.0
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.annotate(note, (place, row + 0.25), ha="center", va="top", fontsize=8, bbox=box)
+    ax.set_yticks(range(len(texts)), texts, parse_math=False)
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(-1, 1), ylim=(len(values) - 0.45, -0.5))
+    ax.set_xlabel("rank correlation between drop in activity and magnitude under the square")
+    sns.despine(fig, left=True)
+    fig.suptitle(heading, parse_math=False)
+    return fig
+
+
+def draw_invariance(
+    examples: Sequence[NDArray[np.float32]],
+    measured: Sequence[NDArray[np.float64]],
+    kinds: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    labels: Sequence[int],
+    names: Sequence[str],
+    heading: str,
+) -> Figure:
+    """Draw the layout of the paper's Figure 5, one kind of change a row: examples, distances, probability.
+
+    Args:
+        examples: For each kind, changed images (images, examples, 3, 96, 96) from 0 to 1.
+        measured: For each kind, (images, 3, degrees), as `measure_invariance` returns it for one image.
+        kinds: For each kind its name on the axes, the degrees, and the degrees of the examples.
+        labels: Of the images.
+        names: Of the classes.
+        heading: Title.
+    """
+    fig, axes = plt.subplots(
+        len(kinds),
+        4,
+        figsize=(8, 0.9 + 1.95 * len(kinds)),
+        dpi=200,
+        sharey="col",
+        squeeze=False,
+        width_ratios=[1.15, 1, 1, 1],
+        layout="constrained",
+    )
+    above = "examples", "distance in conv1", "distance in conv4", "probability of\nthe true class"
+    colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in labels]
+    styles = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+    for number, (row, pictures, curves, kind) in enumerate(zip(axes, examples, measured, kinds, strict=True)):
+        name, degrees, shown = kind
+        images, columns = pictures.shape[:2]
+        # (images, examples, 3, rows, columns) -> one sheet
+        sheet = pictures.transpose(0, 3, 1, 4, 2).reshape(images * IMAGE_SIZE, columns * IMAGE_SIZE, 3)
+        row[0].imshow(sheet, interpolation="nearest", extent=(0, columns, images, 0), aspect="equal")
+        row[0].set_xticks(np.arange(columns) + 0.5, [f"{degree:g}" for degree in shown])
+        row[0].set_yticks([])
+        row[0].set_xlabel(name)
+        for k, colour in enumerate(colours):
+            row[0].add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=colour, clip_on=False))
+            for ax, curve in zip(row[1:], curves[k], strict=True):
+                label = names[labels[k]]
+                ax.plot(degrees, curve, color=colour, linestyle=styles[k % len(styles)], label=label)
+        for ax, text in zip(row, above, strict=True):
+            ax.set_title("" if number else text, fontsize=9)
+            ax.tick_params(labelsize=7)
+        for ax in row[1:]:
+            ax.set(xlabel=name, xlim=(degrees[0], degrees[-1]))
+            sns.despine(ax=ax)
+    for ax in axes[:, 1:3].flat:
+        ax.set_ylim(bottom=0)
+        ax.set_ylabel("share of the norm", fontsize=8)
+    for ax in axes[:, 3]:
+        ax.set(ylim=(0, 1.02))
+    handles = axes[0, 1].get_lines()
+    legend = fig.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3)
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)
+    fig.suptitle(heading, parse_math=False)
+    return fig
+
+
 def main() -> None:
     """Draw the class x filter heatmap, one figure for each class, and the first image of each class."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
     if min(TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE, CHUNK) < 1:
         raise SystemExit("TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE and CHUNK must be at least 1")
+    degrees: dict[str, list[float]] = {"shift": list(SHIFTS), "zoom": list(ZOOMS), "angle": list(ANGLES)}
+    if min(OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES) < 1:
+        raise SystemExit("OCCLUDED_IMAGES, OCCLUSION_BATCH and INVARIANCE_IMAGES must be at least 1")
+    for setting, value in {
+        "OCCLUDER": OCCLUDER,
+        "OCCLUSION_STRIDE": OCCLUSION_STRIDE,
+        "OCCLUSION_STRIDE_MANY": OCCLUSION_STRIDE_MANY,
+    }.items():
+        if not 1 <= value <= IMAGE_SIZE:
+            raise SystemExit(f"{setting} is {value}; expected 1 to {IMAGE_SIZE} pixels")
+    if not all(degrees.values()) or min(degrees["zoom"]) <= 0:
+        raise SystemExit("SHIFTS, ZOOMS and ANGLES must each hold a number, ZOOMS only numbers above 0")
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     names, folder = checkpoint.class_names, OUTPUTS / "heatmaps"
+    last_line = f"this was the last stage: look at the pictures in {folder}/"
     activations = load_activations(OUTPUTS / "activations.npz", checkpoint)
     values, positions = activations[f"{LAYER}_max"], activations[f"{LAYER}_position"]
     filter_metrics, class_metrics = read_tables(OUTPUTS, values, activations["labels"], names)
@@ -367,7 +854,88 @@ def main() -> None:
     magnitudes, signed = (np.stack(parts) for parts in zip(*sums, strict=True))
     shown = [name for label, name in enumerate(names) if (labels == label).any()]
     save_figure(draw_images(images[chosen], magnitudes, signed, shown, heading), folder / "images.png")
-    print(f"wrote {folder / 'images.png'}\nthis was the last stage: look at the pictures in {folder}/")
+    print(f"wrote {folder / 'images.png'}", flush=True)
+
+    share = -(-OCCLUDED_IMAGES // len(names))  # images a class, rounded up
+    right = correct_images(images, labels, checkpoint, device, share, BATCH_SIZE)
+    for label, name in enumerate(names):
+        if (labels == label).any() and not right[label].size:
+            print(f"{name}: no test image is classified correctly, none is occluded or changed")
+    first, many = in_turn([some[:1] for some in right], len(names)), in_turn(right, OCCLUDED_IMAGES)
+    paths = [folder / f"{name}.png" for name in ("occlusion", "occlusion_correlation", "invariance")]
+    if not first.size:
+        for path in paths:
+            path.unlink(missing_ok=True)  # of another checkpoint
+        print(f"nothing to occlude or change\n{last_line}")
+        return
+
+    filters = values[first].argmax(axis=1)
+    covered = square_positions(OCCLUDER, OCCLUSION_STRIDE)
+    found = slide_square(images[first], filters, checkpoint, device, covered, OCCLUSION_BATCH, "occlusion")
+    groups = [pairs(image, filter_) for image, filter_ in zip(first, filters, strict=True)]
+    magnitudes, _ = sum_projections(
+        images, checkpoint, device, positions, groups, BATCH_SIZE, CHUNK, "projections"
+    )
+    texts = [
+        f"{names[labels[image]]}\nfilter {filter_}\nactivity {whole:.2f}"
+        for image, filter_, whole in zip(first, filters, found.whole, strict=True)
+    ]
+    heading = (
+        f"A grey square of {OCCLUDER} x {OCCLUDER} pixels slides over the first correctly classified image"
+    )
+    heading += f" of each class,\n{len(first)} of the {source}. Strongest filter: of {LAYER};\n"
+    heading += "its activity: sum over its map. Frame: the square where the activity is lowest"
+    figure = draw_occlusion(
+        images[first], found, magnitudes, labels[first], names, texts, OCCLUDER, OCCLUSION_STRIDE, heading
+    )
+    save_figure(figure, paths[0])
+    print(f"wrote {paths[0]}", flush=True)
+
+    if len(many) < OCCLUDED_IMAGES:
+        print(f"occlusion: {len(many)} images instead of {OCCLUDED_IMAGES}, no more are classified correctly")
+    filters = values[many].argmax(axis=1)
+    covered = square_positions(OCCLUDER, OCCLUSION_STRIDE_MANY)
+    found = slide_square(images[many], filters, checkpoint, device, covered, OCCLUSION_BATCH, "occlusion")
+    others = next_firing(values[many][:, filters] > 0)
+    groups = [pairs(*of) for chosen in (many, many[others]) for of in zip(chosen, filters, strict=True)]
+    magnitudes, _ = sum_projections(
+        images, checkpoint, device, positions, groups, BATCH_SIZE, CHUNK, "projections"
+    )
+    magnitudes[len(many) :][others == np.arange(len(many))] = 0  # no other image to compare with
+    own, control = (rank_correlations(found.drop(), some, covered) for some in np.split(magnitudes, 2))
+    print("rank correlation between drop in activity and magnitude under the square, median over images:")
+    for text, some in (("own projection", own), ("another image's", control), ("difference", own - control)):
+        print(f"  {text:<16}" + "{:6.2f}  (95 % interval {:.2f} to {:.2f})".format(*median_interval(some)))
+        if missing := int(np.isnan(some).sum()):
+            print(f"  {'':<16}without {missing} of {len(some)} images: nothing drops or nothing is projected")
+    heading = (
+        f"Does a filter's activity drop where its projection shows structure? {len(many)} of the\n{source}; "
+    )
+    heading += f"square of {OCCLUDER} x {OCCLUDER} pixels,\n{len(covered)} x {len(covered)} positions; "
+    heading += f"strongest filter of {LAYER}; a point is an image, the bar a 95 % interval"
+    texts = ["the image's\nown projection", "the same filter's\nprojection of\nanother image"]
+    save_figure(draw_correlations([own, control], texts, heading), paths[1])
+    print(f"wrote {paths[1]}", flush=True)
+
+    moved = first[:INVARIANCE_IMAGES]
+    normalised = normalise(torch.from_numpy(images[moved]).to(device), checkpoint.mean, checkpoint.std)
+    examples, curves, kinds = [], [], []
+    for kind, values_of in degrees.items():
+        example_degrees = [values_of[k] for k in np.linspace(0, len(values_of) - 1, 5).round().astype(int)]
+        kinds.append((CHANGES[kind], values_of, example_degrees))
+        examples.append(change_examples(images[moved], checkpoint, kind, example_degrees))
+        curves.append(
+            np.stack(
+                [
+                    measure_invariance(checkpoint.net, image, int(label), kind, values_of)
+                    for image, label in zip(normalised, labels[moved], strict=True)
+                ]
+            )
+        )
+    heading = f"Features of {len(moved)} moved, enlarged and turned images, {len(moved)} of the\n{source};\n"
+    heading += "distance from the unchanged image's, as a share of their norm"
+    save_figure(draw_invariance(examples, curves, kinds, labels[moved].tolist(), names, heading), paths[2])
+    print(f"wrote {paths[2]}\n{last_line}")
 
 
 if __name__ == "__main__":

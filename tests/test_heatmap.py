@@ -25,6 +25,7 @@ def save_network(seed: int) -> Checkpoint:
     torch.manual_seed(seed)
     net = CNN(filters=(4, 6, 8, 10), strides=(1, 1, 1, 1), head_size=1, classes=len(NAMES))
     net.blocks[3].bn.bias.data[DEAD] = -1000
+    net.classifier.bias.data[2] = -1000  # no image has this class
     save_checkpoint(
         Path("outputs/CNN.pth"),
         net,
@@ -84,6 +85,10 @@ def figures(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> dict[str, Figure
     monkeypatch.setattr(heatmap, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
     monkeypatch.setattr(heatmap, "TOP_FILTERS", 2)
     monkeypatch.setattr(heatmap, "SUMMED_FILTERS", 3)
+    monkeypatch.setattr(heatmap, "OCCLUSION_STRIDE", 32)
+    monkeypatch.setattr(heatmap, "OCCLUSION_STRIDE_MANY", 24)
+    monkeypatch.setattr(heatmap, "SHIFTS", [-3, 0, 3])
+    monkeypatch.setattr(heatmap, "ANGLES", [0, 90])
     with plt.rc_context():
         heatmap.main()
     plt.close("all")
@@ -166,8 +171,12 @@ def test_class_filter_heatmap_shows_shares_of_each_living_filter(
 def test_one_figure_a_class_that_has_images_and_each_names_its_data(
     figures: dict[str, Figure], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert set(figures) == {"class_filter_heatmap.png", "class_0_a_b_x_.png", "class_1_NA.png", "images.png"}
-    assert all("7 test images of generated shapes" in heading(figure) for figure in figures.values())
+    names = {"class_filter_heatmap.png", "class_0_a_b_x_.png", "class_1_NA.png", "images.png"}
+    assert set(figures) == names | {"occlusion.png", "occlusion_correlation.png", "invariance.png"}
+    assert all(
+        "7 test images of generated shapes (test accuracy 50.0%)" in heading(figure)
+        for figure in figures.values()
+    )
     assert NAMES[0] in heading(figures["class_0_a_b_x_.png"])
     for figure in figures.values():
         figure.canvas.draw()  # names are not read as formulas, which here would raise
@@ -186,8 +195,9 @@ def test_the_run_says_what_is_skipped_and_that_it_is_the_last_stage(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("drawing conv4 on 7 test images of generated shapes on cpu, torch ")
     assert "empty: no test images, nothing to draw" in lines
+    assert any(line.startswith("occlusion: ") and "instead of 50" in line for line in lines)
     assert lines[-2:] == [
-        "wrote outputs/heatmaps/images.png",
+        "wrote outputs/heatmaps/invariance.png",
         "this was the last stage: look at the pictures in outputs/heatmaps/",
     ]
 
@@ -227,7 +237,14 @@ def test_tables_that_do_not_fit_the_activations_are_refused(inputs: Inputs) -> N
     assert "run `uv run analyse_projections.py` again" in refusal()
 
 
-@pytest.mark.parametrize("setting", ["TOP_FILTERS", "TOP_IMAGES", "SUMMED_FILTERS", "BATCH_SIZE", "CHUNK"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("TOP_FILTERS", "TOP_IMAGES", "SUMMED_FILTERS", "BATCH_SIZE", "CHUNK", "OCCLUDER"),
+        *("OCCLUSION_STRIDE", "OCCLUSION_STRIDE_MANY", "OCCLUDED_IMAGES", "OCCLUSION_BATCH"),
+        "INVARIANCE_IMAGES",
+    ],
+)
 def test_settings_below_one_are_refused(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     monkeypatch.setattr(heatmap, setting, 0)
     assert setting in refusal()
@@ -239,3 +256,169 @@ def test_a_filter_that_projects_nothing_is_drawn_without_a_warning() -> None:
     heatmap.draw_class(nothing, image, nothing[None], ["filter 0"], [["activation 0"]], "").canvas.draw()
     heatmap.draw_images(image[0], nothing, np.zeros((1, 3, 96, 96)), ["x"], "").canvas.draw()
     plt.close("all")
+
+
+CPU = torch.device("cpu")
+
+
+def sum_network(pool: int) -> Checkpoint:
+    """Its only filter of conv4 is the sum of the three channels, pooled once, where that is positive."""
+    net = CNN((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (pool, 1, 1, 1), head_size=1, classes=2).eval()
+    for block in net.blocks:
+        torch.nn.init.ones_(block.conv.weight)
+    return Checkpoint(
+        net.requires_grad_(False), "shapes", ["a", "b"], [0.0] * 3, [1.0] * 3, 0, 1, {"test_accuracy": 1}, ""
+    )
+
+
+def test_occluded_copies_equal_squares_painted_by_hand_and_cut_by_the_border() -> None:
+    side, stride = 9, 31
+    covered = torch.from_numpy(heatmap.square_positions(side, stride))
+    assert len(covered) == 3  # centres 15, 46, 77
+    assert [line.nonzero().flatten().tolist() for line in covered] == [
+        list(range(centre - 4, centre + 5)) for centre in (15, 46, 77)
+    ]
+    covered = torch.from_numpy(heatmap.square_positions(40, stride))
+    image = torch.rand(3, 96, 96) + 1
+    rows, columns = torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0])
+    copies = heatmap.occlude(image, covered[rows], covered[columns])
+    for copy, r, c in zip(copies, rows.tolist(), columns.tolist(), strict=True):
+        top, left = 15 + 31 * r - 20, 15 + 31 * c - 20
+        for y in range(96):
+            for x in range(96):
+                hidden = top <= y < top + 40 and left <= x < left + 40
+                assert torch.equal(copy[:, y, x], torch.zeros(3) if hidden else image[:, y, x])
+
+
+def test_occluding_what_a_filter_cannot_see_leaves_its_activity() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 256, (1, 3, 96, 96), np.uint8)
+    covered = np.zeros((2, 96), bool)
+    covered[0, 95] = covered[1, :50] = True  # pooling by 5 leaves the last row and column over
+    found = heatmap.slide_square(image, np.array([0]), sum_network(5), CPU, covered, 3, "test")
+    np.testing.assert_allclose(found.activity[0, 0], found.whole[0], rtol=1e-6)
+    np.testing.assert_allclose(found.activity[0, :, 0], found.whole[0], rtol=1e-6)
+    assert found.activity[0, 1, 1] < 0.9 * found.whole[0]
+
+
+def test_the_drop_is_exactly_where_the_bright_patch_is() -> None:
+    image = np.zeros((1, 3, 96, 96), np.uint8)
+    image[:, :, 40:48, 16:24] = 255
+    covered = heatmap.square_positions(8, 8)
+    found = heatmap.slide_square(image, np.array([0]), sum_network(1), CPU, covered, 7, "test")
+    expected = np.zeros((1, 12, 12))
+    expected[0, 5, 2] = found.whole[0]
+    np.testing.assert_allclose(found.whole, 3 * 64, rtol=1e-3)
+    np.testing.assert_allclose(found.drop(), expected, rtol=1e-5)
+    np.testing.assert_allclose(found.relative()[0, 5, 2], 0, atol=1e-6)
+    magnitudes = image.sum(axis=1).astype(np.float64)
+    np.testing.assert_allclose(heatmap.rank_correlations(found.drop(), magnitudes, covered), 1)
+    assert np.isnan(heatmap.rank_correlations(found.drop(), 0 * magnitudes, covered)).all()
+
+
+def test_a_filter_that_does_not_fire_has_no_share_and_no_correlation() -> None:
+    image, covered = np.zeros((1, 3, 96, 96), np.uint8), heatmap.square_positions(32, 32)
+    found = heatmap.slide_square(image, np.array([0]), sum_network(1), CPU, covered, 64, "test")
+    assert np.isnan(found.relative()).all()
+    assert np.isnan(heatmap.rank_correlations(found.drop(), np.ones((1, 96, 96)), covered)).all()
+    label = np.array([0])
+    figure = heatmap.draw_occlusion(image, found, np.zeros((1, 96, 96)), label, ["a", "b"], ["x"], 32, 32, "")
+    figure.canvas.draw()
+    nothing = np.array([np.nan])
+    assert np.isnan(heatmap.median_interval(nothing)).all()
+    heatmap.draw_correlations([nothing, nothing], ["x", "y"], "").canvas.draw()
+    plt.close("all")
+
+
+def test_spearman_shares_ranks_among_ties() -> None:
+    first, second = np.array([1, 2, 2, 4]), np.array([10, 300, 20, 4000])
+    # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)
+    assert heatmap.spearman(first, second) == pytest.approx(4.5 / 22.5**0.5)
+    assert heatmap.spearman(first, -second) == pytest.approx(-4.5 / 22.5**0.5)
+    assert np.isnan(heatmap.spearman(first, np.ones(4)))
+
+
+def test_the_median_interval_holds_the_median_and_leaves_nan_out() -> None:
+    values = np.array([np.nan, *np.random.default_rng(0).normal(0.3, 0.1, 50)])
+    median, low, high = heatmap.median_interval(values)
+    assert median == np.nanmedian(values)
+    assert 0.2 < low < median < high < 0.4
+    assert heatmap.median_interval(np.array([0.5])) == (0.5, 0.5, 0.5)
+
+
+def test_images_are_taken_class_by_class_in_turn_and_the_control_is_the_next_that_fires() -> None:
+    groups = [np.array([5, 9]), np.array([], np.int64), np.array([2, 3, 4])]
+    assert heatmap.in_turn(groups, 4).tolist() == [5, 2, 9, 3]
+    assert heatmap.in_turn(groups, 9).tolist() == [5, 2, 9, 3, 4]
+    fires = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], bool)
+    assert heatmap.next_firing(fires).tolist() == [2, 1, 0]
+
+
+def test_only_correctly_classified_images_are_chosen(inputs: Inputs) -> None:
+    split, checkpoint, _ = inputs
+    guesses = checkpoint.net(normalise(torch.from_numpy(split.images), MEAN, STD)).argmax(dim=1).numpy()
+    right = heatmap.correct_images(split.images, split.labels, checkpoint, CPU, 2, 1)
+    expected = [np.flatnonzero((split.labels == k) & (guesses == k))[:2].tolist() for k in range(3)]
+    assert [some.tolist() for some in right] == expected
+    assert 0 < sum(map(len, expected)) < 7
+
+
+def test_invariance_is_zero_for_the_unchanged_image_and_equals_a_direct_computation(inputs: Inputs) -> None:
+    split, checkpoint, _ = inputs
+    net, image = checkpoint.net, normalise(torch.from_numpy(split.images[:1]), MEAN, STD)[0]
+    for kind, same in (("shift", 0.0), ("zoom", 1.0), ("angle", 0.0)):
+        measured = heatmap.measure_invariance(net, image, 1, kind, [same])
+        np.testing.assert_allclose(measured[:2], 0, atol=1e-4)
+    down = torch.zeros_like(image)
+    down[:, 3:] = image[:, :-3]
+    before, after = net.features(image[None]), net.features(down[None])
+    distances = [float((after[k][0] - before[k][0]).norm() / before[k][0].norm()) for k in (0, 3)]
+    probability = float(net(down[None]).softmax(dim=1)[0, 1])
+    measured = heatmap.measure_invariance(net, image, 1, "shift", [3.0])
+    np.testing.assert_allclose(measured[:, 0], np.array([*distances, probability]), rtol=1e-3)
+    assert min(distances) > 0.01
+
+
+def test_the_map_of_the_most_probable_class_and_its_legend_name_the_right_classes() -> None:
+    probability = np.zeros((1, 2, 2, 3), np.float32)
+    probability[0, :, :, 0] = 0.4
+    probability[0, 1, 0, 2] = 0.6
+    ones = np.ones((1, 2, 2), np.float32)
+    found = heatmap.Occlusion(np.ones(1, np.float32), ones, probability)
+    image, magnitude = np.zeros((1, 3, 96, 96), np.uint8), np.ones((1, 96, 96))
+    figure = heatmap.draw_occlusion(image, found, magnitude, np.array([2]), NAMES, ["x"], 24, 48, "")
+    axes = figure.axes[:5]
+    assert np.asarray(axes[4].images[0].get_array()).tolist() == [[0, 0], [2, 0]]
+    np.testing.assert_allclose(
+        np.asarray(axes[3].images[0].get_array()), np.array([[0, 0], [0.6, 0]]), rtol=1e-6
+    )
+    legend = axes[4].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [NAMES[0], NAMES[2]]
+    drawn = [axes[4].images[0].to_rgba(np.array([k]))[0, :3].tolist() for k in (0, 2)]
+    assert drawn == [list(patch.get_facecolor()[:3]) for patch in legend.get_patches()]
+    plt.close("all")
+
+
+def test_a_network_that_is_never_right_leaves_these_figures_out(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(heatmap, "correct_images", lambda *_: [np.empty(0, np.int64)] * 3)
+    monkeypatch.setattr(heatmap, "save_figure", lambda *_: None)
+    old = Path("outputs/heatmaps/occlusion.png")
+    old.parent.mkdir()
+    old.touch()
+    with plt.rc_context():
+        heatmap.main()
+    plt.close("all")
+    assert not old.exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{NAMES[1]}: no test image is classified correctly, none is occluded or changed" in lines
+    assert lines[-2] == "nothing to occlude or change"
+
+
+def test_settings_of_changed_images_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, value in (("OCCLUDER", 97), ("OCCLUSION_STRIDE", 97), ("ZOOMS", [0]), ("SHIFTS", [])):
+        with monkeypatch.context() as patch:
+            patch.setattr(heatmap, setting, value)
+            assert setting in refusal()
