@@ -932,8 +932,8 @@ def main() -> None:
                 ]
             )
         )
-    heading = f"Features of {len(moved)} moved, enlarged and turned images, {len(moved)} of the\n{source};\n"
-    heading += "distance from the unchanged image's, as a share of their norm"
+    heading = f"Features of {len(moved)} moved, enlarged and turned images: distance from those of the\n"
+    heading += f"unchanged image, as a share of their norm; {source}"
     save_figure(draw_invariance(examples, curves, kinds, labels[moved].tolist(), names, heading), paths[2])
     print(f"wrote {paths[2]}\n{last_line}")
 

@@ -50,6 +50,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(train_CNN, "BATCH_SIZE", 16)
         patch.setattr(train_CNN, "FILTERS", FILTERS)
         patch.setattr(deconv_full, "IMAGES_PER_CLASS", 2)
+        patch.setattr(heatmap, "OCCLUSION_STRIDE", 16)
+        patch.setattr(heatmap, "OCCLUSION_STRIDE_MANY", 24)
+        patch.setattr(analyse_projections, "RESAMPLINGS", 20)
         for script in (load_data, train_CNN, deconv, deconv_full, analyse_projections, heatmap):
             script.main()
     yield folder / "outputs"
@@ -146,7 +149,8 @@ def test_every_figure_is_there_and_nothing_half_written(outputs: Path) -> None:
     figures |= {"selectivity", "top_filters", "heatmaps/class_filter_heatmap", "heatmaps/images"}
     figures |= {f"heatmaps/class_{k}_{name}" for k, name in enumerate(load_data.STL10_CLASSES)}
     figures |= {f"deconv/conv4_filters_{k:03d}_to_{k + 31:03d}" for k in range(0, 256, 32)}
-    figures |= {"deconv/conv1_filters_000_to_003"}
+    figures |= {"deconv/conv1_filters_000_to_003", "feature_evolution", "heatmaps/occlusion"}
+    figures |= {"heatmaps/occlusion_correlation", "heatmaps/invariance"}
     assert {f"{name}.png" for name in figures} <= names
     assert not [name for name in names if "partial" in name or "state" in name]
     for name in figures:
