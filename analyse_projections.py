@@ -425,17 +425,9 @@ def trust_row(
 ) -> dict[str, str | float]:
     """Return a row of trust.csv: median of the values that are numbers, interval, how many they are."""
     known = values[~np.isnan(values)]
-    median, low, high = with_interval(
-        lambda which: float(np.median(known[which])), len(known), resamples, seed
-    )
-    return {
-        "test": test,
-        "condition": condition,
-        "median": median,
-        "low": low,
-        "high": high,
-        "n": len(known),
-    }
+    found = with_interval(lambda which: float(np.median(known[which])), len(known), resamples, seed)
+    numbers = dict(zip(("median", "low", "high"), found, strict=True))
+    return {"test": test, "condition": condition, **numbers, "n": len(known)}
 
 
 def pool_features(
@@ -507,12 +499,11 @@ def silence_in_order(
 
     Arguments as for `silence_each`. Summed from the last, so that with all silenced the bias alone is left.
     """
-    logits, truth = bias.expand(len(labels), -1).clone(), torch.from_numpy(labels).to(parts.device)
-    right = [(logits.argmax(dim=1) == truth).double().mean()]
-    for filter_ in order[::-1].tolist():
-        logits += parts[filter_]
-        right.append((logits.argmax(dim=1) == truth).double().mean())
-    return torch.stack(right[::-1]).cpu().numpy()
+    logits, found = bias.expand(len(labels), -1).clone(), []
+    for part in (0 * bias, *parts[order[::-1].copy()]):
+        logits += part
+        found.append((logits.argmax(dim=1).cpu().numpy() == labels).mean())
+    return np.array(found[::-1])
 
 
 def top_pixels(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
@@ -546,7 +537,9 @@ def mask_pixels(
         rng: For pixels at random.
 
     Returns:
-        For each of MASKS (96, 96), True where a pixel stays.
+        For each mask (96, 96), True where a pixel stays. Kept or deleted: the strongest pixels of the unit's
+        projection or of the other unit's, those nearest the window's centre, or as many at random; and the
+        whole window or nothing kept.
     """
     rows, columns = window = units.window(unit)
     whole = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.bool_)
@@ -809,7 +802,8 @@ def probe(
 
     def accuracy(fit: Tensor, fit_truth: Tensor, decay: float, on: Tensor, on_truth: Tensor) -> float:
         weights, bias = fit_probe(fit, fit_truth, classes, decay, steps)
-        return float(((on @ weights + bias).argmax(dim=1) == on_truth).double().mean())
+        right = (on @ weights + bias).argmax(dim=1) == on_truth
+        return float(right.cpu().numpy().mean()) if len(right) else 0.0
 
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
     held, rest = order[: len(order) // 5], order[len(order) // 5 :]
@@ -846,23 +840,23 @@ def print_correlations(
         resamples: How often filters are drawn anew for the intervals.
         seed: Of the draws.
     """
-    pairs = {
-        "for a class, and its accuracy lost": (selectivity, -changes),
-        "of a filter, and all accuracy lost": (strongest, -overall),
-    }
+    span = f"{100 * overall.min():+.2f} to {100 * overall.max():+.2f}, median {100 * np.median(overall):+.3f}"
     print(
-        f"silencing one of {len(overall)} filters of {PROJECTED}: accuracy {100 * overall.min():+.2f} to ",
-        end="",
+        f"silencing one of {len(overall)} filters of {PROJECTED} changes accuracy by {span} percentage points"
     )
-    print(f"{100 * overall.max():+.2f} percentage points, median {100 * np.median(overall):+.3f}")
+    pairs = {
+        "for a class and that class's loss": (selectivity, -changes),
+        "of a filter and the whole loss": (strongest, -overall),
+    }
     for name, (x, y) in pairs.items():
 
         def statistic(which: NDArray[np.int64], x: Any = x, y: Any = y) -> float:
             return spearman(x[..., which], y[..., which])
 
         value, low, high = with_interval(statistic, len(overall), resamples, seed)
-        print(f"selectivity {name}: rank correlation {value:+.2f} (95 % interval {low:+.2f} to {high:+.2f})")
-    print("0: selectivity does not tell which filters matter; 1: they rank alike (Morcos et al. 2018 asked)")
+        text = f"rank correlation {value:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
+        print(f"selectivity {name:<34}: {text}")
+    print("0: selectivity does not tell which filters matter, 1: both rank alike (see Morcos et al. 2018)")
 
 
 def tabulate_probes(
@@ -937,44 +931,50 @@ def draw_ablation(
         if len(curve) > 1:
             low, high = 100 * curve.min(axis=0), 100 * curve.max(axis=0)
             below.fill_between(steps, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
-    below.set(xlabel="filters silenced", ylabel="test accuracy (%)", ylim=(0, None))
+    below.set(xlabel="number of filters silenced", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0, None))
     below.legend(title="silenced first", frameon=False)
     sns.despine(ax=below)
     fig.suptitle(heading, fontsize=9)
     return fig
 
 
-def draw_trust(trust: pd.DataFrame, heading: str) -> Figure:
-    """Draw trust.csv: what survives of an activation under each mask; how alike projections stay."""
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(7.5, 3.9), dpi=200, layout="constrained", width_ratios=[1, 1.1]
-    )
+def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
+    """Draw trust.csv: what survives of an activation under each mask; how alike projections stay.
+
+    Args:
+        trust: Rows of `trust_row`, of both tests.
+        share: Of the window's pixels, how many were kept or deleted.
+        heading: Title.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.9), dpi=200, layout="constrained")
     masks = trust[trust["test"] == "faithfulness"].set_index("condition")
-    kinds = ("kept", "deleted")
-    names = ["projection", "other unit", "centre", "random"]
-    for k, kind in enumerate(kinds):
-        rows = masks.reindex([f"{name} {kind}" for name in names])
-        draw_medians(left, np.arange(4.0) + 0.12 * (2 * k - 1), rows, f"C{k}", "os"[k], f"only these {kind}")
-    limits = masks.reindex(["window kept", "nothing kept"])["median"].tolist()
-    for height, text in zip(limits, ("whole window kept", "nothing kept"), strict=True):
+    for k, kind in enumerate(("kept", "deleted")):
+        rows = masks.reindex([f"{name} {kind}" for name in ("projection", "other unit", "centre", "random")])
+        places = np.arange(4.0) + 0.16 * k - 0.08
+        draw_medians(left, places, rows, f"C{k}", "os"[k], ("only these kept", "only these deleted")[k])
+    for text in ("window kept", "nothing kept"):
+        height = masks["median"].get(text, np.nan)
         left.axhline(height, color="0.5", linestyle=":", linewidth=1)
-        left.annotate(text, (3.45, height), xytext=(0, 2), textcoords="offset points", ha="right", fontsize=7)
-    left.set_xticks(range(4), ["strongest\nin its\nprojection", "in another\nunit's", "centre", "random"])
-    left.set(ylabel="share of the activation that survives", xlabel="pixels of the window", ylim=(0, None))
-    left.legend(frameon=False)
+        left.annotate(text, (-0.45, height), xytext=(0, 2), textcoords="offset points", fontsize=8)
+    left.set_xticks(range(4), ["its own\nprojection", "another\nunit's", "window's\ncentre", "at\nrandom"])
+    left.set(xlim=(-0.5, 3.5), ylim=(0, 1.1), ylabel="share of the activation that survives")
+    left.set(xlabel=f"where the {share:.0%} of the window's pixels are strongest", title="masked pixels")
+    left.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
 
     alike = trust[trust["test"] == "randomisation"].set_index("condition")
-    steps = ["conv4", *(f"conv4 to {layer}" for layer in reversed(LAYERS[:-1]))]
+    steps = [LAYERS[-1], *(f"{LAYERS[-1]} to {layer}" for layer in reversed(LAYERS[:-1]))]
     for k, text in enumerate(("trained switches", "own switches")):
         rows = alike.reindex(["trained", *(f"{step} random, {text}" for step in steps)])
-        draw_medians(right, np.arange(5.0) + 0.06 * (2 * k - 1), rows, f"C{2 + k}", "D^"[k], text, line="-")
+        places = np.arange(5.0) + 0.06 * (2 * k - 1)
+        draw_medians(right, places, rows, f"C{2 + k}", "D^"[k], f"random weights, {text}", line="-")
     for text, style in (("other filter, same place", "--"), ("other filter, other image", ":")):
         row = alike.loc[text]
         right.axhline(row["median"], color="0.4", linestyle=style, linewidth=1, label=f"trained, {text}")
         right.axhspan(row["low"], row["high"], color="0.4", alpha=0.15, linewidth=0)
-    right.set_xticks(range(5), ["none", "conv4", "conv4\nto 3", "conv4\nto 2", "all"])
-    right.set(xlabel="blocks with random weights", ylabel="rank correlation with the\ntrained projection")
-    right.legend(frameon=False, fontsize=7)
+    right.set_xticks(range(5), ["none", *(step.replace(" to ", "\nto ") for step in steps)])
+    right.set(xlabel="blocks with random weights", ylim=(0, 1.1), title="random weights")
+    right.set(ylabel="rank correlation with\nthe trained projection")
+    right.legend(frameon=False, fontsize=8, loc="upper right")
     sns.despine(fig)
     fig.suptitle(heading, fontsize=9)
     return fig
@@ -1003,9 +1003,15 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
         scaled = 100 * rows[["accuracy", "low", "high"]].rename(columns={"accuracy": "median"})
         draw_medians(ax, np.arange(4.0), scaled, f"C{k}", "os"[k], str(network), line=("-", "--")[k])
     ax.axhline(100 * test_accuracy, color="0.3", linestyle=":", linewidth=1)
-    ax.annotate("the network itself", (0, 100 * test_accuracy), xytext=(-8, 3), textcoords="offset points")
+    ax.annotate(
+        "the network itself",
+        (0, 100 * test_accuracy),
+        xytext=(-12, 3),
+        textcoords="offset points",
+        fontsize=8,
+    )
     ax.axhline(100 * chance, color="0.3", linestyle=":", linewidth=1)
-    ax.annotate("chance", (0, 100 * chance), xytext=(-8, 3), textcoords="offset points")
+    ax.annotate("chance", (0, 100 * chance), xytext=(-12, 3), textcoords="offset points", fontsize=8)
     inputs = probes.drop_duplicates("layer")["inputs"]
     ax.set_xticks(
         range(4), [f"{layer}\n{count:,} inputs" for layer, count in zip(LAYERS, inputs, strict=True)]
@@ -1097,7 +1103,7 @@ def main() -> None:
     heading = f"What silencing filters of {PROJECTED} costs: one at a time, and more and more\n{source}"
     figures = {"ablation.png": draw_ablation(changes, selectivity, curves, names, heading)}
     heading = f"Do projections of {PROJECTED} show what drives a filter, and what was learned?\n{source}"
-    figures["trust.png"] = draw_trust(trust, heading)
+    figures["trust.png"] = draw_trust(trust, KEPT_SHARE, heading)
     heading = f"What a linear classifier reads from each layer\n{source}"
     accuracy = checkpoint.metrics["test_accuracy"]
     figures["probes.png"] = draw_probes(probes, accuracy, 1 / len(names), heading)

@@ -44,7 +44,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                     path.stat().st_size,
                     hashlib.md5(array.tobytes()).hexdigest(),
                 )
-        for script in (train_CNN, deconv, deconv_full, heatmap):
+        for script in (train_CNN, deconv, deconv_full, analyse_projections, heatmap):
             patch.setattr(script, "DEVICE", "cpu")
         patch.setattr(train_CNN, "EPOCHS", 2)
         patch.setattr(train_CNN, "BATCH_SIZE", 16)
