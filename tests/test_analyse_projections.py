@@ -495,11 +495,11 @@ def test_silencing_by_linear_algebra_is_zeroing_the_pooled_map(make_net: MakeNet
 def test_silencing_in_order_goes_from_the_network_to_the_class_of_the_bias(make_net: MakeNet) -> None:
     net = make_net(classes=3)
     net.classifier.bias.copy_(torch.tensor([0.0, 2.0, 1.0]))
-    pooled = torch.randn(40, 8, 3, 3, generator=torch.manual_seed(1)).clamp(min=0)
+    pooled = 20 * torch.randn(40, 8, 3, 3, generator=torch.manual_seed(1)).clamp(min=0)
     labels, order = np.repeat(np.arange(3), (10, 13, 17)), np.array([3, 7, 0, 1, 2, 4, 5, 6])
     parts, bias = contributions(net, net.average(pooled).flatten(1)), net.classifier.bias
     curve = silence_in_order(parts, bias, labels, order)
-    assert len(curve) == 9 and curve[-1] == 13 / 40
+    assert len(curve) == 9 and curve[-1] == 13 / 40 and len(set(curve.tolist())) > 3
     for count in (0, 1, 2, 5):
         zeroed = pooled.clone()
         zeroed[:, order[:count].copy()] = 0
@@ -681,6 +681,27 @@ def test_a_probe_learns_what_can_be_learned_and_no_more() -> None:
         1e3 * noise + 3 * ways[labels], labels, 1e3 * test_noise + 3 * ways[test_labels], *options
     )
     assert accuracy > 0.99 and decay in (0.001, 0.1)
+
+
+def test_a_probe_does_not_depend_on_the_scale_of_its_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(200) % 2
+    inputs = torch.randn(200, 30, generator=generator) + 0.5 * torch.from_numpy(labels)[:, None]
+    scales = torch.logspace(-3, 3, 30)
+    scaled = torch.cat([inputs * scales + 7, torch.zeros(200, 1)], dim=1)  # and one that never changes
+    found = [
+        probe(part[:100], labels[:100], part[100:], labels[100:], 2, (0.1,), 50, 0)[0]
+        for part in (inputs, scaled)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=0.021) and found[0] > 0.8
+
+
+def test_the_decay_of_a_probe_is_chosen_on_images_that_it_has_not_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(200) % 2  # little to learn, and more inputs than images: a small decay learns by heart
+    inputs = torch.randn(200, 300, generator=generator)
+    inputs[:, :40] += 0.6 * torch.from_numpy(labels)[:, None]
+    assert probe(inputs, labels, inputs, labels, 2, (1e-5, 1.0), 50, 0)[1] == 1.0
 
 
 def test_pooled_features_are_averages_of_about_as_many_regions_in_every_layer(make_net: MakeNet) -> None:
