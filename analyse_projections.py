@@ -1,34 +1,75 @@
 """Measure every filter: how often it fires, which class it prefers, how strongly, what its projections hold.
 
 Run:    uv run analyse_projections.py
-Reads:  outputs/activations.npz, outputs/projection_statistics.npz
+Reads:  outputs/CNN.pth, outputs/activations.npz, outputs/projection_statistics.npz,
+        outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin
 Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/metric_distributions.png,
-        outputs/selectivity.png, outputs/top_filters.png
+        outputs/selectivity.png, outputs/top_filters.png, outputs/ablation.csv, outputs/ablation.png,
+        outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
 
 An activation is the strongest value of a filter in an image. All that is said about classes comes from
 activations: a projection's non-zero pixels mostly measure the size of the receptive field and how much of it
 the border cuts off.
+
+Then the network itself is asked how far this can be trusted: what it loses without a filter, what of an
+activation survives when only a projection's strongest pixels are left, what projections look like when
+weights are random, and how much of the classes each layer holds.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
 
-from CNN import LAYERS
-from load_data import Arrays, load_arrays, plain_errors, save_figure, title, whole_file
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint, receptive_fields
+from deconv_full import Projector, Units, batches
+from load_data import (
+    Arrays,
+    Split,
+    load_arrays,
+    load_split,
+    normalise,
+    plain_errors,
+    save_figure,
+    title,
+    whole_file,
+)
 
 OUTPUTS = Path("outputs")
 RESAMPLINGS = 1000  # bootstrap samples behind an interval, and shuffled label sets behind a p-value
 SEED = 0  # of resampling and shuffling
 TOP_FILTERS = 10  # filters of conv4 shown for each class
+
+# how far the numbers and pictures can be trusted
+CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
+DATA_DIR = Path("data")  # holds the folder stl10_binary
+DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
+BATCH_SIZE = 64  # images at once; more costs memory, not time
+CHUNK = 32  # projections at once; on a CPU they should fit its cache, on a GPU try 2048
+RANDOM_ORDERS = 10  # orders in which all filters of conv4 are silenced at random
+KEPT_SHARE = 0.25  # of a window's pixels: those that are kept, or deleted, to see what an activation needs
+RANDOMISED_UNITS = 200  # units whose projections are compared with those of random weights
+NORM_IMAGES = 1_000  # training images that give batch norm of new weights its means and variances
+PROBE_INPUTS = 1_024  # about so many numbers of each layer go into its linear probe
+PROBE_DECAYS = (0.001, 0.01, 0.1)  # weight decays to choose from
+PROBE_STEPS = 100  # of L-BFGS, at most; fewer leave the smaller decays short of their optimum
+RESAMPLES = 1_000  # bootstrap samples behind an interval
+TRUST_SEED = 0  # of all that is drawn at random here
 
 # Fixed by definition, not settings
 PROJECTED = LAYERS[-1]  # the layer whose projections were measured
@@ -540,10 +581,729 @@ def draw_top_filters(rankings: Mapping[str, pd.DataFrame], count: int, heading: 
     return fig
 
 
+# How far these numbers and pictures can be trusted: ablation, masked pixels, random weights, linear probes
+
+
+class TopUnits(NamedTuple):
+    """The units of conv4 whose projections were drawn: those of each filter in its strongest images.
+
+    Attributes:
+        filter: Index of the filter, int64 (units,).
+        image: Index of the test image, int64 (units,).
+        value: Activation, float32 (units,).
+        position: Row and column in the pooled map, int64 (units, 2).
+        origin: Row and column of the window's top left pixel, negative beyond the border, int64 (units, 2).
+        magnitude: Of the projection, in the full frame, float32 (units, 96, 96).
+        size: Rows and columns of the window, int64 (units,).
+    """
+
+    filter: NDArray[Any]
+    image: NDArray[Any]
+    value: NDArray[Any]
+    position: NDArray[Any]
+    origin: NDArray[Any]
+    magnitude: NDArray[Any]
+    size: NDArray[Any]
+
+    def take(self, which: NDArray[np.int64]) -> "TopUnits":
+        """Return the units at the places `which`."""
+        return TopUnits(*(entry[which] for entry in self))
+
+    def window(self, unit: int) -> tuple[slice, slice]:
+        """Return the rows and columns of a unit's window inside the image."""
+        (top, left), size = self.origin[unit].tolist(), int(self.size[unit])
+        return slice(max(top, 0), top + size), slice(max(left, 0), left + size)
+
+
+def read_top_units(folder: Path, activations: Arrays, checkpoint: Checkpoint, test: Split) -> TopUnits:
+    """Read the units of conv4 in projections.npz; hold checkpoint, activations and test images together.
+
+    Raises:
+        SystemExit: If the file is missing or damaged, or something is from another checkpoint or data set.
+    """
+    path, again = folder / "projections.npz", "run `uv run deconv_full.py` again"
+    types = {"image": "int32", "value": "float32", "position": "int16", "origin": "int16"}
+    types = {f"{PROJECTED}_{key}": kind for key, kind in (types | {"projection": "float32"}).items()}
+    found = load_arrays(path, "deconv_full.py", types)
+    for name, arrays in ((folder / "activations.npz", activations), (path, found)):
+        made_from = arrays.checkpoint_sha256, arrays.dataset, arrays.class_names
+        if made_from != (checkpoint.sha256, checkpoint.dataset, checkpoint.class_names):
+            raise SystemExit(f"{name} is from another checkpoint or data set: {again}")
+    if not np.array_equal(activations.arrays["labels"], test.labels):
+        raise SystemExit(f"{folder / 'activations.npz'} has other labels: {again}")
+    image, value, position, origin, projection = (found.arrays[key] for key in types)
+    size, filters = receptive_fields(checkpoint.net)[-1].size, activations.arrays[f"{PROJECTED}_max"].shape[1]
+    shapes = [(*image.shape, *rest) for rest in ((), (2,), (2,), (3, size, size))]
+    if (
+        image.ndim != 2
+        or len(image) != filters
+        or [array.shape for array in (value, position, origin, projection)] != shapes
+        or image.max(initial=-1) >= len(test.images)
+    ):
+        raise SystemExit(f"{path} does not fit activations.npz: {again}")
+    filter_, rank = np.nonzero(image >= 0)  # a filter that fires on fewer images leaves places empty
+    numbers, where, corner = (array[filter_, rank].astype(np.int64) for array in (image, position, origin))
+    frames = np.zeros((len(filter_), IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    sizes = np.full(len(filter_), size)
+    units = TopUnits(filter_, numbers, value[filter_, rank], where, corner, frames, sizes)
+    for k, (top, left) in enumerate(corner.tolist()):
+        frame, magnitude = frames[k][units.window(k)], np.abs(projection[filter_[k], rank[k]]).sum(axis=0)
+        height, width = frame.shape
+        frame[:] = magnitude[max(-top, 0) :, max(-left, 0) :][:height, :width]
+    return units
+
+
+def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Return the rank correlation of two arrays of one shape; equal values share the mean of their ranks.
+
+    Places where either is nan are left out; nan if one is constant over the rest.
+    """
+    both = ~(np.isnan(first) | np.isnan(second))
+    if both.sum() < 2:
+        return np.nan
+    x, y = (pd.Series(values[both]).rank().to_numpy(np.float64) for values in (first, second))
+    x, y = x - x.mean(), y - y.mean()
+    spread = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / spread) if spread > 0 else np.nan
+
+
+def with_interval(
+    statistic: Callable[[NDArray[np.int64]], float], items: int, resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """Return a statistic with its 95 % interval by the percentile bootstrap (Efron 1979).
+
+    Args:
+        statistic: Of the items at the places it is given.
+        items: How many there are; without any, all is nan.
+        resamples: How often as many items are drawn anew, with replacement.
+        seed: Of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.array([statistic(rng.integers(items, size=items)) for _ in range(resamples if items else 0)])
+    drawn = drawn[~np.isnan(drawn)]
+    low, high = np.percentile(drawn, (2.5, 97.5)).tolist() if drawn.size else (np.nan, np.nan)
+    return statistic(np.arange(items)) if items else np.nan, low, high
+
+
+def trust_row(
+    test: str, condition: str, values: NDArray[np.float64], resamples: int, seed: int
+) -> dict[str, str | float]:
+    """Return a row of trust.csv: median of the values that are numbers, interval, how many they are."""
+    known = values[~np.isnan(values)]
+    found = with_interval(lambda which: float(np.median(known[which])), len(known), resamples, seed)
+    numbers = dict(zip(("median", "low", "high"), found, strict=True))
+    return {"test": test, "condition": condition, **numbers, "n": len(known)}
+
+
+def pool_features(
+    images: NDArray[np.uint8], checkpoint: Checkpoint, device: torch.device, batch_size: int, inputs: int
+) -> list[Tensor]:
+    """Run the images through the network once and average the pooled maps over regions.
+
+    Returns:
+        For each layer (images, about `inputs`): the map averaged over side x side regions, the side chosen so
+        that layers of many and of few filters get as many numbers. At the end what the classifier sees,
+        conv4's averages (images, filters * head_size²).
+    """
+    config, found = checkpoint.net.config, list[list[Tensor]]()
+    sides = [max(round((inputs / filters) ** 0.5), 1) for filters in config["filters"]]
+    everything = np.arange(len(images))
+    for _, features in batches(images, everything, checkpoint, device, batch_size, "features"):
+        maps = [pooled for pooled, _ in features]
+        found.append(
+            [
+                F.adaptive_avg_pool2d(pooled, min(side, pooled.shape[-1])).flatten(1)
+                for pooled, side in zip(maps, sides, strict=True)
+            ]
+        )
+        found[-1].append(checkpoint.net.average(maps[-1]).flatten(1))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def contributions(net: CNN, averages: Tensor) -> Tensor:
+    """Return what each filter of conv4 adds to the logits, (filters, images, classes).
+
+    Behind conv4 come an average and a linear layer, nothing else: the logits are the bias plus the sum of the
+    filters' contributions, and a filter whose pooled map is set to 0 takes its own away. This is exact.
+
+    Args:
+        net: The network.
+        averages: What its classifier sees, (images, filters * head_size²).
+    """
+    filters = net.config["filters"][-1]
+    weights = net.classifier.weight.unflatten(1, (filters, -1))  # (classes, filters, regions)
+    return torch.einsum("nfr,cfr->fnc", averages.unflatten(1, (filters, -1)), weights)
+
+
+def silence_each(
+    parts: Tensor, bias: Tensor, labels: NDArray[np.int64], classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Silence one filter at a time.
+
+    Args:
+        parts: `contributions` (filters, images, classes).
+        bias: Of the classifier.
+        labels: Of the images.
+        classes: Number of classes.
+
+    Returns:
+        Change of each class's accuracy (classes, filters), nan for a class without images; change of the
+        accuracy over all images (filters,). Negative where silencing does damage.
+    """
+    logits, truth = parts.sum(dim=0) + bias, torch.from_numpy(labels).to(parts.device)
+    right = torch.stack([(logits - part).argmax(dim=1) == truth for part in (0 * bias, *parts)], dim=1)
+    change = right.cpu().numpy().astype(np.float64)  # (images, 1 + filters); the first: nothing silenced
+    change = change[:, 1:] - change[:, :1]
+    return by_class(np.mean, change, labels, classes), change.mean(axis=0)
+
+
+def silence_in_order(
+    parts: Tensor, bias: Tensor, labels: NDArray[np.int64], order: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the accuracy with the first 0, 1, ... and all filters of `order` silenced, (1 + filters,).
+
+    Arguments as for `silence_each`. Summed from the last, so that with all silenced the bias alone is left.
+    """
+    logits, found = bias.expand(len(labels), -1).clone(), []
+    for part in (0 * bias, *parts[order[::-1].copy()]):
+        logits += part
+        found.append((logits.argmax(dim=1).cpu().numpy() == labels).mean())
+    return np.array(found[::-1])
+
+
+def top_pixels(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.bool_]:
+    """Return where the `count` largest scores are; ties go to the first."""
+    chosen = np.zeros(scores.shape, np.bool_)
+    chosen.flat[np.argsort(-scores, axis=None, kind="stable")[:count]] = True
+    return chosen
+
+
+def same_windows(units: TopUnits, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw for each unit another one, of another filter in another image, with the same window; -1: none."""
+    drawn = np.full(len(units.image), -1)
+    for k in range(len(drawn)):
+        others = (units.origin == units.origin[k]).all(axis=1) & (units.image != units.image[k])
+        candidates = np.flatnonzero(others & (units.filter != units.filter[k]))
+        if candidates.size:
+            drawn[k] = rng.choice(candidates)
+    return drawn
+
+
+def mask_pixels(
+    units: TopUnits, unit: int, other: int, share: float, rng: np.random.Generator
+) -> dict[str, NDArray[np.bool_]]:
+    """Choose which pixels of a unit's image stay; the others become grey, 0 in normalised pixels.
+
+    Args:
+        units: All units.
+        unit: Place of the one in question.
+        other: Place of one with the same window, or -1.
+        share: Of the window's pixels inside the image, how many are kept or deleted.
+        rng: For pixels at random.
+
+    Returns:
+        For each mask (96, 96), True where a pixel stays. Kept or deleted: the strongest pixels of the unit's
+        projection or of the other unit's, those nearest the window's centre, or as many at random; and the
+        whole window or nothing kept.
+    """
+    rows, columns = window = units.window(unit)
+    whole = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.bool_)
+    whole[window] = True
+    count = max(1, round(share * whole.sum()))
+    down, right = np.arange(IMAGE_SIZE) - units.origin[unit][:, None] - (units.size[unit] - 1) / 2
+    scores = {
+        "projection": units.magnitude[unit],
+        "other unit": units.magnitude[other],
+        "centre": -np.hypot(down[:, None], right),
+        "random": rng.random(whole.shape),
+    }
+    kept = {}
+    for name, score in scores.items():
+        chosen = np.zeros_like(whole)
+        chosen[window] = top_pixels(score[rows, columns], count)
+        kept[f"{name} kept"], kept[f"{name} deleted"] = chosen, ~chosen
+    return kept | {"window kept": whole, "nothing kept": np.zeros_like(whole)}
+
+
+def surviving_shares(
+    images: NDArray[np.uint8],
+    checkpoint: Checkpoint,
+    units: TopUnits,
+    share: float,
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Return how much of a unit's activation survives each of `mask_pixels`, mean over a filter's images.
+
+    The masked image goes through the network again; the activation of the same filter at the same pooled
+    position is divided by the original. With the whole window kept it is at least 1: the pooled value is the
+    largest of a region, and the unit that was largest sees nothing else. Where the masks of a unit need
+    another one and there is none, nan.
+
+    Returns:
+        A row for each filter that fires, a column for each mask.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    others = same_windows(units, rng)
+    with tqdm(total=len(others), desc="masked images", unit=" units", disable=None) as bar:
+        for start in range(0, len(others), batch_size):
+            which = np.arange(start, min(start + batch_size, len(others)))
+            some = torch.from_numpy(images[units.image[which]]).to(device)
+            batch = normalise(some, checkpoint.mean, checkpoint.std)
+            masks = [mask_pixels(units, k, others[k], share, rng) for k in which.tolist()]
+            found = {}
+            for name in masks[0]:
+                mask = torch.from_numpy(np.stack([mask[name] for mask in masks])[:, None]).to(device)
+                masked = (batch * mask).contiguous(memory_format=torch.channels_last)
+                pooled = checkpoint.net.features(masked)[-1][0].cpu().numpy()
+                row, column = units.position[which].T
+                survived = pooled[np.arange(len(which)), units.filter[which], row, column]
+                found[name] = survived.astype(np.float64) / units.value[which]
+                if "other" in name:
+                    found[name][others[which] < 0] = np.nan
+            rows.append(pd.DataFrame(found))
+            bar.update(len(which))
+    return pd.concat(rows, ignore_index=True).groupby(units.filter).mean() if rows else pd.DataFrame()
+
+
+def randomised(
+    checkpoint: Checkpoint, first: int, images: NDArray[np.uint8], device: torch.device, seed: int
+) -> CNN:
+    """Return the network with block `first` (0 for conv1) and all above as in a new one of that seed.
+
+    Batch norm's weights go back to where they start. Its means and variances are those of the new maps, the
+    average over batches of 100 of the images: with those of the trained network, or with 0 and 1, activations
+    would be off scale. Blocks below `first` stay as they are.
+
+    Args:
+        checkpoint: The trained network.
+        first: Lowest block that is replaced; at 4 none is. The classifier is always new.
+        images: Training images, uint8.
+        device: Where the network goes.
+        seed: Of the new weights.
+    """
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        net = CNN(**checkpoint.net.config).eval().requires_grad_(False)
+    for block, trained in zip(net.blocks[:first], checkpoint.net.blocks, strict=False):
+        block.load_state_dict(trained.state_dict())
+    for block in net.blocks[first:]:
+        block.train()
+        block.bn.momentum = None  # the average of all batches counts, not the last ones most
+    net = net.to(device)
+    everything, checkpoint = np.arange(len(images)), checkpoint._replace(net=net)
+    for _ in batches(images, everything, checkpoint, device, 100, "batch norm"):
+        pass
+    return net.eval()
+
+
+def untrained(checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device) -> CNN:
+    """Return the network that training began with, batch norm's means and variances taken from the images."""
+    return randomised(checkpoint, 0, images, device, checkpoint.seed)
+
+
+def project_magnitudes(
+    images: NDArray[np.uint8],
+    checkpoint: Checkpoint,
+    units: TopUnits,
+    switches: CNN,
+    device: torch.device,
+    batch_size: int,
+    chunk: int,
+) -> NDArray[np.float32]:
+    """Project units of conv4, the value set to 1, and return magnitudes in the full frame (units, 96, 96).
+
+    A projection is proportional to the value, so a unit that does not fire has one too.
+
+    Args:
+        images: Test images, uint8.
+        checkpoint: Its network's weights are the way down.
+        units: Which filter, image and pooled position.
+        switches: The network that runs forward and says where the maxima were.
+        device: Where to compute.
+        batch_size: Images at once.
+        chunk: Units at once.
+    """
+    projector = Projector(checkpoint.net, LAYERS.index(PROJECTED))
+    frames, side = np.zeros_like(units.magnitude), projector.conv_sizes[-1]
+    forward = checkpoint._replace(net=switches)
+    for which, features in batches(
+        images, np.unique(units.image), forward, device, batch_size, "projections"
+    ):
+        entries = np.flatnonzero(np.isin(units.image, which))
+        local = torch.from_numpy(np.searchsorted(which, units.image[entries])).to(device)
+        filter_ = torch.from_numpy(units.filter[entries]).to(device)
+        row, column = torch.from_numpy(units.position[entries]).to(device).T
+        switch = features[-1][1][local, filter_, row, column]
+        ones = torch.ones(len(entries), device=device)
+        members, masks = Units(local, filter_, ones, switch // side, switch % side), projector.masks(features)
+        for group in projector.groups(members, chunk):
+            magnitudes = projector.project(masks, members.take(group)).abs().sum(dim=3).cpu().numpy()
+            for number, magnitude in zip(group.tolist(), magnitudes, strict=True):
+                places = int(members.row[number]), int(members.column[number])
+                rows, columns = (slice(*projector.windows[place][-1][1:]) for place in places)
+                frames[entries[number], rows, columns] = magnitude
+    return frames
+
+
+def similarities(
+    units: TopUnits, first: NDArray[np.float32], second: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Return the rank correlation of two magnitudes (units, 96, 96) over each unit's own window.
+
+    The window is that of the trained network. Another network's switch may lie elsewhere in the pooling
+    region; where its window does not reach, its projection is 0.
+    """
+    found = [
+        spearman(a[units.window(k)], b[units.window(k)])
+        for k, (a, b) in enumerate(zip(first, second, strict=True))
+    ]
+    return np.array(found, np.float64)
+
+
+def randomise_weights(
+    train: NDArray[np.uint8],
+    images: NDArray[np.uint8],
+    checkpoint: Checkpoint,
+    units: TopUnits,
+    count: int,
+    device: torch.device,
+    batch_size: int,
+    chunk: int,
+    seed: int,
+) -> dict[str, NDArray[np.float64]]:
+    """Compare projections with those of ever more random networks (Adebayo et al. 2018, section 3.1).
+
+    Weights become random from conv4 downwards. A picture that stays the same shows the image and the
+    architecture, not what was learned. Two variants: the random network runs forward itself, or the trained
+    one does and keeps its switches, only the weights on the way down being random; what is left then is the
+    switches' doing (Mahendran & Vedaldi 2016, "Salient deconvolutional networks"). The seed is not that of
+    the training, whose first weights the trained ones still resemble.
+
+    Args:
+        train: Training images for `randomised`, uint8.
+        images: Test images, uint8.
+        checkpoint: The trained network.
+        units: All units; `count` of them are drawn.
+        count: How many, at most.
+        device: Where to compute.
+        batch_size: Images at once.
+        chunk: Units at once.
+        seed: Of the draws.
+
+    Returns:
+        `similarities` of each drawn unit, for each condition. Two show how alike projections are anyway: that
+        of another filter in another image with the same window, and of another filter at the same place.
+    """
+    rng, trained = np.random.default_rng(seed), checkpoint.net
+    drawn = np.sort(rng.permutation(len(units.image))[:count])
+    others = same_windows(units, rng)[drawn]
+    partners, units = units.magnitude[others], units.take(drawn)
+    shift = rng.integers(1, max(trained.config["filters"][-1], 2), len(drawn))
+    elsewhere = units._replace(filter=(units.filter + shift) % trained.config["filters"][-1])
+    options = device, batch_size, chunk
+    found = {
+        "trained": project_magnitudes(images, checkpoint, units, trained, *options),
+        "other filter, same place": project_magnitudes(images, checkpoint, elsewhere, trained, *options),
+        "other filter, other image": np.where(others[:, None, None] < 0, np.nan, partners),
+    }
+    for first in reversed(range(len(LAYERS))):
+        net = randomised(checkpoint, first, train, device, checkpoint.seed + 1)
+        name = LAYERS[-1] if first == len(LAYERS) - 1 else f"{LAYERS[-1]} to {LAYERS[first]}"
+        for switches, text in ((net, "own switches"), (trained, "trained switches")):
+            changed = checkpoint._replace(net=net)
+            found[f"{name} random, {text}"] = project_magnitudes(images, changed, units, switches, *options)
+    return {name: similarities(units, units.magnitude, frames) for name, frames in found.items()}
+
+
+def fit_probe(
+    inputs: Tensor, labels: Tensor, classes: int, decay: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Fit a linear softmax by L-BFGS on all inputs at once, from zero: the problem is convex.
+
+    Args:
+        inputs: Standardised (images, inputs).
+        labels: int64 (images,).
+        classes: Number of classes.
+        decay: Of the weights: decay / 2 times their sum of squares is added to the mean loss.
+        steps: At most so many.
+
+    Returns:
+        Weights (inputs, classes) and bias (classes,).
+    """
+    weights = inputs.new_zeros(inputs.shape[1], classes, requires_grad=True)
+    bias = inputs.new_zeros(classes, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(inputs @ weights + bias, labels) + decay / 2 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return weights.detach(), bias.detach()
+
+
+def probe(
+    train: Tensor,
+    train_labels: NDArray[np.int64],
+    test: Tensor,
+    test_labels: NDArray[np.int64],
+    classes: int,
+    decays: Sequence[float],
+    steps: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Return the test accuracy of a linear softmax on features, and its weight decay (paper, Table 7).
+
+    Features are standardised with the training images' mean and deviation. The decay is chosen on a fifth of
+    the training images, drawn by the seed; then all of them are used.
+    """
+    centre, scale = train.mean(dim=0), train.std(dim=0, correction=0)
+    train, test = ((part - centre) / scale.where(scale > 0, 1) for part in (train, test))
+    truth, test_truth = (torch.from_numpy(part).to(train.device) for part in (train_labels, test_labels))
+
+    def accuracy(fit: Tensor, fit_truth: Tensor, decay: float, on: Tensor, on_truth: Tensor) -> float:
+        weights, bias = fit_probe(fit, fit_truth, classes, decay, steps)
+        right = (on @ weights + bias).argmax(dim=1) == on_truth
+        return float(right.cpu().numpy().mean()) if len(right) else 0.0
+
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
+    held, rest = order[: len(order) // 5], order[len(order) // 5 :]
+    scores = [accuracy(train[rest], truth[rest], decay, train[held], truth[held]) for decay in decays]
+    best = decays[int(np.argmax(scores))]
+    return accuracy(train, truth, best, test, test_truth), best
+
+
+def tabulate_ablation(
+    changes: NDArray[np.float64], selectivity: NDArray[np.float64], names: Sequence[str]
+) -> pd.DataFrame:
+    """Return ablation.csv: a row a filter of conv4 and class; both arrays are (classes, filters)."""
+    filters = changes.shape[1]
+    columns: dict[str, Any] = {"filter": np.repeat(np.arange(filters), len(names))}
+    columns |= {"class": list(names) * filters, "accuracy_change": changes.T.ravel()}
+    return pd.DataFrame({**columns, "selectivity": selectivity.T.ravel()})
+
+
+def print_correlations(
+    changes: NDArray[np.float64],
+    overall: NDArray[np.float64],
+    selectivity: NDArray[np.float64],
+    strongest: NDArray[np.float64],
+    resamples: int,
+    seed: int,
+) -> None:
+    """Print how selectivity and damage go together over filters; arguments as `silence_each` returns them.
+
+    Args:
+        changes: Of the classes' accuracies (classes, filters).
+        overall: Of the accuracy (filters,).
+        selectivity: For each class (classes, filters).
+        strongest: For the preferred class (filters,).
+        resamples: How often filters are drawn anew for the intervals.
+        seed: Of the draws.
+    """
+    span = f"{100 * overall.min():+.2f} to {100 * overall.max():+.2f}, median {100 * np.median(overall):+.3f}"
+    print(
+        f"silencing one of {len(overall)} filters of {PROJECTED} changes accuracy by {span} percentage points"
+    )
+    pairs = {
+        "for a class and that class's loss": (selectivity, -changes),
+        "of a filter and the whole loss": (strongest, -overall),
+    }
+    for name, (x, y) in pairs.items():
+
+        def statistic(which: NDArray[np.int64], x: Any = x, y: Any = y) -> float:
+            return spearman(x[..., which], y[..., which])
+
+        value, low, high = with_interval(statistic, len(overall), resamples, seed)
+        text = f"rank correlation {value:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
+        print(f"selectivity {name:<34}: {text}")
+    print("0: selectivity does not tell which filters matter, 1: both rank alike (see Morcos et al. 2018)")
+
+
+def tabulate_probes(
+    features: Mapping[str, Sequence[Sequence[Tensor]]],
+    train_labels: NDArray[np.int64],
+    test_labels: NDArray[np.int64],
+    classes: int,
+    decays: Sequence[float],
+    steps: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Return probes.csv, a row a layer and network, and print it with the weight decay that was chosen.
+
+    Args:
+        features: For each network those of the training and of the test images, as from `pool_features`.
+        train_labels: Of the training images.
+        test_labels: Of the test images.
+        classes: Number of classes.
+        decays: To choose from.
+        steps: Of the optimiser, at most.
+        seed: Of the held-out fifth.
+    """
+    rows: list[dict[str, str | float]] = []
+    for network, (learned, tested) in features.items():
+        for layer, train, test in zip(LAYERS, learned, tested, strict=False):
+            accuracy, decay = probe(train, train_labels, test, test_labels, classes, decays, steps, seed)
+            error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test_labels))
+            row = {"accuracy": accuracy, "low": accuracy - error, "high": accuracy + error}
+            rows.append({"layer": layer, "network": network, **row, "inputs": train.shape[1]})
+            print(f"linear probe of {layer}, {network:<10}{accuracy:>7.1%} +- {error:.1%}, decay {decay:g}")
+    return pd.DataFrame(rows)
+
+
+def draw_ablation(
+    changes: NDArray[np.float64],
+    selectivity: NDArray[np.float64],
+    curves: Mapping[str, NDArray[np.float64]],
+    names: Sequence[str],
+    heading: str,
+) -> Figure:
+    """Draw the damage of silencing each filter to each class, and the accuracy as more and more are silenced.
+
+    Args:
+        changes: Of the classes' accuracies (classes, filters).
+        selectivity: Of each filter for each class (classes, filters); filters without one are left out.
+        curves: Accuracies (orders, 1 + filters) for each way of ordering; of several the range is drawn.
+        names: Of the classes.
+        heading: Title.
+    """
+    known = np.flatnonzero(~np.isnan(selectivity).all(axis=0))
+    preferred = np.nanargmax(selectivity[:, known], axis=0)
+    order = np.lexsort((-selectivity[preferred, known], preferred))
+    shown = -100 * changes[:, known[order]]
+    fig, (ax, below) = plt.subplots(
+        2, 1, figsize=(7, 6), dpi=200, height_ratios=[1.15, 1], layout="constrained"
+    )
+    top = float(np.nanpercentile(np.abs(shown), 99)) if shown.size else 0
+    scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -(top or 1), "vmax": top or 1}
+    if shown.size:
+        extent = (0, shown.shape[1], len(names), 0)
+        drawn = ax.imshow(shown, aspect="auto", interpolation="nearest", extent=extent, **scale)
+        bar = fig.colorbar(drawn, ax=ax, pad=0.01, extend="both")
+        bar.set_label("accuracy lost (percentage points)")
+    edges = np.searchsorted(preferred[order], np.arange(len(names) + 1))
+    for number, (left, right) in enumerate(pairwise(edges.tolist())):
+        ax.add_patch(Rectangle((left, number), right - left, 1, fill=False, edgecolor="0.2", linewidth=0.9))
+    ax.set_yticks(np.arange(len(names)) + 0.5, list(names), parse_math=False)
+    ax.set(xlabel="silenced filter, by preferred class (framed), then falling selectivity", ylabel="class")
+    for k, (name, curve) in enumerate(curves.items()):
+        steps, mean = np.arange(curve.shape[1]), 100 * curve.mean(axis=0)
+        below.plot(steps, mean, color=f"C{k}", linestyle=("-", "--", "-.")[k % 3], label=name)
+        if len(curve) > 1:
+            low, high = 100 * curve.min(axis=0), 100 * curve.max(axis=0)
+            below.fill_between(steps, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
+    below.set(xlabel="number of filters silenced", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0, None))
+    below.legend(title="silenced first", frameon=False)
+    sns.despine(ax=below)
+    fig.suptitle(heading, fontsize=9)
+    return fig
+
+
+def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
+    """Draw trust.csv: what survives of an activation under each mask; how alike projections stay.
+
+    Args:
+        trust: Rows of `trust_row`, of both tests.
+        share: Of the window's pixels, how many were kept or deleted.
+        heading: Title.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.9), dpi=200, layout="constrained")
+    masks = trust[trust["test"] == "faithfulness"].set_index("condition")
+    for k, kind in enumerate(("kept", "deleted")):
+        rows = masks.reindex([f"{name} {kind}" for name in ("projection", "other unit", "centre", "random")])
+        places = np.arange(4.0) + 0.16 * k - 0.08
+        draw_medians(
+            left,
+            places,
+            rows,
+            f"C{k}",
+            "os"[k],
+            ("these kept, the rest grey", "these grey, the rest kept")[k],
+        )
+    for text in ("window kept", "nothing kept"):
+        height = masks["median"].get(text, np.nan)
+        left.axhline(height, color="0.5", linestyle=":", linewidth=1)
+        left.annotate(text, (-0.45, height), xytext=(0, 2), textcoords="offset points", fontsize=8)
+    left.set_xticks(range(4), ["its own\nprojection", "another\nunit's", "nearness\nto centre", "chance"])
+    left.set(xlim=(-0.5, 3.5), ylim=(0, 1.1), ylabel="share of the activation that survives")
+    left.set(xlabel=f"what chooses {share:.0%} of the window's pixels", title="masked pixels")
+    left.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
+
+    alike = trust[trust["test"] == "randomisation"].set_index("condition")
+    steps = [LAYERS[-1], *(f"{LAYERS[-1]} to {layer}" for layer in reversed(LAYERS[:-1]))]
+    for k, text in enumerate(("trained switches", "own switches")):
+        rows = alike.reindex(["trained", *(f"{step} random, {text}" for step in steps)])
+        places = np.arange(5.0) + 0.06 * (2 * k - 1)
+        draw_medians(right, places, rows, f"C{2 + k}", "D^"[k], f"random weights, {text}", line="-")
+    for text, style in (("other filter, same place", "--"), ("other filter, other image", ":")):
+        row = alike.loc[text]
+        right.axhline(row["median"], color="0.4", linestyle=style, linewidth=1, label=f"trained, {text}")
+        right.axhspan(row["low"], row["high"], color="0.4", alpha=0.15, linewidth=0)
+    right.set_xticks(range(5), ["none", *(step.replace(" to ", "\nto ") for step in steps)])
+    right.set(xlabel="blocks with random weights", ylim=(0, 1.1), title="random weights")
+    right.set(ylabel="rank correlation with\nthe trained projection")
+    right.legend(frameon=False, fontsize=8, loc="upper right")
+    right.tick_params(axis="x", labelsize=8)
+    sns.despine(fig)
+    fig.suptitle(heading, fontsize=9)
+    return fig
+
+
+def draw_medians(
+    ax: Axes,
+    places: NDArray[np.float64],
+    rows: pd.DataFrame,
+    colour: str,
+    marker: str,
+    label: str,
+    line: str = "",
+) -> None:
+    """Draw the column median of `rows` with the interval low to high."""
+    median = rows["median"].to_numpy(np.float64)
+    reach = np.abs(rows[["low", "high"]].to_numpy(np.float64).T - median)
+    style: dict[str, Any] = {"fmt": marker + line, "markersize": 4, "capsize": 2.5, "linewidth": 1}
+    ax.errorbar(places, median, yerr=reach, color=colour, label=label, **style)
+
+
+def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, heading: str) -> Figure:
+    """Draw the accuracy of the linear probes of each layer, trained and untrained, with 95 % intervals."""
+    fig, ax = plt.subplots(figsize=(5, 3.4), dpi=200, layout="constrained")
+    for k, (network, rows) in enumerate(probes.groupby("network", sort=False)):
+        scaled = 100 * rows[["accuracy", "low", "high"]].rename(columns={"accuracy": "median"})
+        draw_medians(ax, np.arange(4.0), scaled, f"C{k}", "os"[k], str(network), line=("-", "--")[k])
+    ax.axhline(100 * test_accuracy, color="0.3", linestyle=":", linewidth=1)
+    ax.annotate(
+        "the network itself",
+        (0, 100 * test_accuracy),
+        xytext=(-12, 3),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    ax.axhline(100 * chance, color="0.3", linestyle=":", linewidth=1)
+    ax.annotate("chance", (0, 100 * chance), xytext=(-12, 3), textcoords="offset points", fontsize=8)
+    inputs = probes.drop_duplicates("layer")["inputs"]
+    ax.set_xticks(
+        range(4), [f"{layer}\n{count:,} inputs" for layer, count in zip(LAYERS, inputs, strict=True)]
+    )
+    ax.set(ylabel="test accuracy of a linear softmax (%)", ylim=(0, 100), xlim=(-0.3, 3.3))
+    ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
+    ax.set_title(heading, fontsize=9)
+    sns.despine(fig)
+    return fig
+
+
 def main() -> None:
-    """Write both tables and the figures, and say what they show."""
+    """Write the tables and figures, and say what they show and how far they can be trusted."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
     activations, statistics = read_measurements(OUTPUTS)
+    device = choose_device(DEVICE)
+    checkpoint = load_checkpoint(CHECKPOINT, device)
+    train, test = (load_split(checkpoint.dataset, DATA_DIR, split) for split in ("train", "test"))
+    units = read_top_units(OUTPUTS, activations, checkpoint, test)
     data = f"{title(activations.dataset)}, {len(activations.arrays['labels']):,} test images"
     projected = f"projections of {len(statistics.arrays['labels']):,}"
     filters, classes = (
@@ -565,6 +1325,64 @@ def main() -> None:
     figures["selectivity.png"] = draw_selectivity(filters, summary, heading)
     heading = f"Top filters of {PROJECTED} for each class\n{data}"
     figures["top_filters.png"] = draw_top_filters(rankings, TOP_FILTERS, heading)
+    for name, figure in figures.items():
+        save_figure(figure, OUTPUTS / name)
+        print(f"wrote {OUTPUTS / name}")
+
+    # how far all this can be trusted
+    source = f"{data}, test accuracy {checkpoint.metrics['test_accuracy']:.1%}"
+    batch, some = (device, BATCH_SIZE), train.images[:NORM_IMAGES]
+    start = checkpoint._replace(net=untrained(checkpoint, some, device))
+    features = {
+        name: [pool_features(part.images, of, *batch, PROBE_INPUTS) for part in (train, test)]
+        for name, of in (("trained", checkpoint), ("untrained", start))
+    }
+    net, (_, tested) = checkpoint.net, features["trained"]
+    silenced = contributions(net, tested[-1]), net.classifier.bias, test.labels
+    changes, overall = silence_each(*silenced, len(names))
+    rows = classes[classes["layer"] == PROJECTED]
+    means = rows.pivot(index="class", columns="filter", values="activation_mean").loc[names]
+    selectivity = class_selectivity(means.to_numpy(np.float64))
+    strongest = pd.DataFrame(selectivity).max().to_numpy(np.float64)  # for the preferred class, nan if dead
+    rng, everyone = np.random.default_rng(TRUST_SEED), np.arange(len(overall))
+    orders = {
+        "most selective": [np.argsort(-strongest, kind="stable")],
+        "least selective": [np.argsort(strongest, kind="stable")],
+        f"at random (mean and range of {RANDOM_ORDERS})": [
+            rng.permutation(everyone) for _ in range(RANDOM_ORDERS)
+        ],
+    }
+    curves = {
+        name: np.stack([silence_in_order(*silenced, order) for order in every])
+        for name, every in orders.items()
+    }
+    print_correlations(changes, overall, selectivity, strongest, RESAMPLES, TRUST_SEED)
+
+    survived = surviving_shares(test.images, checkpoint, units, KEPT_SHARE, *batch, TRUST_SEED)
+    alike = randomise_weights(
+        some, test.images, checkpoint, units, RANDOMISED_UNITS, *batch, CHUNK, TRUST_SEED
+    )
+    measured = [("faithfulness", str(name), survived[name].to_numpy(np.float64)) for name in survived]
+    measured += [("randomisation", name, values) for name, values in alike.items()]
+    trust = pd.DataFrame([trust_row(*entry, RESAMPLES, TRUST_SEED) for entry in measured])
+    print(trust.to_string(index=False, float_format="{:.3f}".format))
+
+    probes = tabulate_probes(
+        features, train.labels, test.labels, len(names), PROBE_DECAYS, PROBE_STEPS, TRUST_SEED
+    )
+
+    written = {"ablation.csv": tabulate_ablation(changes, selectivity, names), "trust.csv": trust}
+    for name, table in (written | {"probes.csv": probes}).items():
+        with whole_file(OUTPUTS / name) as partial:
+            table.to_csv(partial, index=False, lineterminator="\n")
+        print(f"wrote {OUTPUTS / name}")
+    heading = f"What silencing filters of {PROJECTED} costs: one at a time, and more and more\n{source}"
+    figures = {"ablation.png": draw_ablation(changes, selectivity, curves, names, heading)}
+    heading = f"Do projections of {PROJECTED} show what drives a filter, and what was learned?\n{source}"
+    figures["trust.png"] = draw_trust(trust, KEPT_SHARE, heading)
+    heading = f"What a linear classifier reads from each layer\n{source}"
+    accuracy = checkpoint.metrics["test_accuracy"]
+    figures["probes.png"] = draw_probes(probes, accuracy, 1 / len(names), heading)
     for name, figure in figures.items():
         save_figure(figure, OUTPUTS / name)
         print(f"wrote {OUTPUTS / name}")

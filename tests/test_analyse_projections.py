@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,33 +7,56 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import analyse_projections
 from analyse_projections import (
+    TopUnits,
     adjusted,
     area_under_roc,
     best_threshold,
     class_selectivity,
+    contributions,
     crossed_selectivity,
     draw_top_filters,
     halves,
     lifetime_sparseness,
+    mask_pixels,
     omega_squared,
+    pool_features,
+    probe,
+    project_magnitudes,
+    randomise_weights,
+    randomised,
     rank_filters,
     read_measurements,
+    read_top_units,
+    same_windows,
+    silence_each,
+    silence_in_order,
+    similarities,
+    spearman,
     specialisation,
     summarise_layers,
+    surviving_shares,
     tabulate_classes,
     tabulate_filters,
+    top_pixels,
     top_precision,
+    trust_row,
+    untrained,
+    with_interval,
 )
-from CNN import LAYERS
-from load_data import save_arrays
+from CNN import CNN, LAYERS, Checkpoint, frame_sizes, receptive_fields
+from deconv import project_unit, window_of
+from deconv_full import top_images
+from load_data import Split, load_arrays, normalise, save_arrays
 
 OUTPUTS = Path("outputs")
 NAMES = ["cat, tabby", "$dog$_2", "ship"]
 FIRST, SECOND = OUTPUTS / "activations.npz", OUTPUTS / "projection_statistics.npz"
+THIRD = OUTPUTS / "projections.npz"
 STATISTICS = ["nonzero_count", "mean", "variance", "max"]
 METRICS = ["activation_mean", "activation_variance", "activation_nonzero"]
 SPECIALISATION = ["selectivity", "selectivity_low", "selectivity_high", "selectivity_same", "auc"]
@@ -71,8 +95,23 @@ def statistics(values: Values, image: NDArray[np.int64] | None = None) -> Values
     return {"labels": values["labels"][image], "image": image.astype(np.int64), **drawn}
 
 
+def projections(first: Values) -> Values:
+    """Top units as projections.npz has them, at random places; the network of `stand_in` fits the sizes."""
+    rng = np.random.default_rng(2)
+    image = top_images(first["conv4_max"], 9)
+    value = np.where(image < 0, 0, first["conv4_max"][image, np.arange(len(image))[:, None]])
+    found: Values = {
+        "image": image,
+        "value": value.astype(np.float32),
+        "position": rng.integers(0, 3, (*image.shape, 2)).astype(np.int16),
+        "origin": rng.choice(np.array([-30, 2, 34], np.int16), (*image.shape, 2)),
+        "projection": rng.standard_normal((*image.shape, 3, 75, 75), np.float32),
+    }
+    return {f"conv4_{key}": values for key, values in found.items()}
+
+
 def save(first: Values, second: Values, names: list[str] = NAMES) -> None:
-    for path, arrays in ((FIRST, first), (SECOND, second)):
+    for path, arrays in ((FIRST, first), (SECOND, second), (THIRD, projections(first))):
         save_arrays(path, checkpoint_sha256="a1" * 32, dataset="shapes", class_names=names, **arrays)
 
 
@@ -345,8 +384,8 @@ def test_a_run_writes_what_it_says_and_the_same_again(capsys: pytest.CaptureFixt
     assert lines[2].split()[:4] == ["conv1", "4", "1", "0"]
     assert lines[-1] == "next: uv run heatmap.py"
     written = [line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
-    assert set(map(Path, written)) == set(OUTPUTS.iterdir()) - {FIRST, SECOND}
-    assert len(written) == 5
+    assert set(map(Path, written)) == set(OUTPUTS.iterdir()) - {FIRST, SECOND, THIRD}
+    assert len(written) == 11
     for path in written:
         assert path.endswith(".csv") or Path(path).read_bytes().startswith(b"\x89PNG")
         assert path in str(analyse_projections.__doc__)
@@ -438,7 +477,7 @@ def test_class_names_are_drawn_as_they_are_written() -> None:
     plt.close(figure)
 
 
-@pytest.mark.parametrize("missing", [FIRST, SECOND])
+@pytest.mark.parametrize("missing", [FIRST, SECOND, THIRD])
 def test_a_missing_file_names_the_command(missing: Path) -> None:
     first = activations()
     save(first, statistics(first))
@@ -493,3 +532,387 @@ def test_arrays_that_do_not_fit_are_refused(file: int, key: str, change: Any) ->
     message = refusal()
     assert message.startswith(f"{FIRST} and {SECOND} ")
     assert message.endswith(": run `uv run deconv_full.py` again")
+
+
+# How far it can be trusted
+
+CPU = torch.device("cpu")
+MakeNet = Callable[..., CNN]
+
+
+def checkpoint_of(net: CNN, names: list[str] = NAMES) -> Checkpoint:
+    return Checkpoint(net, "shapes", names, [0.4] * 3, [0.3] * 3, 5, 1, {"test_accuracy": 0.5}, "a1" * 32)
+
+
+def some_images(count: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, 3, 96, 96), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the checkpoint and the images that the measurements of `save` would have come from."""
+
+    def load_split(dataset: str, folder: Path, split: str) -> Split:
+        labels = load_arrays(FIRST, "", {"labels": "int64"}).arrays["labels"]
+        return Split(some_images(len(labels), len(split)), labels)
+
+    def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
+        names = load_arrays(FIRST, "", {}).class_names
+        torch.manual_seed(0)
+        net = CNN(filters=(4, 5, 6, 7), classes=len(names)).eval().requires_grad_(False)
+        return checkpoint_of(net, names)
+
+    monkeypatch.setattr(analyse_projections, "load_split", load_split)
+    monkeypatch.setattr(analyse_projections, "load_checkpoint", load_checkpoint)
+    for name, value in (("DEVICE", "cpu"), ("RESAMPLES", 20), ("RANDOMISED_UNITS", 4), ("PROBE_STEPS", 5)):
+        monkeypatch.setattr(analyse_projections, name, value)
+    monkeypatch.setattr(analyse_projections, "PROBE_INPUTS", 20)
+
+
+def units_of(checkpoint: Checkpoint, images: NDArray[np.uint8]) -> TopUnits:
+    """The strongest unit of each filter of conv4 in each image, projected by the plain deconv.py."""
+    net, found = checkpoint.net, []
+    field, side = receptive_fields(net)[3], frame_sizes(net)[1][3]
+    for number, image in enumerate(images):
+        batch = normalise(torch.from_numpy(image[None]), checkpoint.mean, checkpoint.std)
+        features = net.features(batch)
+        pooled, switches = features[3]
+        for filter_, values in enumerate(pooled[0]):
+            row, column = divmod(int(values.argmax()), values.shape[-1])
+            value = float(values[row, column])
+            if value > 0:
+                corner = [
+                    at * field.jump + field.start
+                    for at in divmod(int(switches[0, filter_, row, column]), side)
+                ]
+                magnitude = project_unit(net, features, 3, filter_, row, column).abs().sum(dim=0).numpy()
+                found.append((filter_, number, value, (row, column), corner, magnitude, field.size))
+    return TopUnits(*(np.array(entry) for entry in zip(*found, strict=True)))
+
+
+def test_silencing_by_linear_algebra_is_zeroing_the_pooled_map(make_net: MakeNet) -> None:
+    net = make_net(classes=3, head_size=2, dtype=torch.float64)
+    pooled = torch.randn(40, 8, 3, 3, generator=torch.manual_seed(1)).double().clamp(min=0)
+    labels = np.arange(40) % 2  # no image of the third class
+    parts, bias = contributions(net, net.average(pooled).flatten(1)), net.classifier.bias
+    before = net.classify(pooled)
+    torch.testing.assert_close(parts.sum(dim=0) + bias, before)
+    changes, overall = silence_each(parts, bias, labels, 3)
+    assert len(overall) == 8 and np.isnan(changes[2]).all() and np.abs(overall).max() > 0
+    for filter_ in range(8):
+        zeroed = pooled.clone()
+        zeroed[:, filter_] = 0
+        after = net.classify(zeroed)
+        torch.testing.assert_close(parts.sum(dim=0) + bias - parts[filter_], after)
+        gain = (after.argmax(dim=1).numpy() == labels) * 1.0 - (before.argmax(dim=1).numpy() == labels)
+        assert overall[filter_] == pytest.approx(gain.mean())
+        for label in range(2):
+            assert changes[label, filter_] == pytest.approx(gain[labels == label].mean())
+
+
+def test_silencing_in_order_goes_from_the_network_to_the_class_of_the_bias(make_net: MakeNet) -> None:
+    net = make_net(classes=3)
+    net.classifier.bias.copy_(torch.tensor([0.0, 2.0, 1.0]))
+    pooled = 20 * torch.randn(40, 8, 3, 3, generator=torch.manual_seed(1)).clamp(min=0)
+    labels, order = np.repeat(np.arange(3), (10, 13, 17)), np.array([3, 7, 0, 1, 2, 4, 5, 6])
+    parts, bias = contributions(net, net.average(pooled).flatten(1)), net.classifier.bias
+    curve = silence_in_order(parts, bias, labels, order)
+    assert len(curve) == 9 and curve[-1] == 13 / 40 and len(set(curve.tolist())) > 3
+    for count in (0, 1, 2, 5):
+        zeroed = pooled.clone()
+        zeroed[:, order[:count].copy()] = 0
+        assert curve[count] == (net.classify(zeroed).argmax(dim=1).numpy() == labels).mean()
+
+
+def test_rank_correlation_with_ties_worked_out_by_hand() -> None:
+    # ranks 1, 2.5, 2.5, 4 and 1, 4, 2.5, 2.5: products of deviations 2.25, squares 4.5 each
+    x, y = np.array([1, 2, 2, 9, np.nan, 5]), np.array([-7, 3, 2, 2, 1, np.nan])
+    assert spearman(x, y) == pytest.approx(2.25 / 4.5)
+    assert spearman(x, -(x**3)) == pytest.approx(-1)
+    assert np.isnan(spearman(x, 0 * x)) and np.isnan(spearman(x[:1], y[:1]))
+
+
+def test_the_interval_of_a_mean_is_as_wide_as_theory_says() -> None:
+    values = np.random.default_rng(0).standard_normal(400)
+    value, low, high = with_interval(lambda which: float(values[which].mean()), 400, 1000, 0)
+    assert value == values.mean() and low < value < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+    assert np.isnan(with_interval(lambda which: 1.0, 0, 10, 0)).all()
+    row = trust_row("a test", "a condition", np.array([4.0, np.nan, 2.0, 9.0]), 50, 0)
+    assert row["median"] == 4 and row["n"] == 3 and 2 <= float(row["low"]) < float(row["high"]) <= 9
+
+
+def test_top_pixels_are_the_largest_and_ties_go_to_the_first() -> None:
+    found = top_pixels(np.array([[1.0, 5.0, 3.0], [3.0, 0.0, 3.0]]), 3)
+    assert found.tolist() == [[False, True, True], [True, False, False]]
+
+
+def test_masks_keep_the_right_number_of_the_right_pixels() -> None:
+    rng = np.random.default_rng(0)
+    magnitude = np.zeros((2, 96, 96), np.float32)
+    magnitude[:, :45, 21:] = rng.random((2, 45, 75))
+    none, corner = np.zeros(2, int), np.array([[-30, 21]] * 2)
+    units = TopUnits(
+        none, none, none, corner, corner, magnitude, none + 75
+    )  # rows 0 to 44, columns 21 to 95; the centre is row 7, column 58
+    window, count = np.zeros((96, 96), bool), round(0.3 * 45 * 75)
+    window[:45, 21:] = True
+    masks = mask_pixels(units, 0, 1, 0.3, rng)
+    assert (masks["window kept"] == window).all() and not masks["nothing kept"].any()
+    for name in ("projection", "other unit", "centre", "random"):
+        kept = masks[f"{name} kept"]
+        assert kept.sum() == count and not (kept & ~window).any()
+        assert (masks[f"{name} deleted"] == ~kept).all()
+    for k, name in enumerate(("projection", "other unit")):
+        kept = masks[f"{name} kept"]
+        assert magnitude[k][kept].min() > magnitude[k][window & ~kept].max()
+    distance = np.hypot(*np.meshgrid(np.arange(96) - 7, np.arange(96) - 58, indexing="ij"))
+    kept = masks["centre kept"]
+    assert distance[kept].max() <= distance[window & ~kept].min() and kept[7, 58]
+    assert 0.2 < masks["random kept"][:20, 21:].mean() < 0.4  # spread evenly
+
+
+def test_another_unit_of_the_same_window_is_of_another_filter_in_another_image() -> None:
+    filter_, image = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 2])
+    origin = np.array([[2, 2]] * 4 + [[2, 34]])
+    units = TopUnits(filter_, image, image, origin, origin, image, image)
+    drawn = [same_windows(units, np.random.default_rng(seed)) for seed in range(5)]
+    assert all(row.tolist() == [3, 2, 1, 0, -1] for row in drawn)
+
+
+def test_an_activation_survives_whole_if_all_that_it_sees_is_kept(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(4)
+    units = units_of(checkpoint, images)
+    options = checkpoint, units, 0.4, CPU, 5, 0
+    shares = surviving_shares(images, *options)
+    assert shares.index.tolist() == sorted(set(units.filter.tolist()))
+    assert shares["window kept"].between(1 - 1e-4, 5).all()
+    assert (shares["random kept"] - 1).abs().min() > 1e-3
+    # the window being the whole image, everything is kept and the same unit is read
+    whole = units._replace(origin=units.origin * 0 - 100, size=units.size * 0 + 300)
+    shares = surviving_shares(images, checkpoint, whole, 1.0, CPU, 64, 0)
+    for name in ("window kept", "projection kept", "random kept", "centre kept"):
+        np.testing.assert_allclose(shares[name], 1, rtol=1e-4)
+    np.testing.assert_allclose(shares["projection deleted"], shares["nothing kept"])
+
+
+def test_what_survives_is_what_a_masked_image_gives(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(3)
+    units = units_of(checkpoint, images).take(np.array([4]))
+    shares = surviving_shares(images, checkpoint, units, 0.25, CPU, 64, 0)
+    rows, columns = units.window(0)
+    inside = units.magnitude[0][rows, columns]
+    small = units.magnitude[0] < np.sort(inside.ravel())[-round(0.25 * inside.size)]
+    batch = normalise(torch.from_numpy(images[units.image]), checkpoint.mean, checkpoint.std)
+    batch[0][:, torch.from_numpy(small)] = 0
+    row, column = units.position[0]
+    expected = checkpoint.net.features(batch)[-1][0][0, units.filter[0], row, column] / units.value[0]
+    assert shares["projection kept"].item() == pytest.approx(float(expected), rel=1e-4)
+    assert shares["other unit kept"].isna().all()  # there is no other
+
+
+def test_random_weights_come_from_the_top_and_leave_lower_blocks_alone(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(30)
+    before = {key: value.clone() for key, value in checkpoint.net.state_dict().items()}
+    for first in range(5):
+        net = randomised(checkpoint, first, images, CPU, 1)
+        assert not net.training and not any(module.training for module in net.modules())
+        for k, (block, trained) in enumerate(zip(net.blocks, checkpoint.net.blocks, strict=True)):
+            same = [
+                torch.equal(value, trained.state_dict()[key]) for key, value in block.state_dict().items()
+            ]
+            assert all(same) if k < first else not any(same)
+            if k >= first:
+                assert (block.bn.weight == 1).all() and (block.bn.bias == 0).all()
+        if first < 4:  # the maps are on the scale that batch norm is for
+            maps = normalise(torch.from_numpy(images), checkpoint.mean, checkpoint.std)
+            for block in net.blocks[:first]:
+                maps = block(maps)[0]
+            block = net.blocks[first]
+            normed = block.bn(block.conv(maps))
+            torch.testing.assert_close(
+                normed.mean(dim=(0, 2, 3)), torch.zeros(normed.shape[1]), atol=1e-4, rtol=0
+            )
+            torch.testing.assert_close(
+                normed.std(dim=(0, 2, 3)), torch.ones(normed.shape[1]), atol=1e-3, rtol=0
+            )
+    assert all(torch.equal(value, before[key]) for key, value in checkpoint.net.state_dict().items())
+
+
+def test_the_untrained_network_is_the_one_of_the_seed_and_the_same_every_time(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(8)
+    torch.manual_seed(99)
+    first = untrained(checkpoint, images, CPU)
+    following = torch.rand(1)
+    second = untrained(checkpoint, images, CPU)
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+    torch.manual_seed(99)
+    assert following == torch.rand(1)  # random numbers elsewhere do not change
+    torch.manual_seed(checkpoint.seed)
+    new = CNN(**checkpoint.net.config)
+    for name, value in new.named_parameters():
+        assert torch.equal(value, first.get_parameter(name)), name
+
+
+def test_magnitudes_are_those_of_the_plain_projection(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(3)
+    units, other = units_of(checkpoint, images), make_net(seed=7, classes=3)
+    found = project_magnitudes(images, checkpoint, units, checkpoint.net, CPU, 2, 3)
+    np.testing.assert_allclose(found * units.value[:, None, None], units.magnitude, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(similarities(units, units.magnitude, found), 1, atol=1e-3)
+    elsewhere = project_magnitudes(images, checkpoint, units, other, CPU, 2, 3)
+    assert np.median(similarities(units, units.magnitude, elsewhere)) < 0.95
+
+
+def test_similarity_is_that_of_ranks_within_the_units_own_window() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.random((1, 96, 96), np.float32)
+    entry = np.zeros(1, int)
+    units = TopUnits(entry, entry, entry, np.zeros((1, 2), int), np.array([[-5, 40]]), first, entry + 75)
+    second = np.exp(first)
+    second[0, 70:] = second[0, :, :40] = -rng.random()  # outside rows 0 to 69 and columns 40 to 95
+    assert similarities(units, first, second).tolist() == pytest.approx([1])
+    second[0, 69, 40:] = 0
+    assert similarities(units, first, second)[0] < 1 - 1e-6
+
+
+def test_random_weights_change_projections_and_trained_ones_do_not(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(6)
+    units = units_of(checkpoint, images)
+    found = randomise_weights(images, images, checkpoint, units, 12, CPU, 4, 8, 0)
+    assert len(found) == 3 + 4 * 2 and {len(values) for values in found.values()} == {12}
+    np.testing.assert_allclose(found.pop("trained"), 1, atol=1e-3)
+    assert all(np.nanmedian(values) < 0.95 for values in found.values())
+    same = found["conv4 random, own switches"] != found["conv4 random, trained switches"]
+    assert same.any()
+
+
+def test_a_probe_learns_what_can_be_learned_and_no_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, test_labels = np.arange(300) % 3, np.arange(900) % 3
+    noise, test_noise = (torch.randn(len(part), 20, generator=generator) for part in (labels, test_labels))
+    options = test_labels, 3, (0.001, 0.1), 50, 0
+    accuracy, _ = probe(noise, labels, test_noise, *options)
+    assert abs(accuracy - 1 / 3) < 0.08
+    ways = 1e3 * torch.randn(3, 20, generator=generator)  # standardised, whatever the scale
+    accuracy, decay = probe(
+        1e3 * noise + 3 * ways[labels], labels, 1e3 * test_noise + 3 * ways[test_labels], *options
+    )
+    assert accuracy > 0.99 and decay in (0.001, 0.1)
+
+
+def test_a_probe_does_not_depend_on_the_scale_of_its_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(200) % 2
+    inputs = torch.randn(200, 30, generator=generator) + 0.5 * torch.from_numpy(labels)[:, None]
+    scales = torch.logspace(-3, 3, 30)
+    scaled = torch.cat([inputs * scales + 7, torch.zeros(200, 1)], dim=1)  # and one that never changes
+    found = [
+        probe(part[:100], labels[:100], part[100:], labels[100:], 2, (0.1,), 50, 0)[0]
+        for part in (inputs, scaled)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=0.021) and found[0] > 0.8
+
+
+def test_the_decay_of_a_probe_is_chosen_on_images_that_it_has_not_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(200) % 2  # little to learn, and more inputs than images: a small decay learns by heart
+    inputs = torch.randn(200, 300, generator=generator)
+    inputs[:, :40] += 0.6 * torch.from_numpy(labels)[:, None]
+    assert probe(inputs, labels, inputs, labels, 2, (1e-5, 1.0), 50, 0)[1] == 1.0
+
+
+def test_pooled_features_are_averages_of_about_as_many_regions_in_every_layer(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3, head_size=3)), some_images(5)
+    found = pool_features(images, checkpoint, CPU, 2, 60)
+    assert [part.shape for part in found] == [(5, 5 * 9), (5, 6 * 9), (5, 7 * 9), (5, 8 * 9), (5, 8 * 9)]
+    batch = normalise(torch.from_numpy(images), checkpoint.mean, checkpoint.std)
+    pooled = checkpoint.net.features(batch)[1][0]  # 12 x 12 into 3 x 3 regions
+    torch.testing.assert_close(
+        found[1].view(5, 6, 3, 3),
+        pooled.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(4, 5)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    logits = checkpoint.net.classifier(found[-1])
+    torch.testing.assert_close(logits, checkpoint.net(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_top_units_lie_where_the_file_says_and_empty_places_are_left_out() -> None:
+    first = activations()
+    first["conv4_max"][5:, 2] = 0  # fires on at most five images
+    save(first, statistics(first))
+    measured, test = read_measurements(OUTPUTS)[0], Split(some_images(40), first["labels"])
+    net = CNN(filters=(4, 5, 6, 7), classes=3)
+    units = read_top_units(OUTPUTS, measured, checkpoint_of(net), test)
+    top = projections(first)
+    assert len(units.image) == (top["conv4_image"] >= 0).sum() < 6 * 9
+    assert 0 not in units.filter and units.value.min() > 0
+    for k in (0, 20, 40):
+        (place,) = np.argwhere(
+            (top["conv4_image"] == units.image[k]) & (np.arange(7)[:, None] == units.filter[k])
+        )
+        magnitude = np.abs(top["conv4_projection"][tuple(place)]).sum(axis=0)
+        origin = top["conv4_origin"][tuple(place)].tolist()
+        there = window_of(np.ones((1, 96, 96)), origin[0], origin[1], 75, 0)[0]
+        np.testing.assert_array_equal(
+            window_of(units.magnitude[k][None], origin[0], origin[1], 75, 0)[0], magnitude * there
+        )
+        assert units.magnitude[k].sum() == pytest.approx((magnitude * there).sum(), rel=1e-5)
+        assert units.value[k] == first["conv4_max"][units.image[k], units.filter[k]]
+
+
+def test_tables_of_trust_have_their_rows_and_columns() -> None:
+    first = activations()
+    save(first, statistics(first))
+    analyse_projections.main()
+    ablation, trust, probes = (
+        pd.read_csv(OUTPUTS / f"{name}.csv") for name in ("ablation", "trust", "probes")
+    )
+    assert ablation.columns.tolist() == ["filter", "class", "accuracy_change", "selectivity"]
+    assert ablation["class"].tolist() == NAMES * 7
+    classes = pd.read_csv(OUTPUTS / "class_metrics.csv")
+    of_filter = classes[(classes["layer"] == "conv4") & (classes["filter"] == 3)]["activation_mean"]
+    expected = class_selectivity(of_filter.to_numpy()[:, None])[:, 0]
+    assert ablation.loc[ablation["filter"] == 3, "selectivity"].tolist() == pytest.approx(expected.tolist())
+    assert ablation.loc[ablation["filter"] == 0, "selectivity"].isna().all()  # dead
+    assert trust.columns.tolist() == ["test", "condition", "median", "low", "high", "n"]
+    assert trust["test"].value_counts().to_dict() == {"randomisation": 11, "faithfulness": 10}
+    known = trust[trust["n"] > 0]
+    assert len(known) > 15 and ((known["low"] <= known["median"]) & (known["median"] <= known["high"])).all()
+    assert probes.columns.tolist() == ["layer", "network", "accuracy", "low", "high", "inputs"]
+    assert probes["layer"].tolist() == [*LAYERS, *LAYERS]
+    assert probes["network"].tolist() == ["trained"] * 4 + ["untrained"] * 4
+    width = 2 * 1.96 * np.sqrt(probes["accuracy"] * (1 - probes["accuracy"]) / 40)
+    np.testing.assert_allclose(probes["high"] - probes["low"], width)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"checkpoint_sha256": "b2" * 32}, "is from another checkpoint or data set"),
+        ({"dataset": "stl10"}, "is from another checkpoint or data set"),
+        ({"conv4_image": np.full((7, 9), 40, np.int32)}, "does not fit activations.npz"),
+        ({"conv4_origin": np.zeros((7, 8, 2), np.int16)}, "does not fit activations.npz"),
+        ({"conv4_projection": np.zeros((7, 9, 3, 35, 35), np.float32)}, "does not fit activations.npz"),
+    ],
+)
+def test_projections_of_another_run_are_refused(changed: dict[str, Any], problem: str) -> None:
+    first = activations()
+    save(first, statistics(first))
+    content: dict[str, Any] = {"checkpoint_sha256": "a1" * 32, "dataset": "shapes", "class_names": NAMES}
+    save_arrays(THIRD, **(content | projections(first) | changed))
+    assert refusal() == f"{THIRD} {problem}: run `uv run deconv_full.py` again"
+
+
+def test_another_checkpoint_and_other_labels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = activations()
+    save(first, statistics(first))
+    other = checkpoint_of(CNN(filters=(4, 5, 6, 7), classes=3))._replace(sha256="c3" * 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(analyse_projections, "load_checkpoint", lambda path, device: other)
+        text = f"{FIRST} is from another checkpoint or data set: run `uv run deconv_full.py` again"
+        assert refusal() == text
+    labels = Split(some_images(40), (first["labels"] + 1) % 3)
+    monkeypatch.setattr(analyse_projections, "load_split", lambda *names: labels)
+    assert refusal() == f"{FIRST} has other labels: run `uv run deconv_full.py` again"

@@ -44,7 +44,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                     path.stat().st_size,
                     hashlib.md5(array.tobytes()).hexdigest(),
                 )
-        for script in (train_CNN, deconv, deconv_full, heatmap):
+        for script in (train_CNN, deconv, deconv_full, analyse_projections, heatmap):
             patch.setattr(script, "DEVICE", "cpu")
         patch.setattr(train_CNN, "EPOCHS", 2)
         patch.setattr(train_CNN, "BATCH_SIZE", 16)
@@ -124,6 +124,8 @@ def test_tables_have_their_rows_and_columns(outputs: Path) -> None:
     assert list(filters.columns) == [
         *("layer", "filter", "dead", "activation_mean", "activation_variance", "activation_nonzero"),
         *("nonzero_count", "mean", "variance", "max", "preferred_class", "selectivity"),
+        *("selectivity_low", "selectivity_high", "selectivity_same", "auc", "hit_rate"),
+        *("false_alarm_rate", "omega_squared", "precision", "sparseness", "p_adjusted", "significant"),
     ]
     assert filters.groupby("layer").size().tolist() == list(FILTERS)
     classes = pd.read_csv(outputs / "class_metrics.csv")
