@@ -220,6 +220,19 @@ class Checkpoint(NamedTuple):
     measured_on: str = "test"
 
 
+def save_whole(content: dict[str, Any], path: Path) -> None:
+    """Write what torch.load shall read to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        stream = io.BytesIO()  # so that a full disk is an OSError
+        torch.save(content, stream)
+        partial.write_bytes(stream.getvalue())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_checkpoint(
     path: Path,
     net: CNN,
@@ -234,8 +247,6 @@ def save_checkpoint(
     measured_on: str = "test",
 ) -> None:
     """Write the network and what made it to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     content = {
         "format": CHECKPOINT_FORMAT,
         "state_dict": {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()},
@@ -249,13 +260,7 @@ def save_checkpoint(
         "metrics": metrics,
         "measured_on": measured_on,
     }
-    try:
-        stream = io.BytesIO()  # so that a full disk is an OSError
-        torch.save(content, stream)
-        partial.write_bytes(stream.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_whole(content, path)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -52,7 +52,7 @@ from load_data import (
 
 OUTPUTS = Path("outputs")
 RESAMPLINGS = 1000  # bootstrap samples behind an interval, and shuffled label sets behind a p-value
-SEED = 0  # of resampling and shuffling
+SEED = 0  # of resampling, shuffling and all else that is drawn at random
 TOP_FILTERS = 10  # filters of conv4 shown for each class
 
 # how far the numbers and pictures can be trusted
@@ -68,8 +68,6 @@ NORM_IMAGES = 1_000  # training images that give batch norm of new weights its m
 PROBE_INPUTS = 1_024  # about so many numbers of each layer go into its linear probe
 PROBE_DECAYS = (0.001, 0.01, 0.1)  # weight decays to choose from
 PROBE_STEPS = 100  # of L-BFGS, at most; fewer leave the smaller decays short of their optimum
-RESAMPLES = 1_000  # bootstrap samples behind an interval
-TRUST_SEED = 0  # of all that is drawn at random here
 
 # Fixed by definition, not settings
 PROJECTED = LAYERS[-1]  # the layer whose projections were measured
@@ -615,6 +613,17 @@ class TopUnits(NamedTuple):
         return slice(max(top, 0), top + size), slice(max(left, 0), left + size)
 
 
+def check_origin(path: Path, arrays: Arrays, checkpoint: Checkpoint) -> None:
+    """Hold what an array file says of its making against the checkpoint.
+
+    Raises:
+        SystemExit: If it was made from another checkpoint or data set.
+    """
+    made_from = arrays.checkpoint_sha256, arrays.dataset, arrays.class_names
+    if made_from != (checkpoint.sha256, checkpoint.dataset, checkpoint.class_names):
+        raise SystemExit(f"{path} is from another checkpoint or data set: run `uv run deconv_full.py` again")
+
+
 def read_top_units(folder: Path, activations: Arrays, checkpoint: Checkpoint, test: Split) -> TopUnits:
     """Read the units of conv4 in projections.npz; hold checkpoint, activations and test images together.
 
@@ -625,10 +634,8 @@ def read_top_units(folder: Path, activations: Arrays, checkpoint: Checkpoint, te
     types = {"image": "int32", "value": "float32", "position": "int16", "origin": "int16"}
     types = {f"{PROJECTED}_{key}": kind for key, kind in (types | {"projection": "float32"}).items()}
     found = load_arrays(path, "deconv_full.py", types)
-    for name, arrays in ((folder / "activations.npz", activations), (path, found)):
-        made_from = arrays.checkpoint_sha256, arrays.dataset, arrays.class_names
-        if made_from != (checkpoint.sha256, checkpoint.dataset, checkpoint.class_names):
-            raise SystemExit(f"{name} is from another checkpoint or data set: {again}")
+    check_origin(folder / "activations.npz", activations, checkpoint)
+    check_origin(path, found, checkpoint)
     if not np.array_equal(activations.arrays["labels"], test.labels):
         raise SystemExit(f"{folder / 'activations.npz'} has other labels: {again}")
     image, value, position, origin, projection = (found.arrays[key] for key in types)
@@ -685,14 +692,18 @@ def with_interval(
     return statistic(np.arange(items)) if items else np.nan, low, high
 
 
+def median_interval(values: NDArray[np.float64], resamples: int, seed: int) -> tuple[float, float, float]:
+    """Return the median of the values that are numbers with its interval, see `with_interval`."""
+    known = values[~np.isnan(values)]
+    return with_interval(lambda which: float(np.median(known[which])), len(known), resamples, seed)
+
+
 def trust_row(
     test: str, condition: str, values: NDArray[np.float64], resamples: int, seed: int
 ) -> dict[str, str | float]:
     """Return a row of trust.csv: median of the values that are numbers, interval, how many they are."""
-    known = values[~np.isnan(values)]
-    found = with_interval(lambda which: float(np.median(known[which])), len(known), resamples, seed)
-    numbers = dict(zip(("median", "low", "high"), found, strict=True))
-    return {"test": test, "condition": condition, **numbers, "n": len(known)}
+    numbers = dict(zip(("median", "low", "high"), median_interval(values, resamples, seed), strict=True))
+    return {"test": test, "condition": condition, **numbers, "n": int((~np.isnan(values)).sum())}
 
 
 def pool_features(
@@ -941,9 +952,8 @@ def project_magnitudes(
         for group in projector.groups(members, chunk):
             magnitudes = projector.project(masks, members.take(group)).abs().sum(dim=3).cpu().numpy()
             for number, magnitude in zip(group.tolist(), magnitudes, strict=True):
-                places = int(members.row[number]), int(members.column[number])
-                rows, columns = (slice(*projector.windows[place][-1][1:]) for place in places)
-                frames[entries[number], rows, columns] = magnitude
+                inside = projector.inside(int(members.row[number]), int(members.column[number]))
+                frames[entries[number], *inside] = magnitude
     return frames
 
 
@@ -1330,7 +1340,7 @@ def main() -> None:
         print(f"wrote {OUTPUTS / name}")
 
     # how far all this can be trusted
-    source = f"{data}, test accuracy {checkpoint.metrics['test_accuracy']:.1%}"
+    source = f"{data}, {checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
     batch, some = (device, BATCH_SIZE), train.images[:NORM_IMAGES]
     start = checkpoint._replace(net=untrained(checkpoint, some, device))
     features = {
@@ -1344,7 +1354,7 @@ def main() -> None:
     means = rows.pivot(index="class", columns="filter", values="activation_mean").loc[names]
     selectivity = class_selectivity(means.to_numpy(np.float64))
     strongest = pd.DataFrame(selectivity).max().to_numpy(np.float64)  # for the preferred class, nan if dead
-    rng, everyone = np.random.default_rng(TRUST_SEED), np.arange(len(overall))
+    rng, everyone = np.random.default_rng(SEED), np.arange(len(overall))
     orders = {
         "most selective": [np.argsort(-strongest, kind="stable")],
         "least selective": [np.argsort(strongest, kind="stable")],
@@ -1356,20 +1366,16 @@ def main() -> None:
         name: np.stack([silence_in_order(*silenced, order) for order in every])
         for name, every in orders.items()
     }
-    print_correlations(changes, overall, selectivity, strongest, RESAMPLES, TRUST_SEED)
+    print_correlations(changes, overall, selectivity, strongest, RESAMPLINGS, SEED)
 
-    survived = surviving_shares(test.images, checkpoint, units, KEPT_SHARE, *batch, TRUST_SEED)
-    alike = randomise_weights(
-        some, test.images, checkpoint, units, RANDOMISED_UNITS, *batch, CHUNK, TRUST_SEED
-    )
+    survived = surviving_shares(test.images, checkpoint, units, KEPT_SHARE, *batch, SEED)
+    alike = randomise_weights(some, test.images, checkpoint, units, RANDOMISED_UNITS, *batch, CHUNK, SEED)
     measured = [("faithfulness", str(name), survived[name].to_numpy(np.float64)) for name in survived]
     measured += [("randomisation", name, values) for name, values in alike.items()]
-    trust = pd.DataFrame([trust_row(*entry, RESAMPLES, TRUST_SEED) for entry in measured])
+    trust = pd.DataFrame([trust_row(*entry, RESAMPLINGS, SEED) for entry in measured])
     print(trust.to_string(index=False, float_format="{:.3f}".format))
 
-    probes = tabulate_probes(
-        features, train.labels, test.labels, len(names), PROBE_DECAYS, PROBE_STEPS, TRUST_SEED
-    )
+    probes = tabulate_probes(features, train.labels, test.labels, len(names), PROBE_DECAYS, PROBE_STEPS, SEED)
 
     written = {"ablation.csv": tabulate_ablation(changes, selectivity, names), "trust.csv": trust}
     for name, table in (written | {"probes.csv": probes}).items():

@@ -197,19 +197,25 @@ def project_strongest(
     return units
 
 
+def robust_scale(values: NDArray[Any]) -> float:
+    """Return the 99.5th percentile of the magnitudes above zero, which few outliers move; 1 for none."""
+    magnitudes = np.abs(values[values != 0])
+    return float(np.percentile(magnitudes, 99.5)) if magnitudes.size else 1.0
+
+
 def displayed(projections: NDArray[np.float32]) -> NDArray[np.float32]:
     """Map signed projections to [0, 1] for display: grey is zero, 0.5 + p / (2 m).
 
     Args:
-        projections: (..., 3, rows, columns); m, the 99.5th percentile of |p| over the non-zero pixels, is one
-            for all, so that panels shown together can be compared.
+        projections: (..., 3, rows, columns); m, their `robust_scale`, is one for all, so that panels shown
+            together can be compared.
 
     Returns:
         (..., rows, columns, 3)
     """
-    magnitudes = np.abs(projections[projections != 0])
-    m = float(np.percentile(magnitudes, 99.5)) if magnitudes.size else 1.0
-    shown: NDArray[np.float32] = np.clip(0.5 + projections / (2 * m), 0, 1).astype(np.float32)
+    shown: NDArray[np.float32] = np.clip(0.5 + projections / (2 * robust_scale(projections)), 0, 1).astype(
+        np.float32
+    )
     return np.moveaxis(shown, -3, -1)
 
 

@@ -179,6 +179,11 @@ class Projector:
         """Return the pixel row (or column) where the window of a unit at `row` starts; it may be negative."""
         return row * self.field.jump + self.field.start
 
+    def inside(self, row: int, column: int) -> tuple[slice, slice]:
+        """Return the rows and columns of the image that the window of a unit covers."""
+        rows, columns = self.windows[row][-1], self.windows[column][-1]
+        return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+
     def masks(self, features: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Return, for each layer below, 1 where a maximum was and 0 elsewhere.
 
@@ -396,9 +401,9 @@ def project_top(
                     places = int(units.row[number]), int(units.column[number])
                     origin = projector.origin(places[0]), projector.origin(places[1])
                     found[f"{layer}_origin"][entry] = origin
-                    seen = [projector.windows[place][-1] for place in places]
                     rows, columns = (
-                        slice(s.start - o, s.stop - o) for s, o in zip(seen, origin, strict=True)
+                        slice(seen.start - o, seen.stop - o)
+                        for seen, o in zip(projector.inside(*places), origin, strict=True)
                     )
                     found[f"{layer}_projection"][entry][:, rows, columns] = window
                     pixels = split.images[image[entry]]
@@ -548,7 +553,7 @@ def draw_page(
         strongest = values[k, 0]
         text = f"filter {number}, activation {strongest:.2f}" if strongest > 0 else f"filter {number}, dead"
         ax.set_title(text, fontsize=7, pad=2)
-    fig.suptitle(heading, fontsize=9)
+    fig.suptitle(heading, fontsize=9, parse_math=False)
     return fig
 
 
@@ -647,7 +652,7 @@ def draw_evolution(
         ax.tick_params(length=0)
         ax.set(xlabel="epoch", ylabel="filter", title=f"{layer}, windows of {size} x {size} pixels")
         sns.despine(ax=ax, left=True, bottom=True)
-    fig.suptitle(heading, fontsize=10)
+    fig.suptitle(heading, fontsize=10, parse_math=False)
     return fig
 
 

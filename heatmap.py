@@ -15,7 +15,6 @@ Zeiler & Fergus 2014 change images in two ways to see what the network uses: a g
 classified correctly. Grey is the mean colour of the training images, 0 in normalised pixels.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +35,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import by_class, rank_filters
+from analyse_projections import by_class, check_origin, median_interval, rank_filters, spearman
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
-from deconv import displayed
+from deconv import displayed, robust_scale
 from deconv_full import Projector, batches
 from load_data import load_arrays, load_split, normalise, plain_errors, save_figure, title
 
@@ -49,6 +48,7 @@ OCCLUDER = 24  # pixels, side of the grey square that slides over an image: it h
 OCCLUSION_STRIDE = 2  # pixels from one position of the square to the next in occlusion.png
 OCCLUSION_STRIDE_MANY = 6  # pixels likewise for occlusion_correlation.png, where many images are occluded
 OCCLUDED_IMAGES = 50  # images in occlusion_correlation.png
+RESAMPLINGS = 10_000  # bootstrap samples behind the intervals of their medians
 OCCLUSION_BATCH = 64  # occluded copies of an image that pass the network at once
 INVARIANCE_IMAGES = 5  # images in invariance.png, each of another class; the paper has 5, at most 10
 SHIFTS = range(-24, 25, 2)  # pixels by which they are moved, down is positive
@@ -82,9 +82,7 @@ def load_activations(path: Path, checkpoint: Checkpoint) -> dict[str, NDArray[An
     """
     dtypes = {"labels": "int64", f"{LAYER}_max": "float32", f"{LAYER}_position": "int16"}
     found = load_arrays(path, "deconv_full.py", dtypes)
-    made_from = found.checkpoint_sha256, found.dataset, found.class_names
-    if made_from != (checkpoint.sha256, checkpoint.dataset, checkpoint.class_names):
-        raise SystemExit(f"{path} is from another checkpoint or data set: run `uv run deconv_full.py` again")
+    check_origin(path, found, checkpoint)
     return found.arrays
 
 
@@ -195,7 +193,7 @@ def sum_projections(
             windows = projector.project(masks, units.take(some)).permute(0, 3, 1, 2).cpu().numpy()
             where = group[entries[some.cpu().numpy()]], units.row[some].tolist(), units.column[some].tolist()
             for g, r, c, window in zip(*where, windows, strict=True):
-                inside = tuple(slice(*projector.windows[place][-1][1:]) for place in (r, c))
+                inside = projector.inside(r, c)
                 magnitudes[g][inside] += np.abs(window).sum(axis=0)
                 signed[g][:, *inside] += window
     return magnitudes, signed
@@ -354,17 +352,6 @@ def next_firing(fires: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.array([next((i for i in ring if fires[i, j]), j) for j, ring in enumerate(rings)], np.int64)
 
 
-def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Return Spearman's rank correlation: Pearson's of the ranks, ties sharing their mean rank.
-
-    nan if either is constant, as the magnitude of a projection is that is zero everywhere.
-    """
-    ranks = [pd.Series(values.ravel()).rank().to_numpy(np.float64) for values in (first, second)]
-    x, y = (values - values.mean() for values in ranks)
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / scale if scale > 0 else math.nan
-
-
 def rank_correlations(
     drops: NDArray[np.float32], magnitudes: NDArray[np.float64], covered: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
@@ -385,19 +372,6 @@ def rank_correlations(
     lines = covered.astype(np.float64)
     sums = lines @ magnitudes @ lines.T
     return np.array([spearman(drop, total) for drop, total in zip(drops, sums, strict=True)], np.float64)
-
-
-def median_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Return the median and its 95 % bootstrap interval, percentiles of the medians of 10,000 resamplings.
-
-    Values that are nan are left out; if nothing is left, all three are nan.
-    """
-    known = values[~np.isnan(values)]
-    if not known.size:
-        return math.nan, math.nan, math.nan
-    chosen = np.random.default_rng(seed).integers(known.size, size=(10_000, known.size))
-    low, high = np.percentile(np.median(known[chosen], axis=1), [2.5, 97.5])
-    return float(np.median(known)), float(low), float(high)
 
 
 def change(image: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -> Tensor:
@@ -527,8 +501,7 @@ def draw_class(
     fig, axes = plt.subplots(
         filters, 1 + 2 * count, figsize=size, dpi=200, squeeze=False, layout="constrained"
     )
-    # one scale, and a robust one: a few bright pixels shall not hide the others
-    top = float(np.percentile(magnitudes[magnitudes > 0], 99.5)) if magnitudes.any() else 1.0
+    top = robust_scale(magnitudes)  # one for all: a few bright pixels shall not hide the others
     colours = sns.color_palette("rocket", as_cmap=True)(np.linspace(0.3, 1, 256))
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
     for k, row in enumerate(axes):
@@ -571,7 +544,7 @@ def draw_images(
     panels, coloured = axes.reshape(-1, 3), displayed(signed.astype(np.float32))
     for ax in panels[len(images) :].flat:
         ax.axis("off")
-    top = float(np.percentile(magnitudes[magnitudes > 0], 99.5)) if magnitudes.any() else 1.0  # robust
+    top = robust_scale(magnitudes)
     for k, (left, middle, right) in enumerate(panels[: len(images)]):
         above = ("sum of magnitudes", "signed sum") if k < 2 else ("", "")
         show(left, np.moveaxis(images[k], 0, 2), texts[k])
@@ -616,7 +589,7 @@ def draw_occlusion(
     last = first + stride * found.activity.shape[1]
     where, whole = (first, last, last, first), (0, size, size, 0)
     relative, best = found.relative(), found.probability.argmax(axis=3)
-    top = float(np.percentile(magnitudes[magnitudes > 0], 99.5)) if magnitudes.any() else 1.0  # robust
+    top = robust_scale(magnitudes)
     colours = ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(len(names))])
     above: tuple[str, ...] = (
         "image, square",
@@ -671,20 +644,26 @@ def draw_occlusion(
     return fig
 
 
-def draw_correlations(values: Sequence[NDArray[np.float64]], texts: Sequence[str], heading: str) -> Figure:
+def draw_correlations(
+    values: Sequence[NDArray[np.float64]],
+    medians: Sequence[tuple[float, float, float]],
+    texts: Sequence[str],
+    heading: str,
+) -> Figure:
     """Draw distributions, one a row: a point an image, the median with its 95 % bootstrap interval.
 
     Args:
         values: Rank correlations; nan is left out.
+        medians: Of each row what `median_interval` returned.
         texts: What is written beside each row.
         heading: Title.
     """
     fig, ax = plt.subplots(figsize=(8, 1.1 + 1.0 * len(values)), dpi=200, layout="constrained")
     ax.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     colours = sns.color_palette("colorblind", len(values))
-    for row, (some, colour) in enumerate(zip(values, colours, strict=True)):
+    rows = zip(values, medians, colours, strict=True)
+    for row, (some, (median, low, high), colour) in enumerate(rows):
         known = np.sort(some[~np.isnan(some)])
-        median, low, high = median_interval(some)
         # neighbours in rank lie on different heights, so that few points hide each other
         heights = row - 0.3 + 0.07 * (np.arange(known.size) * 2 % 5)
         ax.plot(known, heights, "o", color=colour, markersize=3.5, markeredgewidth=0, alpha=0.8)
@@ -774,8 +753,10 @@ def main() -> None:
     if min(TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE, CHUNK) < 1:
         raise SystemExit("TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE and CHUNK must be at least 1")
     degrees: dict[str, list[float]] = {"shift": list(SHIFTS), "zoom": list(ZOOMS), "angle": list(ANGLES)}
-    if min(OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES) < 1:
-        raise SystemExit("OCCLUDED_IMAGES, OCCLUSION_BATCH and INVARIANCE_IMAGES must be at least 1")
+    if min(OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES, RESAMPLINGS) < 1:
+        raise SystemExit(
+            "OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES and RESAMPLINGS must be at least 1"
+        )
     for setting, value in {
         "OCCLUDER": OCCLUDER,
         "OCCLUSION_STRIDE": OCCLUSION_STRIDE,
@@ -904,8 +885,10 @@ def main() -> None:
     magnitudes[len(many) :][others == np.arange(len(many))] = 0  # no other image to compare with
     own, control = (rank_correlations(found.drop(), some, covered) for some in np.split(magnitudes, 2))
     print("rank correlation between drop in activity and magnitude under the square, median over images:")
-    for text, some in (("own projection", own), ("another image's", control), ("difference", own - control)):
-        print(f"  {text:<16}" + "{:6.2f}  (95 % interval {:.2f} to {:.2f})".format(*median_interval(some)))
+    compared = {"own projection": own, "another image's": control, "difference": own - control}
+    medians = {text: median_interval(some, RESAMPLINGS, 0) for text, some in compared.items()}
+    for text, some in compared.items():
+        print(f"  {text:<16}" + "{:6.2f}  (95 % interval {:.2f} to {:.2f})".format(*medians[text]))
         if missing := int(np.isnan(some).sum()):
             print(f"  {'':<16}without {missing} of {len(some)} images: nothing drops or nothing is projected")
     heading = (
@@ -914,7 +897,7 @@ def main() -> None:
     heading += f"square of {OCCLUDER} x {OCCLUDER} pixels,\n{len(covered)} x {len(covered)} positions; "
     heading += f"strongest filter of {LAYER}; a point is an image, the bar a 95 % interval"
     texts = ["the image's\nown projection", "the same filter's\nprojection of\nanother image"]
-    save_figure(draw_correlations([own, control], texts, heading), paths[1])
+    save_figure(draw_correlations([own, control], list(medians.values())[:2], texts, heading), paths[1])
     print(f"wrote {paths[1]}", flush=True)
 
     moved = first[:INVARIANCE_IMAGES]

@@ -9,7 +9,6 @@ An interrupted run goes on from the last finished epoch, kept in outputs/trainin
 is started again with the same settings.
 """
 
-import io
 import json
 import math
 import pickle
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from CNN import CNN, IMAGE_SIZE, choose_device, save_checkpoint
+from CNN import CNN, IMAGE_SIZE, choose_device, save_checkpoint, save_whole
 from load_data import (
     Augmentation,
     Split,
@@ -506,10 +505,7 @@ def main() -> None:
                     CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth",
                     {"test_accuracy": tested.accuracy},
                 )
-            with whole_file(state_path) as partial:
-                content = io.BytesIO()  # so that a full disk is an OSError
-                torch.save({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, content)
-                partial.write_bytes(content.getvalue())
+            save_whole({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, state_path)
             kept = epoch
             with whole_file(CHECKPOINT.with_name("training_log.csv")) as partial:
                 pd.DataFrame(rows).to_csv(partial, index=False)

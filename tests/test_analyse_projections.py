@@ -564,7 +564,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(analyse_projections, "load_split", load_split)
     monkeypatch.setattr(analyse_projections, "load_checkpoint", load_checkpoint)
-    for name, value in (("DEVICE", "cpu"), ("RESAMPLES", 20), ("RANDOMISED_UNITS", 4), ("PROBE_STEPS", 5)):
+    for name, value in (("DEVICE", "cpu"), ("RANDOMISED_UNITS", 4), ("PROBE_STEPS", 5)):
         monkeypatch.setattr(analyse_projections, name, value)
     monkeypatch.setattr(analyse_projections, "PROBE_INPUTS", 20)
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import heatmap
+from analyse_projections import median_interval, spearman
 from CNN import CNN, Checkpoint, load_checkpoint, save_checkpoint
 from deconv import project_unit
 from deconv_full import measure_activations
@@ -325,25 +326,27 @@ def test_a_filter_that_does_not_fire_has_no_share_and_no_correlation() -> None:
     figure = heatmap.draw_occlusion(image, found, np.zeros((1, 96, 96)), label, ["a", "b"], ["x"], 32, 32, "")
     figure.canvas.draw()
     nothing = np.array([np.nan])
-    assert np.isnan(heatmap.median_interval(nothing)).all()
-    heatmap.draw_correlations([nothing, nothing], ["x", "y"], "").canvas.draw()
+    assert np.isnan(median_interval(nothing, 1000, 0)).all()
+    heatmap.draw_correlations(
+        [nothing] * 2, [median_interval(nothing, 1000, 0)] * 2, ["x", "y"], ""
+    ).canvas.draw()
     plt.close("all")
 
 
 def test_spearman_shares_ranks_among_ties() -> None:
     first, second = np.array([1, 2, 2, 4]), np.array([10, 300, 20, 4000])
     # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)
-    assert heatmap.spearman(first, second) == pytest.approx(4.5 / 22.5**0.5)
-    assert heatmap.spearman(first, -second) == pytest.approx(-4.5 / 22.5**0.5)
-    assert np.isnan(heatmap.spearman(first, np.ones(4)))
+    assert spearman(first, second) == pytest.approx(4.5 / 22.5**0.5)
+    assert spearman(first, -second) == pytest.approx(-4.5 / 22.5**0.5)
+    assert np.isnan(spearman(first, np.ones(4)))
 
 
 def test_the_median_interval_holds_the_median_and_leaves_nan_out() -> None:
     values = np.array([np.nan, *np.random.default_rng(0).normal(0.3, 0.1, 50)])
-    median, low, high = heatmap.median_interval(values)
+    median, low, high = median_interval(values, 1000, 0)
     assert median == np.nanmedian(values)
     assert 0.2 < low < median < high < 0.4
-    assert heatmap.median_interval(np.array([0.5])) == (0.5, 0.5, 0.5)
+    assert median_interval(np.array([0.5]), 1000, 0) == (0.5, 0.5, 0.5)
 
 
 def test_images_are_taken_class_by_class_in_turn_and_the_control_is_the_next_that_fires() -> None:

@@ -156,10 +156,9 @@ def time_layer(
         expected = captum.attribute(image, place)[0] * unit.value
         masks, _ = strongest_units(net, projector, image)
         alone = unit._replace(image=torch.zeros(1, dtype=torch.int64))
-        rows, columns = (projector.windows[at][-1] for at in place[1:])
         frame = torch.zeros_like(expected)
         window = projector.project(masks, alone)[0].permute(2, 0, 1)
-        frame[:, rows.start : rows.stop, columns.start : columns.stop] = window
+        frame[:, *projector.inside(*place[1:])] = window
         worst = max(worst, float((frame - expected).abs().max() / expected.abs().max()))
     return times, worst
 
