@@ -1315,6 +1315,7 @@ def main() -> None:
     train, test = (load_split(checkpoint.dataset, DATA_DIR, split) for split in ("train", "test"))
     units = read_top_units(OUTPUTS, activations, checkpoint, test)
     data = f"{title(activations.dataset)}, {len(activations.arrays['labels']):,} test images"
+    source = f"{data}, {checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
     projected = f"projections of {len(statistics.arrays['labels']):,}"
     filters, classes = (
         tabulate_filters(activations, statistics, RESAMPLINGS, SEED),
@@ -1329,18 +1330,17 @@ def main() -> None:
         with whole_file(OUTPUTS / name) as partial:
             table.to_csv(partial, index=False, lineterminator="\n")
         print(f"wrote {OUTPUTS / name}")
-    heading = f"Distribution of each metric over the living filters\n{data}, {projected}"
+    heading = f"Distribution of each metric over the living filters\n{source}, {projected}"
     figures = {"metric_distributions.png": draw_distributions(filters, heading)}
-    heading = f"Class selectivity of filters: 0 all classes alike, 1 one class only\n{data}"
+    heading = f"Class selectivity of filters: 0 all classes alike, 1 one class only\n{source}"
     figures["selectivity.png"] = draw_selectivity(filters, summary, heading)
-    heading = f"Top filters of {PROJECTED} for each class\n{data}"
+    heading = f"Top filters of {PROJECTED} for each class\n{source}"
     figures["top_filters.png"] = draw_top_filters(rankings, TOP_FILTERS, heading)
     for name, figure in figures.items():
         save_figure(figure, OUTPUTS / name)
         print(f"wrote {OUTPUTS / name}")
 
     # how far all this can be trusted
-    source = f"{data}, {checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
     batch, some = (device, BATCH_SIZE), train.images[:NORM_IMAGES]
     start = checkpoint._replace(net=untrained(checkpoint, some, device))
     features = {
