@@ -68,6 +68,9 @@ class ConvBlock(nn.Module):
 class CNN(nn.Module):
     """Four `ConvBlock`s, dropout and a linear classifier on the average of `head_size` x `head_size` regions.
 
+    Weights start at random, but conv2 to conv4 as partial identity (Zagoruyko & Komodakis 2017, "DiracNets"):
+    the first filters hand their inputs on, one each, so that what lies below is seen from the first step.
+
     Args:
         filters: Filters of conv1 to conv4.
         kernel_sizes: Kernel size of each convolution, odd.
@@ -105,6 +108,8 @@ class CNN(nn.Module):
             for sizes in zip(inputs, filters, kernel_sizes, strides, pool_sizes, strict=True)
         )
         self.blocks = cast(Sequence[ConvBlock], blocks)  # a ModuleList does not say what it holds
+        for block in self.blocks[1:]:
+            nn.init.dirac_(block.conv.weight.detach()[: block.conv.in_channels])
         self.average = nn.AdaptiveAvgPool2d(head_size)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(filters[-1] * head_size**2, classes)

@@ -215,3 +215,11 @@ def test_main_prints_shape_parameters_and_receptive_field(capsys: pytest.Capture
     assert "256 x" in conv4 and f"{size} px" in conv4
     total = sum(p.numel() for p in CNN().parameters())
     assert any(line.startswith("total") and f"{total:,}" in line for line in lines)
+
+
+def test_conv2_to_conv4_start_as_partial_identity_and_conv1_at_random() -> None:
+    net = CNN(filters=(4, 6, 8, 8), pool_sizes=(1, 1, 1, 1), strides=(1, 1, 1, 1))
+    maps = torch.randn(2, 6, 5, 5)
+    assert torch.equal(net.blocks[2].conv(maps)[:, :6], maps)
+    assert not torch.equal(net.blocks[2].conv(maps)[:, 6:8], maps[:, :2])
+    assert bool((net.blocks[0].conv.weight != 0).all())
