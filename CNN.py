@@ -68,9 +68,6 @@ class ConvBlock(nn.Module):
 class CNN(nn.Module):
     """Four `ConvBlock`s, dropout and a linear classifier on the average of `head_size` x `head_size` regions.
 
-    Weights start at random, but conv2 to conv4 as partial identity (Zagoruyko & Komodakis 2017, "DiracNets"):
-    the first filters hand their inputs on, one each, so that what lies below is seen from the first step.
-
     Args:
         filters: Filters of conv1 to conv4.
         kernel_sizes: Kernel size of each convolution, odd.
@@ -80,6 +77,8 @@ class CNN(nn.Module):
             where they do not divide the map.
         dropout: Probability with which an input of the classifier is dropped in training.
         classes: Number of classes.
+        partial_identity: Whether the first filters of conv2 to conv4 start by handing their inputs on, one
+            each; the others start at random (after Zagoruyko & Komodakis 2017, "DiracNets").
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class CNN(nn.Module):
         head_size: int = 2,
         dropout: float = 0.3,
         classes: int = 10,
+        partial_identity: bool = True,
     ):
         super().__init__()
         self.config: dict[str, Any] = {
@@ -101,6 +101,7 @@ class CNN(nn.Module):
             "head_size": head_size,
             "dropout": dropout,
             "classes": classes,
+            "partial_identity": partial_identity,
         }
         inputs = (3, *filters[:-1])
         blocks = nn.ModuleList(
@@ -108,7 +109,7 @@ class CNN(nn.Module):
             for sizes in zip(inputs, filters, kernel_sizes, strides, pool_sizes, strict=True)
         )
         self.blocks = cast(Sequence[ConvBlock], blocks)  # a ModuleList does not say what it holds
-        for block in self.blocks[1:]:
+        for block in self.blocks[1:] if partial_identity else ():
             nn.init.dirac_(block.conv.weight.detach()[: block.conv.in_channels])
         self.average = nn.AdaptiveAvgPool2d(head_size)
         self.dropout = nn.Dropout(dropout)

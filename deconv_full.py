@@ -716,6 +716,7 @@ def main() -> None:
         )
         paths = draw_pages(top, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
         print(f"wrote {len(paths)} pages, {paths[0]} to {paths[-1].name}", flush=True)
+        del top  # a quarter of a gigabyte that the long part below does not need
 
         snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint, device)
         if snapshots and EVOLUTION_FILTERS > 0:
