@@ -20,6 +20,19 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def make_net(make_net: MakeNet) -> MakeNet:
+    """As in conftest.py, with all filters at random: of maps that are handed on much projects to zero."""
+
+    def make(*args: Any, **kwargs: Any) -> CNN:
+        net = make_net(*args, **kwargs)
+        for block in net.blocks:
+            block.conv.reset_parameters()
+        return net
+
+    return make
+
+
 class Rectified(torch.autograd.Function):
     """ReLU whose way back passes max(incoming signal, 0), whatever the sign on the way up."""
 
