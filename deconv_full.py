@@ -309,19 +309,24 @@ def measure_activations(
         (images, filters, 2), row and column of the maximum, the first one, 0 where nothing fires;
         conv{k}_mean and conv{k}_nonzero, the mean and the share of positions above zero, float32.
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, NDArray[Any]] = {}
     everything = np.arange(len(images))
-    for _, features in batches(images, everything, checkpoint, device, batch_size, "activations"):
+    for which, features in batches(images, everything, checkpoint, device, batch_size, "activations"):
         for layer, (pooled, _) in zip(LAYERS, features, strict=True):
             flat = pooled.flatten(2)  # (images, filters, positions)
-            place = flat.argmax(dim=2)
-            columns = pooled.shape[-1]
-            found.setdefault(f"{layer}_max", []).append(flat.amax(dim=2).cpu())
-            position = torch.stack([place // columns, place % columns], dim=2)
-            found.setdefault(f"{layer}_position", []).append(position.to(torch.int16).cpu())
-            found.setdefault(f"{layer}_mean", []).append(flat.mean(dim=2).cpu())
-            found.setdefault(f"{layer}_nonzero", []).append((flat > 0).float().mean(dim=2).cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+            place, columns = flat.argmax(dim=2), pooled.shape[-1]
+            measured = {
+                f"{layer}_max": flat.amax(dim=2),
+                f"{layer}_position": torch.stack([place // columns, place % columns], dim=2).short(),
+                f"{layer}_mean": flat.mean(dim=2),
+                f"{layer}_nonzero": (flat > 0).float().mean(dim=2),
+            }
+            for name, part in measured.items():
+                values = part.cpu().numpy()
+                if name not in found:  # not put together at the end, which would need the memory twice
+                    found[name] = np.empty((len(images), *values.shape[1:]), values.dtype)
+                found[name][which] = values
+    return found
 
 
 def top_images(values: NDArray[np.float32], count: int) -> NDArray[np.int32]:
@@ -395,10 +400,11 @@ def project_top(
             units = Units(local, torch.from_numpy(filter_).to(device), value, switch // side, switch % side)
             masks = projector.masks(features)
             for group in projector.groups(units, chunk):
-                signal = projector.project(masks, units.take(group)).permute(0, 3, 1, 2).cpu().numpy()
-                for number, window in zip(group.tolist(), signal, strict=True):
+                some = units.take(group)
+                signal = projector.project(masks, some).permute(0, 3, 1, 2).cpu().numpy()
+                at = zip(some.row.tolist(), some.column.tolist(), strict=True)
+                for number, places, window in zip(group.tolist(), at, signal, strict=True):
                     entry = filter_[number], rank[number]
-                    places = int(units.row[number]), int(units.column[number])
                     origin = projector.origin(places[0]), projector.origin(places[1])
                     found[f"{layer}_origin"][entry] = origin
                     rows, columns = (
@@ -463,7 +469,8 @@ def measure_projections(
     found = []
     # On a CPU each thread takes chunks that stay in its own cache; that beats sharing each operation.
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    with ThreadPoolExecutor(threads, initializer=set_threads, initargs=(device,)) as workers:
+    workers = ThreadPoolExecutor(threads, initializer=set_threads, initargs=(device,))
+    try:
         for which, features in batches(images, chosen, checkpoint, device, batch_size, "projections"):
             rows, columns = torch.from_numpy(positions[which]).long().to(device).unbind(dim=2)
             units = projector.units(features, rows * features[-1][0].shape[-1] + columns)
@@ -478,6 +485,8 @@ def measure_projections(
             if groups:
                 statistics[fires[torch.cat(groups)]] = torch.cat(list(workers.map(measure, groups)))
             found.append(statistics.view(*rows.shape, 4).cpu().numpy())
+    finally:
+        workers.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is queued
     names = ("nonzero_count", "mean", "max", "variance")
     return {name: np.concatenate([part[:, :, k] for part in found]) for k, name in enumerate(names)}
 
@@ -583,8 +592,15 @@ def draw_pages(found: dict[str, NDArray[Any]], heading: str, per_page: int, fold
 
 
 def read_snapshots(folder: Path, checkpoint: Checkpoint, device: torch.device) -> list[Checkpoint]:
-    """Return the snapshots of the training that ended in `checkpoint`, in order; none if there are none."""
-    snapshots = [load_checkpoint(path, device) for path in sorted(folder.glob("epoch_*.pth"))]
+    """Return the snapshots of the training that ended in `checkpoint`, in order.
+
+    None if there are none, or, after a line that names it, if one is damaged: all else can do without them.
+    """
+    try:
+        snapshots = [load_checkpoint(path, device) for path in sorted(folder.glob("epoch_*.pth"))]
+    except SystemExit as damage:
+        print(f"going on without snapshots: {damage}")
+        return []
     if not snapshots:
         return []
     last, final = snapshots[-1].net.state_dict(), checkpoint.net.state_dict()
@@ -657,30 +673,56 @@ def draw_evolution(
 
 
 def check_settings(
-    n_top: int, images_per_class: int | None, batch_size: int, chunk: int, precision: str, images: int
+    numbers: Mapping[str, object], images_per_class: object, precision: object, paths: Mapping[str, object]
 ) -> None:
     """Refuse settings that make no sense.
 
+    Args:
+        numbers: Settings that are whole numbers, by name.
+        images_per_class: The setting IMAGES_PER_CLASS.
+        precision: The setting PRECISION.
+        paths: Settings that are paths, by name.
+
     Raises:
-        SystemExit: If one is out of range.
+        SystemExit: If one is of the wrong type or out of range.
     """
-    if not 1 <= n_top <= images:
-        raise SystemExit(f"N_TOP is {n_top}; expected 1 to {images:,}, the number of test images")
-    if images_per_class is not None and images_per_class < 1:
-        raise SystemExit(f"IMAGES_PER_CLASS is {images_per_class}; expected None (all) or at least 1")
-    if batch_size < 1 or chunk < 1:
-        raise SystemExit(f"BATCH_SIZE is {batch_size} and CHUNK is {chunk}; expected at least 1")
-    if precision not in PRECISIONS:
+    lowest = {"EVOLUTION_FILTERS": 0}  # 0: none
+    highest = {"FILTERS_PER_PAGE": 256}  # a larger page would hardly be a picture any more
+    for name, value in numbers.items():
+        least, most = lowest.get(name, 1), highest.get(name, math.inf)
+        if type(value) is not int or not least <= value <= most:
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise SystemExit(f"{name} is {value!r}; expected a whole number, {expected}")
+    if images_per_class is not None and (type(images_per_class) is not int or images_per_class < 1):
+        expected = "expected None (all) or a whole number, at least 1"
+        raise SystemExit(f"IMAGES_PER_CLASS is {images_per_class!r}; {expected}")
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise SystemExit(f"PRECISION is {precision!r}; expected {' or '.join(PRECISIONS)}")
+    for name, path in paths.items():
+        if not isinstance(path, str | Path):
+            raise SystemExit(f'{name} is {path!r}; expected a path, as Path("{name.lower()}")')
 
 
 def main() -> None:
     """Measure activations, project the top images of every filter, then measure all projections of conv4."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
+    numbers = {
+        "N_TOP": N_TOP,
+        "BATCH_SIZE": BATCH_SIZE,
+        "CHUNK": CHUNK,
+        "FILTERS_PER_PAGE": FILTERS_PER_PAGE,
+        "EVOLUTION_FILTERS": EVOLUTION_FILTERS,
+        "EVOLUTION_IMAGES": EVOLUTION_IMAGES,
+    }
+    paths = {"CHECKPOINT": CHECKPOINT, "DATA_DIR": DATA_DIR, "OUTPUTS": OUTPUTS}
+    check_settings(numbers, IMAGES_PER_CLASS, PRECISION, paths)
+    checkpoint_path, data_dir, outputs = map(Path, paths.values())
     device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(CHECKPOINT, device)
-    split = load_split(checkpoint.dataset, DATA_DIR, "test")
-    check_settings(N_TOP, IMAGES_PER_CLASS, BATCH_SIZE, CHUNK, PRECISION, len(split.images))
+    checkpoint = load_checkpoint(checkpoint_path, device)
+    split = load_split(checkpoint.dataset, data_dir, "test")
+    if len(split.images) < N_TOP:
+        raise SystemExit(f"N_TOP is {N_TOP}; expected 1 to {len(split.images):,}, the number of test images")
+    snapshots = read_snapshots(checkpoint_path.parent / "snapshots", checkpoint, device)
     filters = sum(checkpoint.net.config["filters"])
     print(
         f"projecting {filters} filters over {len(split.images):,} test images of {title(checkpoint.dataset)} "
@@ -690,73 +732,62 @@ def main() -> None:
 
     def save(name: str, arrays: dict[str, NDArray[Any]]) -> None:
         save_arrays(
-            OUTPUTS / name,
+            outputs / name,
             checkpoint_sha256=checkpoint.sha256,
             dataset=checkpoint.dataset,
             class_names=checkpoint.class_names,
             **arrays,
         )
-        print(f"wrote {OUTPUTS / name}", flush=True)
+        print(f"wrote {outputs / name}", flush=True)
 
-    try:
-        activations = measure_activations(split.images, checkpoint, device, BATCH_SIZE)
-        save("activations.npz", {"labels": split.labels, **activations})
-        for layer in LAYERS:
-            fires = activations[f"{layer}_max"] > 0  # (images, filters)
-            dead = int((~fires.any(axis=0)).sum())
-            print(
-                f"{layer}: {fires.shape[1]:>3} filters, {dead} dead, firing in {fires.mean():.1%} of images"
-            )
+    activations = measure_activations(split.images, checkpoint, device, BATCH_SIZE)
+    save("activations.npz", {"labels": split.labels, **activations})
+    for layer in LAYERS:
+        fires = activations[f"{layer}_max"] > 0  # (images, filters)
+        dead = int((~fires.any(axis=0)).sum())
+        print(f"{layer}: {fires.shape[1]:>3} filters, {dead} dead, firing in {fires.mean():.1%} of images")
 
-        top = project_top(split, checkpoint, activations, device, N_TOP, BATCH_SIZE, CHUNK)
-        save("projections.npz", top)
-        heading = f"top {N_TOP} of {len(split.images):,} test images of {title(checkpoint.dataset)}; "
-        heading += (
-            f"grey is zero; {checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
-        )
-        paths = draw_pages(top, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
-        print(f"wrote {len(paths)} pages, {paths[0]} to {paths[-1].name}", flush=True)
-        del top  # a quarter of a gigabyte that the long part below does not need
+    top = project_top(split, checkpoint, activations, device, N_TOP, BATCH_SIZE, CHUNK)
+    save("projections.npz", top)
+    accuracy = f"{checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
+    heading = f"top {N_TOP} of {len(split.images):,} test images of {title(checkpoint.dataset)}; "
+    heading += f"grey is zero; {accuracy}"
+    pages = draw_pages(top, heading, FILTERS_PER_PAGE, outputs / "deconv")
+    print(f"wrote {len(pages)} pages, {pages[0]} to {pages[-1].name}", flush=True)
+    del top  # its memory is needed for what follows
+    positions, fires = activations["conv4_position"], activations["conv4_max"] > 0
+    del activations
 
-        snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint, device)
-        if snapshots and EVOLUTION_FILTERS > 0:
-            some = Split(split.images[:EVOLUTION_IMAGES], split.labels[:EVOLUTION_IMAGES])
-            evolution = project_evolution(some, snapshots, EVOLUTION_FILTERS, device, BATCH_SIZE, CHUNK)
-            heading = (
-                f"strongest activation in {len(some.images):,} test images of {title(checkpoint.dataset)} "
-            )
-            heading += "after each epoch, projected; grey is zero, each panel has its own scale\n"
-            heading += f"{checkpoint.measured_on} accuracy at the end "
-            heading += f"{checkpoint.metrics['test_accuracy']:.1%}"
-            epochs = [snapshot.epochs for snapshot in snapshots]
-            save_figure(draw_evolution(evolution, epochs, heading), OUTPUTS / "feature_evolution.png")
-            print(f"wrote {OUTPUTS / 'feature_evolution.png'}", flush=True)
-        else:
-            print("no snapshots of this training: feature_evolution.png is not drawn")
+    path = outputs / "feature_evolution.png"
+    if snapshots and EVOLUTION_FILTERS > 0:
+        some = Split(split.images[:EVOLUTION_IMAGES], split.labels[:EVOLUTION_IMAGES])
+        evolution = project_evolution(some, snapshots, EVOLUTION_FILTERS, device, BATCH_SIZE, CHUNK)
+        heading = f"strongest activation in {len(some.images):,} test images of {title(checkpoint.dataset)} "
+        heading += "after each epoch, projected; grey is zero, each panel has its own scale\n"
+        heading += accuracy.replace("accuracy", "accuracy at the end")
+        epochs = [snapshot.epochs for snapshot in snapshots]
+        save_figure(draw_evolution(evolution, epochs, heading), path)
+        print(f"wrote {path}", flush=True)
+    else:
+        path.unlink(missing_ok=True)  # of another training
+        print("no snapshots of this training: feature_evolution.png is not drawn")
 
-        chosen = first_of_each_class(split.labels, IMAGES_PER_CLASS)
-        start = time.perf_counter()
-        statistics = measure_projections(
-            split.images,
-            chosen,
-            activations["conv4_position"],
-            checkpoint,
-            device,
-            BATCH_SIZE,
-            CHUNK,
-            PRECISIONS[PRECISION],
-        )
-        seconds = time.perf_counter() - start
-        count = int((activations["conv4_max"][chosen] > 0).sum())
-        print(
-            f"{count:,} projections of conv4 in {seconds:.0f} s, {1e3 * seconds / max(count, 1):.3f} ms each"
-        )
-        chosen_from = {"labels": split.labels[chosen], "image": chosen}
-        save("projection_statistics.npz", {**chosen_from, **statistics})
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "interrupted: what was written is whole, the rest is missing; the next run starts anew"
-        ) from None
+    chosen = first_of_each_class(split.labels, IMAGES_PER_CLASS)
+    start = time.perf_counter()
+    statistics = measure_projections(
+        split.images,
+        chosen,
+        positions,
+        checkpoint,
+        device,
+        BATCH_SIZE,
+        CHUNK,
+        PRECISIONS[PRECISION],
+    )
+    seconds = time.perf_counter() - start
+    count = int(fires[chosen].sum())
+    print(f"{count:,} projections of conv4 in {seconds:.0f} s, {1e3 * seconds / max(count, 1):.3f} ms each")
+    save("projection_statistics.npz", {"labels": split.labels[chosen], "image": chosen, **statistics})
     print("next: uv run analyse_projections.py")
 
 

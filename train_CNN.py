@@ -9,10 +9,12 @@ An interrupted run goes on from the last finished epoch, kept in outputs/trainin
 is started again with the same settings.
 """
 
+import io
 import json
 import math
-import pickle
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +74,8 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 CHECKPOINT = Path("outputs/CNN.pth")  # the other files go beside it
 SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, those of the paper's Figure 4
 
+FOLDS = {f"fold {number}": number for number in range(10)}  # what TRAIN_ON calls the published folds
+
 
 class Result(NamedTuple):
     """What a network makes of some images: mean loss in nats, accuracy from 0 to 1, predicted classes."""
@@ -96,11 +100,11 @@ def part_of_training(split: Split, test: Split, train_on: str, folds: Path) -> t
     Args:
         split: The training split.
         test: The test split.
-        train_on: "all", "validation" or "fold 0" to "fold 9".
+        train_on: "all", "validation" or one of `FOLDS`.
         folds: fold_indices.txt of the published archive: ten lines of 1,000 indices into the training split.
 
     Raises:
-        SystemExit: If `train_on` is none of these, or the file it needs is missing.
+        SystemExit: If the file that a fold needs is missing or damaged.
     """
     if train_on == "all":
         return split, test
@@ -110,12 +114,35 @@ def part_of_training(split: Split, test: Split, train_on: str, folds: Path) -> t
             members = np.flatnonzero(split.labels == label)
             held_out[members[len(members) * 4 // 5 :]] = True
         return select(split, np.flatnonzero(~held_out)), select(split, np.flatnonzero(held_out))
-    word, _, number = train_on.partition(" ")
-    if word != "fold" or number not in [str(fold) for fold in range(10)]:
-        raise SystemExit(f'TRAIN_ON is {train_on!r}; expected "all", "validation" or "fold 0" to "fold 9"')
-    if not folds.is_file():
-        raise SystemExit(f"{folds} not found: take it from the published archive, or set TRAIN_ON to all")
-    return select(split, np.loadtxt(folds, dtype=np.int64)[int(number)]), test
+    return select(split, read_folds(folds, len(split.labels))[FOLDS[train_on]]), test
+
+
+def read_folds(path: Path, images: int) -> NDArray[np.int64]:
+    """Return the training images of each fold, (folds, images of a fold).
+
+    Args:
+        path: fold_indices.txt of the published archive.
+        images: In the training split.
+
+    Raises:
+        SystemExit: If the file is missing or damaged, or there are not as many images.
+    """
+    mend = "take it from the published archive, or set TRAIN_ON to all"
+    if not path.is_file():
+        raise SystemExit(f"{path} not found: {mend}")
+    lines = [line.split() for line in path.read_text(errors="replace").splitlines()]
+    try:
+        folds = np.array(lines, dtype=np.int64)
+    except (ValueError, OverflowError):  # no whole numbers, or lines of different length
+        folds = np.empty(0, np.int64)
+    if folds.ndim != 2 or len(folds) != len(FOLDS) or folds.size == 0:
+        raise SystemExit(f"{path} is damaged, expected {len(FOLDS)} lines of equally many indices: {mend}")
+    if folds.min() < 0 or folds.max() >= images or not np.diff(np.sort(folds)).all():
+        raise SystemExit(
+            f"{path} has indices from {folds.min()} to {folds.max()}, expected different ones in each line, "
+            f"from 0 to {images - 1:,}: {mend}"
+        )
+    return folds
 
 
 def select(split: Split, places: NDArray[np.int64]) -> Split:
@@ -193,11 +220,13 @@ class Trainer:
             lr=settings["learning_rate"],
             betas=(0.9, 0.99),
         )
+        # a warm-up of just one step would make the schedule divide by its length, zero: it has none then
+        warm_up = 0.0 if math.isclose(settings["warm_up"] * (steps + 1), 1) else settings["warm_up"]
         self.schedule = OneCycleLR(
             self.optimizer,
             settings["learning_rate"],
             total_steps=steps + 1,
-            pct_start=settings["warm_up"],
+            pct_start=float(warm_up),  # a whole number is refused
             cycle_momentum=False,  # betas stay
         )
 
@@ -270,22 +299,33 @@ class Trainer:
             torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda"]])
 
 
-def stored_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the state of an interrupted run with the same settings, or None, and say which."""
-    if not path.is_file():
-        return None
-    try:
-        state = torch.load(path, weights_only=True)
-        same = state["settings"] == json.dumps(settings)
-        _ = state["rows"], state["net"], state["optimizer"], state["schedule"], state["generator"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError):
-        print(f"{path} cannot be read: starting anew")
-        return None
-    if not same:
-        print("an interrupted run had other settings: starting anew")
-        return None
-    print(f"going on after epoch {len(state['rows'])} of an interrupted run")
-    return dict(state)
+def resume(
+    path: Path, settings: dict[str, Any], start: Callable[[], Trainer]
+) -> tuple[Trainer, list[dict[str, float]]]:
+    """Return a trainer and the rows of the epochs behind it, none if it starts anew, and say which.
+
+    Args:
+        path: training_state.pth; there is one only while a training is unfinished.
+        settings: A run that had others is not taken up.
+        start: Makes the trainer.
+    """
+    if path.is_file():
+        content = io.BytesIO(path.read_bytes())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the file's pickle protocol; the line below says enough
+                state = torch.load(content, weights_only=True)
+            if state["settings"] == json.dumps(settings):
+                trainer, rows = start(), [dict(row) for row in state["rows"]]
+                trainer.restore(state)
+                print(f"going on after epoch {int(rows[-1]['epoch'])} of an interrupted run")
+                return trainer, rows
+            print("an interrupted run had other settings: starting anew")
+        except MemoryError:
+            raise
+        except Exception:  # in a damaged, foreign or older file torch can stumble over nearly anything
+            print(f"{path} cannot be read: starting anew")
+    return start(), []
 
 
 def draw_curves(log: pd.DataFrame, measured: str, heading: str) -> Figure:
@@ -353,41 +393,78 @@ def report(counts: NDArray[np.int64], names: list[str]) -> None:
     print(f"accuracy {accuracy:.2%}, 95 % interval {accuracy - half:.2%} to {accuracy + half:.2%}")
 
 
-def check_settings(settings: dict[str, Any]) -> None:
+def check_number(name: str, value: Any, lowest: float, highest: float = math.inf) -> None:
+    """Refuse a setting that is no finite number from `lowest` to `highest`, or no whole one if `lowest` is.
+
+    Raises:
+        SystemExit: With what is expected.
+    """
+    whole = isinstance(lowest, int)
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not fits or not (lowest <= value <= highest and value < math.inf):
+        kind = "" if fits else "a whole number, " if whole else "a number, "
+        limits = f"at least {lowest:.10g}" if highest == math.inf else f"{lowest:.10g} to {highest:.10g}"
+        raise SystemExit(f"{name} is {value!r}; expected {kind}{limits}")
+
+
+def check_settings(settings: dict[str, Any], snapshots: object) -> None:
     """Refuse settings that make no sense, before anything is downloaded or computed.
 
     Args:
         settings: Under their names in small letters; `config` holds the arguments of `CNN`.
+        snapshots: The setting SNAPSHOTS.
 
     Raises:
-        SystemExit: If one is out of range or the network cannot be built.
+        SystemExit: If one is of the wrong type or out of range, or the network cannot be built.
     """
-    config = settings["config"]
-    limits = {
+    config, augmentation = settings["config"], settings["augmentation"]
+    limits: dict[str, tuple[float, float]] = {  # a whole number first: the setting is one, too
         "epochs": (1, math.inf),
         "shapes_epochs": (1, math.inf),
         "measure_every": (1, math.inf),
         "batch_size": (2, math.inf),  # batch norm needs two
-        "learning_rate": (0, math.inf),
-        "warm_up": (0, 1),
-        "weight_decay": (0, math.inf),
-        "label_smoothing": (0, 1),
-        "head_size": (1, math.inf),
-        "dropout": (0, 1),
+        "seed": (0, 2**32 - 1),
+        "head_size": (1, IMAGE_SIZE),
+        "learning_rate": (1e-9, math.inf),
+        "warm_up": (0.0, 1.0),
+        "weight_decay": (0.0, math.inf),
+        "label_smoothing": (0.0, 1.0),
+        "dropout": (0.0, 1.0),
     }
     for name, (lowest, highest) in limits.items():
-        value = (settings | config)[name]
-        if not lowest <= value <= highest:
-            expected = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
-            raise SystemExit(f"{name.upper()} is {value}; expected {expected}")
+        check_number(name.upper(), (settings | config)[name], lowest, highest)
+    for name, highest in {
+        "filters": 10_000,
+        "kernel_sizes": IMAGE_SIZE,
+        "strides": IMAGE_SIZE,
+        "pool_sizes": IMAGE_SIZE,
+    }.items():
+        sizes = config[name]
+        if not isinstance(sizes, tuple | list) or len(sizes) != 4:
+            raise SystemExit(f"{name.upper()} is {sizes!r}; expected four numbers, for conv1 to conv4")
+        for layer, size in enumerate(sizes):
+            check_number(f"{name.upper()}[{layer}]", size, 1, highest)
     if any(kernel % 2 == 0 for kernel in config["kernel_sizes"]):
         raise SystemExit(f"KERNEL_SIZES is {config['kernel_sizes']}; expected odd numbers")
+    if not isinstance(augmentation, Augmentation):
+        raise SystemExit(f"AUGMENTATION is {augmentation!r}; expected Augmentation(...)")
+    highest_of = Augmentation(shift=IMAGE_SIZE, zoom=9.0, rotation=180.0, colour=1.0, cutout=IMAGE_SIZE)
+    for name, highest in highest_of._asdict().items():
+        lowest = 0 if name == "cutout" else 0.0
+        check_number(f"AUGMENTATION.{name}", getattr(augmentation, name), lowest, highest)
+    if settings["train_on"] not in ("all", "validation", *FOLDS):
+        expected = 'expected "all", "validation" or "fold 0" to "fold 9"'
+        raise SystemExit(f"TRAIN_ON is {settings['train_on']!r}; {expected}")
+    if not isinstance(snapshots, tuple | list | set | range):
+        raise SystemExit(f"SNAPSHOTS is {snapshots!r}; expected epochs in brackets, as (10, 20) or (10,)")
+    for epoch in snapshots:
+        check_number("an epoch in SNAPSHOTS", epoch, 1)
     try:
         with torch.device("meta"):  # shapes only
             CNN(**config).eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    except (RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError) as error:
         raise SystemExit(
-            f"FILTERS, KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
+            f"KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
             f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]}"
         ) from None
 
@@ -417,12 +494,18 @@ def main() -> None:
         "measure_every": MEASURE_EVERY,
         "seed": SEED,
     }
-    check_settings(settings)
+    check_settings(settings, SNAPSHOTS)
+    for name, path in (("CHECKPOINT", CHECKPOINT), ("DATA_DIR", DATA_DIR)):
+        if not isinstance(path, str | Path):
+            raise SystemExit(f'{name} is {path!r}; expected a path, as Path("{name.lower()}")')
+    checkpoint, data_dir = Path(CHECKPOINT), Path(DATA_DIR)
+    if checkpoint.is_dir():
+        raise SystemExit(f"CHECKPOINT is {str(CHECKPOINT)!r}, a folder; expected a file, as outputs/CNN.pth")
     device = choose_device(DEVICE)
-    dataset = find_dataset(DATASET, DATA_DIR)
+    dataset = find_dataset(DATASET, data_dir)
     epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
-    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
-    train, test = part_of_training(train, test, TRAIN_ON, DATA_DIR / "stl10_binary" / "fold_indices.txt")
+    train, test = (load_split(dataset, data_dir, split) for split in ("train", "test"))
+    train, test = part_of_training(train, test, TRAIN_ON, data_dir / "stl10_binary" / "fold_indices.txt")
     if len(train.images) < BATCH_SIZE:
         raise SystemExit(f"BATCH_SIZE is {BATCH_SIZE}; there are only {len(train.images):,} training images")
     names, (mean, std) = class_names(dataset), mean_and_std(train.images)
@@ -443,16 +526,11 @@ def main() -> None:
         torch.from_numpy(test.labels).to(device),
     )
     steps = epochs * (len(images) // BATCH_SIZE)
-    trainer = Trainer(settings["config"], device, precision, steps, settings)
-    state_path = CHECKPOINT.with_name("training_state.pth")
-    state = stored_state(state_path, settings)
-    rows: list[dict[str, float]] = state["rows"] if state else []
-    snapshots = CHECKPOINT.parent / "snapshots"
-    if state:
-        trainer.restore(state)
-    else:
-        for old in snapshots.glob("epoch_*.pth"):  # of an earlier run
-            old.unlink()
+    state_path, snapshots = checkpoint.with_name("training_state.pth"), checkpoint.parent / "snapshots"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)  # rather than fail after the first epoch
+    trainer, rows = resume(
+        state_path, settings, lambda: Trainer(settings["config"], device, precision, steps, settings)
+    )
 
     def save(path: Path, metrics: dict[str, float]) -> None:
         save_checkpoint(
@@ -502,15 +580,13 @@ def main() -> None:
                 + f"{row['learning_rate']:>10.2g}{row['seconds']:>7.0f} s",
                 flush=True,
             )
+            if epoch == 1:
+                for old in snapshots.glob("epoch_*.pth"):  # of an earlier run, whose CNN.pth stays to the end
+                    old.unlink()
             if epoch in SNAPSHOTS or epoch == epochs:
-                save(
-                    CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth",
-                    {"test_accuracy": tested.accuracy},
-                )
+                save(snapshots / f"epoch_{epoch:03d}.pth", {"test_accuracy": tested.accuracy})
             save_whole({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, state_path)
             kept = epoch
-            with whole_file(CHECKPOINT.with_name("training_log.csv")) as partial:
-                pd.DataFrame(rows).to_csv(partial, index=False)
     except KeyboardInterrupt:
         again = f"{kept} finished epochs are kept: run again to go on" if kept else "no finished epoch yet"
         raise SystemExit(f"interrupted in epoch {kept + 1}; {again}") from None
@@ -524,17 +600,20 @@ def main() -> None:
     seconds = rows[-1]["seconds"]
     print(f"{epochs * len(images) / seconds:,.0f} training images per second, testing included")
     metrics = {"test_accuracy": final.accuracy, "test_loss": final.loss, "seconds": seconds}
-    save(CHECKPOINT, {**metrics, "test_accuracy_mirrored": mirrored.accuracy})
+    # only now, so that what lies beside CNN.pth always belongs to it
+    save(checkpoint, {**metrics, "test_accuracy_mirrored": mirrored.accuracy})
     log = pd.DataFrame(rows)
+    with whole_file(checkpoint.with_name("training_log.csv")) as partial:
+        log.to_csv(partial, index=False)
     heading = (
         f"{title(dataset)}, {len(images):,} training and {len(test_labels):,} {measured} images, seed {SEED}"
     )
-    save_figure(draw_curves(log, measured, heading), CHECKPOINT.with_name("training_curves.png"))
+    save_figure(draw_curves(log, measured, heading), checkpoint.with_name("training_curves.png"))
     heading = f"{len(test_labels):,} {measured} images of {title(dataset)}, accuracy {final.accuracy:.1%}"
-    save_figure(draw_confusion(counts, names, heading), CHECKPOINT.with_name("confusion_matrix.png"))
+    save_figure(draw_confusion(counts, names, heading), checkpoint.with_name("confusion_matrix.png"))
     state_path.unlink()
     print(
-        f"wrote {CHECKPOINT} and, beside it, snapshots/, training_log.csv, training_curves.png, "
+        f"wrote {checkpoint} and, beside it, snapshots/, training_log.csv, training_curves.png, "
         "confusion_matrix.png"
     )
     print("next: uv run deconv.py")

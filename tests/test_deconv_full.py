@@ -10,7 +10,7 @@ import deconv
 import deconv_full
 from CNN import CNN, LAYERS, Checkpoint, frame_sizes, receptive_fields, save_checkpoint
 from deconv_full import Projector, magnitude_statistics, top_images
-from load_data import Split, normalise
+from load_data import Split, normalise, plain_errors
 
 CPU = torch.device("cpu")
 CONFIGS: list[dict[str, Any]] = [
@@ -304,6 +304,6 @@ def test_an_interruption_ends_in_one_line_and_leaves_whole_files(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(deconv_full, "project_top", interrupt)
-    with pytest.raises(SystemExit, match="interrupted"):
+    with pytest.raises(SystemExit, match="interrupted"), plain_errors():
         deconv_full.main()
     assert sorted(path.name for path in Path("outputs").iterdir()) == ["CNN.pth", "activations.npz"]
