@@ -4,14 +4,16 @@ Run:    uv run analyse_projections.py
 Reads:  outputs/CNN.pth, outputs/activations.npz, outputs/projection_statistics.npz,
         outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin
 Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/metric_distributions.png,
-        outputs/selectivity.png, outputs/top_filters.png, outputs/ablation.csv, outputs/ablation.png,
-        outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
+        outputs/selectivity.png, outputs/top_filters.png, outputs/filter_metrics_untrained.csv,
+        outputs/specialisation.png, outputs/ablation.csv, outputs/ablation.png, outputs/trust.csv,
+        outputs/trust.png, outputs/probes.csv, outputs/probes.png
 
 An activation is the strongest value of a filter in an image. All that is said about classes comes from
 activations: a projection's non-zero pixels mostly measure the size of the receptive field and how much of it
 the border cuts off.
 
-Then the network itself is asked how far this can be trusted: what it loses without a filter, what of an
+Then the network itself is asked how far this can be trusted: how much of the specialisation was there before
+the first step of the training (see `compare_networks`), what it loses without a filter, what of an
 activation survives when only a projection's strongest pixels are left, what projections look like when
 weights are random, and how much of the classes each layer holds.
 """
@@ -72,6 +74,12 @@ PROBE_STEPS = 100  # of L-BFGS, at most; fewer leave the smaller decays short of
 # Fixed by definition, not settings
 PROJECTED = LAYERS[-1]  # the layer whose projections were measured
 STATISTICS = ("nonzero_count", "mean", "variance", "max")  # of a projection
+COMPARED = {  # columns of filter_metrics.csv in which networks are compared, and what figures call them
+    "selectivity": "class selectivity",
+    "auc": "area under the ROC curve",
+    "omega_squared": "omega squared: share of the\nvariance that the class explains",
+    "significant": "share of filters above chance",
+}
 FALSE_DISCOVERIES = 0.05  # share of false ones among the filters of a layer that are called significant
 NEARLY_DEAD = 0.01  # a living filter is nearly dead if it fires on a smaller share of the test images
 AXES = {  # what figures call the columns of filter_metrics.csv
@@ -386,8 +394,10 @@ def specialisation(
     return {name: np.where(dead, np.nan, column) for name, column in columns.items()}
 
 
-def tabulate_filters(activations: Arrays, statistics: Arrays, resamplings: int, seed: int) -> pd.DataFrame:
-    """Return filter_metrics.csv: one row a filter of every layer.
+def tabulate_filters(
+    activations: Arrays, statistics: Arrays | None, resamplings: int, seed: int
+) -> pd.DataFrame:
+    """Return filter_metrics.csv: one row a filter of every layer; without statistics, without their columns.
 
     activation_*: mean, population variance and share above zero of the filter's activations over the images.
     Of conv4's projections the means over all projected images (max: the largest). What `specialisation` says
@@ -403,9 +413,10 @@ def tabulate_filters(activations: Arrays, statistics: Arrays, resamplings: int, 
         columns["activation_mean"] = values.mean(axis=0)
         columns["activation_variance"] = values.var(axis=0)
         columns["activation_nonzero"] = (values > 0).mean(axis=0)
-        for key in STATISTICS:
-            reduce = np.max if key == "max" else np.mean
-            columns[key] = reduce(statistics.arrays[key], axis=0) if layer == PROJECTED else np.nan
+        if statistics:
+            for key in STATISTICS:
+                reduce = np.max if key == "max" else np.mean
+                columns[key] = reduce(statistics.arrays[key], axis=0) if layer == PROJECTED else np.nan
         names_or_none = [
             None if dead else names[k] for dead, k in zip(columns["dead"], preferred, strict=True)
         ]
@@ -579,7 +590,7 @@ def draw_top_filters(rankings: Mapping[str, pd.DataFrame], count: int, heading: 
     return fig
 
 
-# How far these numbers and pictures can be trusted: ablation, masked pixels, random weights, linear probes
+# How far this can be trusted: the untrained network, ablation, masked pixels, random weights, linear probes
 
 
 class TopUnits(NamedTuple):
@@ -708,27 +719,33 @@ def trust_row(
 
 def pool_features(
     images: NDArray[np.uint8], checkpoint: Checkpoint, device: torch.device, batch_size: int, inputs: int
-) -> list[Tensor]:
-    """Run the images through the network once and average the pooled maps over regions.
+) -> tuple[list[Tensor], dict[str, NDArray[np.float64]]]:
+    """Run the images through the network once; average the pooled maps over regions and find their maxima.
 
     Returns:
         For each layer (images, about `inputs`): the map averaged over side x side regions, the side chosen so
         that layers of many and of few filters get as many numbers. At the end what the classifier sees,
-        conv4's averages (images, filters * head_size²).
+        conv4's averages (images, filters * head_size²). Then conv{k}_max as in activations.npz, but float64:
+        the strongest value of each filter in each image.
     """
-    config, found = checkpoint.net.config, list[list[Tensor]]()
-    sides = [max(round((inputs / filters) ** 0.5), 1) for filters in config["filters"]]
+    averages, maxima, net = list[list[Tensor]](), list[list[Tensor]](), checkpoint.net
+    sides = [max(round((inputs / filters) ** 0.5), 1) for filters in net.config["filters"]]
     everything = np.arange(len(images))
     for _, features in batches(images, everything, checkpoint, device, batch_size, "features"):
         maps = [pooled for pooled, _ in features]
-        found.append(
+        averages.append(
             [
                 F.adaptive_avg_pool2d(pooled, min(side, pooled.shape[-1])).flatten(1)
                 for pooled, side in zip(maps, sides, strict=True)
             ]
         )
-        found[-1].append(checkpoint.net.average(maps[-1]).flatten(1))
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        averages[-1].append(net.average(maps[-1]).flatten(1))
+        maxima.append([pooled.amax(dim=(2, 3)).cpu() for pooled in maps])
+    strongest = [torch.cat(parts).numpy().astype(np.float64) + 0.0 for parts in zip(*maxima, strict=True)]
+    keys = [f"{layer}_max" for layer in LAYERS]
+    return [torch.cat(parts) for parts in zip(*averages, strict=True)], dict(
+        zip(keys, strongest, strict=True)
+    )
 
 
 def contributions(net: CNN, averages: Tensor) -> Tensor:
@@ -912,6 +929,101 @@ def randomised(
 def untrained(checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device) -> CNN:
     """Return the network that training began with, batch norm's means and variances taken from the images."""
     return randomised(checkpoint, 0, images, device, checkpoint.seed)
+
+
+Comparison = dict[tuple[str, str, str], tuple[float, float, float]]
+
+
+def compare_networks(tables: Mapping[str, pd.DataFrame], resamplings: int, seed: int) -> Comparison:
+    """Say how much of each layer's specialisation was learned.
+
+    The untrained network is no blank: edges and colours of random filters differ between classes, too. What
+    training added is what the trained network has beyond it.
+
+    Its conv2 to conv4 start as partial identity (see CNN.py). Their first filters, as many as the layer below
+    has, are copies of that layer, pooled further; only the rest are random. A copy's strongest activation is
+    that of the filter below less a constant, batch norm's mean, times another. So its AUC is that of the
+    filter below, and its omega squared, unless the constant cuts some activations off at 0. Its selectivity
+    is not: an index over means grows when something is taken off all of them. That is why all three are
+    compared, and why the untrained network is counted without its copies as well.
+
+    Args:
+        tables: What `tabulate_filters` returned, by network: "trained", "untrained" and others.
+        resamplings: How often filters are drawn anew for the intervals.
+        seed: Of the draws.
+
+    Returns:
+        For each layer, metric of COMPARED and network: median over the living filters (of `significant` the
+        mean) and the limits of its 95 % bootstrap interval. The network "learned" is trained less untrained
+        over the filters that live in both, drawn in pairs: a filter keeps its number in training.
+    """
+
+    def interval(metric: str, *groups: NDArray[np.float64]) -> tuple[float, float, float]:
+        centre: Callable[..., Any] = np.mean if metric == "significant" else np.median
+
+        def statistic(which: NDArray[np.int64]) -> float:
+            first, *other = (float(centre(values[which])) for values in groups)
+            return first - sum(other)
+
+        return with_interval(statistic, len(groups[0]), resamplings, seed)
+
+    compared = {}
+    for layer in LAYERS:
+        for metric in COMPARED:
+            found = {}
+            for name, table in tables.items():
+                living = table[(table["layer"] == layer) & ~table["dead"]].set_index("filter")
+                found[name] = living[metric].dropna().astype(np.float64)
+                compared[layer, metric, name] = interval(metric, found[name].to_numpy(np.float64))
+            both = found["trained"].index.intersection(found["untrained"].index)
+            pair = (found[name].loc[both].to_numpy(np.float64) for name in ("trained", "untrained"))
+            compared[layer, metric, "learned"] = interval(metric, *pair)
+    return compared
+
+
+def print_comparison(compared: Comparison) -> None:
+    """Print a line a layer of `compare_networks`."""
+    networks = ("trained", "untrained")
+    print(
+        "how much of the specialisation was learned: medians over living filters, 95 % intervals over filters"
+    )
+    print(f"{'':<8}{'selectivity':<75}{'trained, untrained: AUC':<26}{'omega squared':<17}above chance")
+    print("layer   " + "".join(f"{name:<25}" for name in (*networks, "learned")))
+    for layer in LAYERS:
+        cells = (compared[layer, "selectivity", name] for name in (*networks, "learned"))
+        index = "".join("{:<25}".format("{:.3f} ({:.3f} to {:.3f})".format(*cell)) for cell in cells)
+        rest = [compared[layer, key, name][0] for key in list(COMPARED)[1:] for name in networks]
+        print(f"{layer:<8}{index}" + "{:>13.3f}, {:.3f}{:>13.3f}, {:.3f}{:>13.0%}, {:.0%}".format(*rest))
+
+
+def draw_specialisation(tables: Mapping[str, pd.DataFrame], compared: Comparison, heading: str) -> Figure:
+    """Draw, layer by layer, how specialised the filters of the networks are.
+
+    Args:
+        tables: By network; the first two are drawn as distributions, to the left and to the right.
+        compared: What `compare_networks` returned for them.
+        heading: Title.
+    """
+    fig, axes = plt.subplots(2, 2, figsize=(8, 6.4), dpi=200, layout="constrained")
+    for ax, (metric, label) in zip(axes.flat, COMPARED.items(), strict=True):
+        for k, (name, table) in enumerate(tables.items()):
+            cells = [compared[layer, metric, name] for layer in LAYERS]
+            rows = pd.DataFrame(cells, columns=["median", "low", "high"])
+            draw_medians(ax, np.arange(4.0) + (-0.12, 0.12, 0.26)[k], rows, f"C{k}", "osD"[k], name)
+            for place, layer in enumerate(LAYERS):
+                values = table.loc[(table["layer"] == layer) & ~table["dead"], metric].dropna()
+                if k < 2 and metric != "significant" and len(values):
+                    options = {"showextrema": False, "side": ("low", "high")[k], "widths": 0.9}
+                    for body in ax.violinplot([values], [place], **options)["bodies"]:
+                        body.set(facecolor=f"C{k}", alpha=0.35, linewidth=0)
+        ax.axhline(0.5 if metric == "auc" else 0, color="0.5", linestyle=":", linewidth=1, zorder=0)
+        ax.set_xticks(range(4), LAYERS)
+        ax.set(ylabel=label, xlim=(-0.5, 3.5))
+    axes[1, 1].set(ylim=(-0.03, 1.05))
+    fig.legend(handles=axes[0, 0].containers, loc="outside lower center", ncols=3, frameon=False)
+    fig.suptitle(heading, fontsize=9)
+    sns.despine(fig)
+    return fig
 
 
 def project_magnitudes(
@@ -1343,10 +1455,19 @@ def main() -> None:
     # how far all this can be trusted
     batch, some = (device, BATCH_SIZE), train.images[:NORM_IMAGES]
     start = checkpoint._replace(net=untrained(checkpoint, some, device))
-    features = {
-        name: [pool_features(part.images, of, *batch, PROBE_INPUTS) for part in (train, test)]
-        for name, of in (("trained", checkpoint), ("untrained", start))
-    }
+    features, maxima = {}, {}
+    for name, of in (("trained", checkpoint), ("untrained", start)):
+        passed = [pool_features(part.images, of, *batch, PROBE_INPUTS) for part in (train, test)]
+        features[name], maxima[name] = [found for found, _ in passed], passed[-1][1]
+
+    before = activations._replace(arrays=maxima["untrained"] | {"labels": test.labels})
+    tables = {"trained": filters, "untrained": tabulate_filters(before, None, RESAMPLINGS, SEED)}
+    below = dict(zip(LAYERS, (0, *checkpoint.net.config["filters"]), strict=False))
+    copied = tables["untrained"]["filter"] < tables["untrained"]["layer"].map(below)
+    tables["untrained, without copies of the layer below"] = tables["untrained"][~copied]
+    compared = compare_networks(tables, RESAMPLINGS, SEED)
+    print_comparison(compared)
+
     net, (_, tested) = checkpoint.net, features["trained"]
     silenced = contributions(net, tested[-1]), net.classifier.bias, test.labels
     changes, overall = silence_each(*silenced, len(names))
@@ -1377,13 +1498,16 @@ def main() -> None:
 
     probes = tabulate_probes(features, train.labels, test.labels, len(names), PROBE_DECAYS, PROBE_STEPS, SEED)
 
-    written = {"ablation.csv": tabulate_ablation(changes, selectivity, names), "trust.csv": trust}
-    for name, table in (written | {"probes.csv": probes}).items():
+    written = {"filter_metrics_untrained.csv": tables["untrained"], "trust.csv": trust, "probes.csv": probes}
+    for name, table in (written | {"ablation.csv": tabulate_ablation(changes, selectivity, names)}).items():
         with whole_file(OUTPUTS / name) as partial:
             table.to_csv(partial, index=False, lineterminator="\n")
         print(f"wrote {OUTPUTS / name}")
+    heading = "How much of the specialisation was learned: the filters of each layer,"
+    heading += f" median and 95 % interval\n{source}"
+    figures = {"specialisation.png": draw_specialisation(tables, compared, heading)}
     heading = f"What silencing filters of {PROJECTED} costs: one at a time, and more and more\n{source}"
-    figures = {"ablation.png": draw_ablation(changes, selectivity, curves, names, heading)}
+    figures["ablation.png"] = draw_ablation(changes, selectivity, curves, names, heading)
     heading = f"Do projections of {PROJECTED} show what drives a filter, and what was learned?\n{source}"
     figures["trust.png"] = draw_trust(trust, KEPT_SHARE, heading)
     heading = f"What a linear classifier reads from each layer\n{source}"
