@@ -958,7 +958,7 @@ def compare_networks(tables: Mapping[str, pd.DataFrame], resamplings: int, seed:
         over the filters that live in both, drawn in pairs: a filter keeps its number in training.
     """
 
-    def interval(metric: str, *groups: NDArray[np.float64]) -> tuple[float, float, float]:
+    def interval(metric: str, *groups: NDArray[np.floating[Any]]) -> tuple[float, float, float]:
         centre: Callable[..., Any] = np.mean if metric == "significant" else np.median
 
         def statistic(which: NDArray[np.int64]) -> float:

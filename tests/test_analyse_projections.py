@@ -542,6 +542,19 @@ CPU = torch.device("cpu")
 MakeNet = Callable[..., CNN]
 
 
+@pytest.fixture
+def make_net(make_net: MakeNet) -> MakeNet:
+    """As the fixture of all tests, but no filter starts as a copy of the layer below."""
+
+    def make(seed: int = 0, **options: Any) -> CNN:
+        net = make_net(seed, **options)
+        for block in net.blocks:
+            block.conv.reset_parameters()
+        return net
+
+    return make
+
+
 def checkpoint_of(net: CNN, names: list[str] = NAMES) -> Checkpoint:
     return Checkpoint(net, "shapes", names, [0.4] * 3, [0.3] * 3, 5, 1, {"test_accuracy": 0.5}, "a1" * 32)
 
