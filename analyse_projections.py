@@ -895,40 +895,55 @@ def surviving_shares(
     return pd.concat(rows, ignore_index=True).groupby(units.filter).mean() if rows else pd.DataFrame()
 
 
-def randomised(
-    checkpoint: Checkpoint, first: int, images: NDArray[np.uint8], device: torch.device, seed: int
+def settle_batch_norm(
+    net: CNN, first: int, checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device
 ) -> CNN:
-    """Return the network with block `first` (0 for conv1) and all above as in a new one of that seed.
+    """Give block `first` (0 for conv1) and all above batch norm's means and variances of the images.
 
-    Batch norm's weights go back to where they start. Its means and variances are those of the new maps, the
-    average over batches of 100 of the images: with those of the trained network, or with 0 and 1, activations
-    would be off scale. Blocks below `first` stay as they are.
+    They are the average over batches of 100, as at the start of a training. With those of another network, or
+    with 0 and 1, activations of new weights would be off scale.
 
     Args:
-        checkpoint: The trained network.
-        first: Lowest block that is replaced; at 4 none is. The classifier is always new.
+        net: A new network; returned on `device`, in evaluation mode, without gradients.
+        first: Lowest block with new weights; the others stay as they are.
+        checkpoint: The trained network, with the mean and std of its training images.
         images: Training images, uint8.
-        device: Where the network goes.
-        seed: Of the new weights.
+        device: Where to compute.
     """
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        torch.manual_seed(seed)
-        net = CNN(**checkpoint.net.config).eval().requires_grad_(False)
-    for block, trained in zip(net.blocks[:first], checkpoint.net.blocks, strict=False):
-        block.load_state_dict(trained.state_dict())
+    net = net.eval().requires_grad_(False).to(device)
     for block in net.blocks[first:]:
         block.train()
         block.bn.momentum = None  # the average of all batches counts, not the last ones most
-    net = net.to(device)
-    everything, checkpoint = np.arange(len(images)), checkpoint._replace(net=net)
-    for _ in batches(images, everything, checkpoint, device, 100, "batch norm"):
+    for _ in batches(images, np.arange(len(images)), checkpoint._replace(net=net), device, 100, "batch norm"):
         pass
     return net.eval()
 
 
 def untrained(checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device) -> CNN:
     """Return the network that training began with, batch norm's means and variances taken from the images."""
-    return randomised(checkpoint, 0, images, device, checkpoint.seed)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(checkpoint.seed)
+        net = CNN(**checkpoint.net.config)
+    return settle_batch_norm(net, 0, checkpoint, images, device)
+
+
+def randomised(
+    checkpoint: Checkpoint, first: int, images: NDArray[np.uint8], device: torch.device, seed: int
+) -> CNN:
+    """Return the network with block `first` (0 for conv1) and all above at random; at 4 none is.
+
+    All their filters are random: those that start as copies of the layer below (see CNN.py) would hand the
+    trained layers on, and the trained filters may still resemble them, whatever the seed. Batch norm's
+    weights go back to where they start, the classifier is new, blocks below `first` stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = CNN(**checkpoint.net.config)
+        for block in net.blocks:
+            block.conv.reset_parameters()
+    for block, trained in zip(net.blocks[:first], checkpoint.net.blocks, strict=False):
+        block.load_state_dict(trained.state_dict())
+    return settle_batch_norm(net, first, checkpoint, images, device)
 
 
 Comparison = dict[tuple[str, str, str], tuple[float, float, float]]

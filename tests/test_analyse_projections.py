@@ -740,6 +740,8 @@ def test_random_weights_come_from_the_top_and_leave_lower_blocks_alone(make_net:
             ]
             assert all(same) if k < first else not any(same)
             if k >= first:
+                centre = block.conv.weight[:, :, 1, 1]
+                assert k == 0 or (centre.diagonal().abs() < 0.5).all()  # no copy of the layer below
                 assert (block.bn.weight == 1).all() and (block.bn.bias == 0).all()
         if first < 4:  # the maps are on the scale that batch norm is for
             maps = normalise(torch.from_numpy(images), checkpoint.mean, checkpoint.std)
@@ -751,8 +753,8 @@ def test_random_weights_come_from_the_top_and_leave_lower_blocks_alone(make_net:
                 normed.mean(dim=(0, 2, 3)), torch.zeros(normed.shape[1]), atol=1e-4, rtol=0
             )
             torch.testing.assert_close(
-                normed.std(dim=(0, 2, 3)), torch.ones(normed.shape[1]), atol=1e-3, rtol=0
-            )
+                normed.std(dim=(0, 2, 3)), torch.ones(normed.shape[1]), atol=1e-2, rtol=0
+            )  # a little less than 1 where the maps vary as little as batch norm's eps
     assert all(torch.equal(value, before[key]) for key, value in checkpoint.net.state_dict().items())
 
 
