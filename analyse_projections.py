@@ -38,7 +38,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint, receptive_fields
+from CNN import (
+    CNN,
+    IMAGE_SIZE,
+    LAYERS,
+    Checkpoint,
+    choose_device,
+    frame_sizes,
+    load_checkpoint,
+    receptive_fields,
+)
 from deconv_full import Projector, Units, batches
 from load_data import (
     Arrays,
@@ -92,6 +101,46 @@ AXES = {  # what figures call the columns of filter_metrics.csv
     "variance": "projection: variance\nof all pixels\n(normalised pixels²)",
     "max": "projection: largest\nin any image\n(normalised pixels)",
 }
+
+
+def check_numbers(
+    low: float, high: float = 1_000_000, *, whole: bool = True, several: bool = False, **settings: object
+) -> None:
+    """Refuse settings that are no number from `low` to `high`.
+
+    Args:
+        low: Smallest value; unless they must be whole, numbers must be above it.
+        high: Largest value.
+        whole: Whether only whole numbers will do.
+        several: Whether a setting is a list of numbers, at least one.
+        settings: By name.
+
+    Raises:
+        SystemExit: If one is out of range or no number.
+    """
+    for name, value in settings.items():
+        numbers = [value] if not several else list(value) if isinstance(value, list | tuple | range) else []
+        right = [
+            isinstance(number, int if whole else int | float)
+            and not isinstance(number, bool)
+            and (low <= number <= high if whole else low < number <= high)
+            for number in numbers
+        ]
+        if not right or not all(right):
+            kind, least = ("whole number", "of at least") if whole else ("number", "above")
+            what = f"a list of one or more {kind}s, each" if several else f"a {kind}"
+            raise SystemExit(f"{name} is {value!r}; expected {what} {least} {low:,} and at most {high:,}")
+
+
+def check_paths(**settings: object) -> None:
+    """Refuse settings that are no Path.
+
+    Raises:
+        SystemExit: If one is something else.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, Path):
+            raise SystemExit(f'{name} is {value!r}; expected a path, such as Path("outputs")')
 
 
 def read_measurements(folder: Path) -> tuple[Arrays, Arrays]:
@@ -543,7 +592,7 @@ def draw_distributions(filter_metrics: pd.DataFrame, heading: str) -> Figure:
             ax.xaxis.set_minor_formatter(NullFormatter())
     fig.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=len(LAYERS))
     fig.supylabel("share of filters up to this value", size="medium")
-    fig.suptitle(heading)
+    fig.suptitle(heading, parse_math=False)
     sns.despine(fig)
     return fig
 
@@ -564,7 +613,8 @@ def draw_selectivity(filter_metrics: pd.DataFrame, summary: pd.DataFrame, headin
     ax.set_xticks(
         range(len(LAYERS)), ["{}\n{} filters, {} dead,\n{} nearly dead (x)".format(*row) for row in counts]
     )
-    ax.set(ylim=(0, None), ylabel="class selectivity", title=heading)
+    ax.set(ylim=(0, None), ylabel="class selectivity")
+    ax.set_title(heading, parse_math=False)
     sns.despine(fig)
     return fig
 
@@ -584,7 +634,8 @@ def draw_top_filters(rankings: Mapping[str, pd.DataFrame], count: int, heading: 
     ax.set_xticks(range(count), [str(column + 1) for column in range(count)])
     ax.set_yticks(range(len(rankings)), list(rankings), parse_math=False)
     marks = "number of the filter (* prefers another class, ° nearly dead), mean activation on the class"
-    ax.set(xlabel=f"rank\n{marks}", title=heading)
+    ax.set(xlabel=f"rank\n{marks}")
+    ax.set_title(heading, parse_math=False)
     below = "min" if (index < 0).any() else "neither"  # below 0: fires less on this class than on the rest
     fig.colorbar(image, label="selectivity for the class", extend=below)
     return fig
@@ -649,17 +700,31 @@ def read_top_units(folder: Path, activations: Arrays, checkpoint: Checkpoint, te
     check_origin(path, found, checkpoint)
     if not np.array_equal(activations.arrays["labels"], test.labels):
         raise SystemExit(f"{folder / 'activations.npz'} has other labels: {again}")
+    maxima, filters = activations.arrays[f"{PROJECTED}_max"], checkpoint.net.config["filters"]
+    if [activations.arrays[f"{layer}_max"].shape[1] for layer in LAYERS] != filters:
+        raise SystemExit(f"{folder / 'activations.npz'} has another number of filters: {again}")
     image, value, position, origin, projection = (found.arrays[key] for key in types)
-    size, filters = receptive_fields(checkpoint.net)[-1].size, activations.arrays[f"{PROJECTED}_max"].shape[1]
+    size, jump, start = receptive_fields(checkpoint.net)[-1]
+    frame = frame_sizes(checkpoint.net)[1][-1]  # rows of conv4's map before pooling
     shapes = [(*image.shape, *rest) for rest in ((), (2,), (2,), (3, size, size))]
     if (
         image.ndim != 2
-        or len(image) != filters
+        or len(image) != filters[-1]
         or [array.shape for array in (value, position, origin, projection)] != shapes
-        or image.max(initial=-1) >= len(test.images)
+        or not ((image >= -1) & (image < len(test.images))).all()
     ):
         raise SystemExit(f"{path} does not fit activations.npz: {again}")
     filter_, rank = np.nonzero(image >= 0)  # a filter that fires on fewer images leaves places empty
+    row = (origin[filter_, rank].astype(np.int64) - start) / jump
+    place = position[filter_, rank]
+    if not (
+        np.array_equal(value[filter_, rank], maxima[image[filter_, rank], filter_])
+        and (value[filter_, rank] > 0).all()
+        and ((place >= 0) & (place < frame // checkpoint.net.blocks[-1].pool_size)).all()
+        and ((row >= 0) & (row < frame) & (row % 1 == 0)).all()
+        and np.isfinite(projection).all()
+    ):
+        raise SystemExit(f"{path} holds impossible values or those of other activations: {again}")
     numbers, where, corner = (array[filter_, rank].astype(np.int64) for array in (image, position, origin))
     frames = np.zeros((len(filter_), IMAGE_SIZE, IMAGE_SIZE), np.float32)
     sizes = np.full(len(filter_), size)
@@ -1036,7 +1101,7 @@ def draw_specialisation(tables: Mapping[str, pd.DataFrame], compared: Comparison
         ax.set(ylabel=label, xlim=(-0.5, 3.5))
     axes[1, 1].set(ylim=(-0.03, 1.05))
     fig.legend(handles=axes[0, 0].containers, loc="outside lower center", ncols=3, frameon=False)
-    fig.suptitle(heading, fontsize=9)
+    fig.suptitle(heading, fontsize=9, parse_math=False)
     sns.despine(fig)
     return fig
 
@@ -1336,7 +1401,7 @@ def draw_ablation(
     below.set(xlabel="number of filters silenced", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0, None))
     below.legend(title="silenced first", frameon=False)
     sns.despine(ax=below)
-    fig.suptitle(heading, fontsize=9)
+    fig.suptitle(heading, fontsize=9, parse_math=False)
     return fig
 
 
@@ -1386,7 +1451,7 @@ def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
     right.legend(frameon=False, fontsize=8, loc="upper right")
     right.tick_params(axis="x", labelsize=8)
     sns.despine(fig)
-    fig.suptitle(heading, fontsize=9)
+    fig.suptitle(heading, fontsize=9, parse_math=False)
     return fig
 
 
@@ -1428,7 +1493,7 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
     )
     ax.set(ylabel="test accuracy of a linear softmax (%)", ylim=(0, 100), xlim=(-0.3, 3.3))
     ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
-    ax.set_title(heading, fontsize=9)
+    ax.set_title(heading, fontsize=9, parse_math=False)
     sns.despine(fig)
     return fig
 
@@ -1436,6 +1501,14 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
 def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
+    check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
+    check_numbers(1, RESAMPLINGS=RESAMPLINGS, RANDOM_ORDERS=RANDOM_ORDERS, RANDOMISED_UNITS=RANDOMISED_UNITS)
+    check_numbers(1, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK, NORM_IMAGES=NORM_IMAGES)
+    check_numbers(1, PROBE_INPUTS=PROBE_INPUTS, PROBE_STEPS=PROBE_STEPS)
+    check_numbers(1, 100, TOP_FILTERS=TOP_FILTERS)
+    check_numbers(0, 2**63 - 1, SEED=SEED)
+    check_numbers(0, 1, whole=False, KEPT_SHARE=KEPT_SHARE)
+    check_numbers(0, whole=False, several=True, PROBE_DECAYS=PROBE_DECAYS)
     activations, statistics = read_measurements(OUTPUTS)
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)

@@ -1,4 +1,5 @@
 import re
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -998,6 +999,9 @@ def test_tables_of_trust_have_their_rows_and_columns() -> None:
     np.testing.assert_allclose(probes["high"] - probes["low"], width)
 
 
+WRONG = "holds impossible values or those of other activations"
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
@@ -1006,6 +1010,16 @@ def test_tables_of_trust_have_their_rows_and_columns() -> None:
         ({"conv4_image": np.full((7, 9), 40, np.int32)}, "does not fit activations.npz"),
         ({"conv4_origin": np.zeros((7, 8, 2), np.int16)}, "does not fit activations.npz"),
         ({"conv4_projection": np.zeros((7, 9, 3, 35, 35), np.float32)}, "does not fit activations.npz"),
+        ({"conv4_image": np.full((7, 9), -2, np.int32)}, "does not fit activations.npz"),
+        ({"conv4_image": np.zeros(63, np.int32)}, "does not fit activations.npz"),
+        ({"conv4_image": np.ones((7, 9), np.int32)}, WRONG),  # other images have other values
+        ({"conv4_value": np.ones((7, 9), np.float32)}, WRONG),
+        ({"conv4_value": np.full((7, 9), np.nan, np.float32)}, WRONG),
+        ({"conv4_position": np.full((7, 9, 2), 3, np.int16)}, WRONG),  # the map has 3 rows
+        ({"conv4_position": np.full((7, 9, 2), -1, np.int16)}, WRONG),
+        ({"conv4_origin": np.full((7, 9, 2), -29, np.int16)}, WRONG),  # a unit's is -30, -14, ... or 50
+        ({"conv4_origin": np.full((7, 9, 2), 66, np.int16)}, WRONG),
+        ({"conv4_projection": np.full((7, 9, 3, 75, 75), np.inf, np.float32)}, WRONG),
     ],
 )
 def test_projections_of_another_run_are_refused(changed: dict[str, Any], problem: str) -> None:
@@ -1027,3 +1041,95 @@ def test_another_checkpoint_and_other_labels_are_refused(monkeypatch: pytest.Mon
     labels = Split(some_images(40), (first["labels"] + 1) % 3)
     monkeypatch.setattr(analyse_projections, "load_split", lambda *names: labels)
     assert refusal() == f"{FIRST} has other labels: run `uv run deconv_full.py` again"
+
+
+def test_another_number_of_filters_than_the_networks_is_refused() -> None:
+    first = activations()
+    first["conv2_max"] = first["conv2_max"][:, 1:]
+    save(first, statistics(first))
+    assert refusal() == f"{FIRST} has another number of filters: run `uv run deconv_full.py` again"
+
+
+def test_files_without_a_key_or_of_another_type_are_refused() -> None:
+    first = activations()
+    second = statistics(first)
+    for path, arrays in ((FIRST, first), (SECOND, second), (THIRD, projections(first))):
+        for key, values in arrays.items():
+            save(first, second)
+            made_from = {"checkpoint_sha256": "", "dataset": "shapes", "class_names": NAMES}
+            content: dict[str, Any] = {name: arrays[name] for name in arrays if name != key}
+            save_arrays(path, **(made_from | content))
+            assert refusal() == f"{path} has no {key!r}: run `uv run deconv_full.py` again"
+            content[key] = values.astype(np.float16)
+            save_arrays(path, **(made_from | content))
+            assert f"{path} has {key!r} of type float16, expected" in refusal()
+        path.write_bytes(path.read_bytes()[:1000])
+        assert refusal().startswith(f"{path} is damaged")
+
+
+@pytest.mark.parametrize("top", [1, 12])
+def test_any_number_of_top_images_will_do(top: int) -> None:
+    first = activations()
+    save(first, statistics(first))
+    whole = projections(first)
+    if top == 1:
+        cut = {key: values[:, :1] for key, values in whole.items()}
+    else:
+        cut = {key: np.concatenate([values, values[:, :3]], axis=1) for key, values in whole.items()}
+    made_from: dict[str, Any] = {"checkpoint_sha256": "a1" * 32, "dataset": "shapes", "class_names": NAMES}
+    save_arrays(THIRD, **(made_from | cut))
+    units = read_top_units(
+        OUTPUTS,
+        read_measurements(OUTPUTS)[0],
+        stand_in_checkpoint(Path(), CPU),
+        stand_in_split("", Path(), "test"),
+    )
+    assert len(units.image) == (cut["conv4_image"] >= 0).sum() == 6 * top
+
+
+NUMBERS = ["RESAMPLINGS", "RANDOM_ORDERS", "RANDOMISED_UNITS", "BATCH_SIZE", "CHUNK", "NORM_IMAGES"]
+NUMBERS += ["PROBE_INPUTS", "PROBE_STEPS", "TOP_FILTERS"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((name, value) for name in NUMBERS for value in (0, -1, 2.5, "many", None, True, 10**400)),
+        *(("SEED", value) for value in (-1, 0.5, "zero", 2**63)),
+        *(("KEPT_SHARE", value) for value in (0, 2, -0.1, float("nan"), "a quarter", [0.25])),
+        *(("PROBE_DECAYS", value) for value in ((), (0,), (0.1, -1), ("a",), 0.1, float("inf"), "0.1", None)),
+        *((name, value) for name in ("OUTPUTS", "CHECKPOINT", "DATA_DIR") for value in ("outputs", None, 3)),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: object
+) -> None:
+    monkeypatch.setattr(analyse_projections, setting, value)
+    assert refusal().startswith(f"{setting} is {value!r}; expected ")
+
+
+def test_settings_say_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyse_projections, "KEPT_SHARE", 2)
+    assert refusal() == "KEPT_SHARE is 2; expected a number above 0 and at most 1"
+    monkeypatch.setattr(analyse_projections, "KEPT_SHARE", 1)
+    monkeypatch.setattr(analyse_projections, "BATCH_SIZE", 0)
+    assert refusal() == "BATCH_SIZE is 0; expected a whole number of at least 1 and at most 1,000,000"
+    monkeypatch.setattr(analyse_projections, "BATCH_SIZE", 1)
+    monkeypatch.setattr(analyse_projections, "PROBE_DECAYS", [])
+    expected = "a list of one or more numbers, each above 0 and at most 1,000,000"
+    assert refusal() == f"PROBE_DECAYS is []; expected {expected}"
+
+
+STRANGE = ["=cmd()|' /C calc'!A0", "$\\frac{$ ../../x", "x" * 300]
+
+
+def test_strange_class_names_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = activations()
+    save(first, statistics(first), STRANGE)
+    strange = stand_in_checkpoint(Path(), CPU)._replace(measured_on="$\\frac$")
+    monkeypatch.setattr(analyse_projections, "load_checkpoint", lambda *_: strange)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name of 300 letters leaves a figure no room
+        analyse_projections.main()
+    assert pd.read_csv(OUTPUTS / "class_metrics.csv")["class"].tolist() == STRANGE * 22
+    assert all(path.parent == OUTPUTS for path in Path().rglob("*.*"))
