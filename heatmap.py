@@ -35,8 +35,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import by_class, check_origin, median_interval, rank_filters, spearman
-from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
+from analyse_projections import (
+    by_class,
+    check_numbers,
+    check_origin,
+    check_paths,
+    median_interval,
+    rank_filters,
+    spearman,
+)
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, frame_sizes, load_checkpoint
 from deconv import displayed, robust_scale
 from deconv_full import Projector, batches
 from load_data import load_arrays, load_split, normalise, plain_errors, save_figure, title
@@ -74,16 +82,28 @@ CHANGES = {  # arguments of `change`, and what figures call them
 }
 
 
-def load_activations(path: Path, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
-    """Read labels, conv4_max and conv4_position of activations.npz.
+def load_activations(
+    path: Path, checkpoint: Checkpoint, labels: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """Read the strongest activations of conv4 (images, filters) and where they are (images, filters, 2).
 
     Raises:
-        SystemExit: If the file is missing, damaged, or made from another checkpoint or data set.
+        SystemExit: If the file is missing, damaged, or made from another checkpoint, data set or labels.
     """
     dtypes = {"labels": "int64", f"{LAYER}_max": "float32", f"{LAYER}_position": "int16"}
-    found = load_arrays(path, "deconv_full.py", dtypes)
+    found, again = load_arrays(path, "deconv_full.py", dtypes), "run `uv run deconv_full.py` again"
     check_origin(path, found, checkpoint)
-    return found.arrays
+    if not np.array_equal(found.arrays["labels"], labels):
+        raise SystemExit(f"{path} has other labels: {again}")
+    values, positions = found.arrays[f"{LAYER}_max"], found.arrays[f"{LAYER}_position"]
+    shape = len(labels), checkpoint.net.config["filters"][-1]
+    if (values.shape, positions.shape) != (shape, (*shape, 2)):
+        raise SystemExit(f"{path} does not fit the network and the test images: {again}")
+    side = frame_sizes(checkpoint.net)[1][-1] // checkpoint.net.blocks[-1].pool_size
+    possible = (values >= 0) & np.isfinite(values) & ((positions >= 0) & (positions < side)).all(axis=2)
+    if not possible.all():
+        raise SystemExit(f"{path} holds impossible values: {again}")
+    return values, positions
 
 
 def read_tables(
@@ -107,7 +127,8 @@ def read_tables(
         if not path.is_file():
             raise SystemExit(f"{path} not found: run `uv run analyse_projections.py` first")
     means = by_class(np.mean, values.astype(np.float64), labels, len(names))
-    types = dict.fromkeys(("layer", "class", "preferred_class"), str) | {"dead": bool, "selectivity": float}
+    types = dict.fromkeys(("layer", "class", "preferred_class"), str) | {"dead": bool, "filter": int}
+    types |= dict.fromkeys(("activation_mean", "activation_nonzero", "selectivity"), float)
     try:  # a class may be called "NA": only an empty field is a missing one
         tables = [pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""]) for path in paths]
         filters, classes = (table[table["layer"] == LAYER] for table in tables)
@@ -115,8 +136,10 @@ def read_tables(
             np.array_equal(filters["filter"], np.arange(values.shape[1]))
             and np.allclose(filters["activation_mean"], values.mean(axis=0, dtype=np.float64), rtol=1e-3)
             and np.allclose(mean_table(classes, names), means, rtol=1e-3, equal_nan=True)
-            and set(filters["preferred_class"].dropna()) <= set(names)
-            and {"activation_nonzero", "dead", "selectivity"} <= set(filters)
+            and np.array_equal(filters["dead"], (values == 0).all(axis=0))
+            and set(filters.loc[~filters["dead"], "preferred_class"]) <= set(names)
+            and filters["activation_nonzero"].between(0, 1).all()
+            and not (filters["selectivity"].abs() > 1).any()
         )
     except (KeyError, ValueError, TypeError, OSError):
         fits = False
@@ -732,7 +755,8 @@ def draw_invariance(
             ax.set_title("" if number else text, fontsize=9)
             ax.tick_params(labelsize=7)
         for ax in row[1:]:
-            ax.set(xlabel=name, xlim=(degrees[0], degrees[-1]))
+            ax.set(xlabel=name)
+            ax.margins(x=0)
             sns.despine(ax=ax)
     for ax in axes[:, 1:3].flat:
         ax.set_ylim(bottom=0)
@@ -750,32 +774,24 @@ def draw_invariance(
 def main() -> None:
     """Draw the class x filter heatmap, one figure for each class, and the first image of each class."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    if min(TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE, CHUNK) < 1:
-        raise SystemExit("TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE and CHUNK must be at least 1")
+    check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
+    check_numbers(1, 30, TOP_FILTERS=TOP_FILTERS)
+    check_numbers(1, 12, TOP_IMAGES=TOP_IMAGES)
+    check_numbers(1, SUMMED_FILTERS=SUMMED_FILTERS, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK)
+    check_numbers(1, OCCLUDED_IMAGES=OCCLUDED_IMAGES, OCCLUSION_BATCH=OCCLUSION_BATCH)
+    check_numbers(1, INVARIANCE_IMAGES=INVARIANCE_IMAGES, RESAMPLINGS=RESAMPLINGS)
+    check_numbers(1, IMAGE_SIZE, OCCLUDER=OCCLUDER, OCCLUSION_STRIDE=OCCLUSION_STRIDE)
+    check_numbers(1, IMAGE_SIZE, OCCLUSION_STRIDE_MANY=OCCLUSION_STRIDE_MANY)
+    check_numbers(-1000, 1000, whole=False, several=True, SHIFTS=SHIFTS, ANGLES=ANGLES)
+    check_numbers(0, 100, whole=False, several=True, ZOOMS=ZOOMS)
     degrees: dict[str, list[float]] = {"shift": list(SHIFTS), "zoom": list(ZOOMS), "angle": list(ANGLES)}
-    if min(OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES, RESAMPLINGS) < 1:
-        raise SystemExit(
-            "OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES and RESAMPLINGS must be at least 1"
-        )
-    for setting, value in {
-        "OCCLUDER": OCCLUDER,
-        "OCCLUSION_STRIDE": OCCLUSION_STRIDE,
-        "OCCLUSION_STRIDE_MANY": OCCLUSION_STRIDE_MANY,
-    }.items():
-        if not 1 <= value <= IMAGE_SIZE:
-            raise SystemExit(f"{setting} is {value}; expected 1 to {IMAGE_SIZE} pixels")
-    if not all(degrees.values()) or min(degrees["zoom"]) <= 0:
-        raise SystemExit("SHIFTS, ZOOMS and ANGLES must each hold a number, ZOOMS only numbers above 0")
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     names, folder = checkpoint.class_names, OUTPUTS / "heatmaps"
     last_line = f"this was the last stage: look at the pictures in {folder}/"
-    activations = load_activations(OUTPUTS / "activations.npz", checkpoint)
-    values, positions = activations[f"{LAYER}_max"], activations[f"{LAYER}_position"]
-    filter_metrics, class_metrics = read_tables(OUTPUTS, values, activations["labels"], names)
     images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
-    if not np.array_equal(labels, activations["labels"]):
-        raise SystemExit(f"{OUTPUTS / 'activations.npz'} has other labels: run `uv run deconv_full.py` again")
+    values, positions = load_activations(OUTPUTS / "activations.npz", checkpoint, labels)
+    filter_metrics, class_metrics = read_tables(OUTPUTS, values, labels, names)
     living = sort_filters(filter_metrics, names)
     if living.empty:
         raise SystemExit(f"no filter of {LAYER} fires on any test image: run `uv run train_CNN.py` again")
