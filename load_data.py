@@ -245,15 +245,16 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     """Give a path to write to; it is renamed to `path` if the block ends well and removed if it does not.
 
     The path is NAME.PROCESS.partial, so that two runs in one folder never rename each other's half file. What
-    a killed run left of the same file is removed first: the partial files of processes that have ended, and
-    any that nobody has written to for a day.
+    killed runs left of the same file is removed first: partial files whose process has ended, or that nobody
+    has written to for a day.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f"{glob.escape(path.name)}.*partial"):
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        process = old.name.removeprefix(f"{path.name}.").removesuffix(".partial")
         with suppress(OSError):  # another run may have been faster
-            process = old.name.removeprefix(f"{path.name}.").removesuffix(".partial")
-            if not is_running(process) or time.time() - old.stat().st_mtime > 86_400:
+            idle = time.time() - old.stat().st_mtime  # seconds
+            if process.isdecimal() and (idle > 86_400 or not is_running(int(process))):
                 old.unlink()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -263,12 +264,12 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def is_running(process: str) -> bool:
+def is_running(process: int) -> bool:
     """Say whether there is, or may be, a process of that number."""
-    if os.name == "nt" or not process.isdecimal():  # Windows would end the process rather than answer
+    if os.name == "nt":  # Windows would end it rather than answer
         return True
     try:
-        os.kill(int(process), 0)
+        os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
