@@ -407,7 +407,9 @@ def test_classes_whose_names_end_alike_in_a_file_name_have_files_of_their_own(
 def test_a_filter_that_projects_nothing_is_drawn_without_a_warning() -> None:
     nothing = np.zeros((1, 96, 96))
     image = np.zeros((1, 1, 3, 96, 96), np.uint8)
-    heatmap.draw_class(nothing, image, nothing[None], ["filter 0"], [["activation 0"]], "").canvas.draw()
+    ranking = pd.DataFrame({"filter": [0], "selectivity": 0.5, "activation_mean": 0.1, "prefers": False})
+    value = np.zeros((1, 1), np.float32)
+    heatmap.draw_class(ranking, nothing, image, nothing[None], value, "").canvas.draw()
     heatmap.draw_images(image[0], nothing, np.zeros((1, 3, 96, 96)), ["x"], "").canvas.draw()
     plt.close("all")
 
@@ -476,12 +478,12 @@ def test_a_filter_that_does_not_fire_has_no_share_and_no_correlation() -> None:
     assert np.isnan(found.relative()).all()
     assert np.isnan(heatmap.rank_correlations(found.drop(), np.ones((1, 96, 96)), covered)).all()
     label = np.array([0])
-    figure = heatmap.draw_occlusion(image, found, np.zeros((1, 96, 96)), label, ["a", "b"], ["x"], 32, 32, "")
+    figure = heatmap.draw_occlusion(image, found, np.zeros((1, 96, 96)), label, ["a", "b"], label, 32, 32, "")
     figure.canvas.draw()
     nothing = np.array([np.nan])
     assert np.isnan(median_interval(nothing, 1000, 0)).all()
     heatmap.draw_correlations(
-        [nothing] * 2, [median_interval(nothing, 1000, 0)] * 2, ["x", "y"], ""
+        {"x": nothing, "y": nothing}, [median_interval(nothing, 1000, 0)] * 2, ""
     ).canvas.draw()
     plt.close("all")
 
@@ -542,7 +544,8 @@ def test_the_map_of_the_most_probable_class_and_its_legend_name_the_right_classe
     ones = np.ones((1, 2, 2), np.float32)
     found = heatmap.Occlusion(np.ones(1, np.float32), ones, probability)
     image, magnitude = np.zeros((1, 3, 96, 96), np.uint8), np.ones((1, 96, 96))
-    figure = heatmap.draw_occlusion(image, found, magnitude, np.array([2]), NAMES, ["x"], 24, 48, "")
+    label, filters = np.array([2]), np.array([7])
+    figure = heatmap.draw_occlusion(image, found, magnitude, label, NAMES, filters, 24, 48, "")
     axes = figure.axes[:5]
     assert np.asarray(axes[4].images[0].get_array()).tolist() == [[0, 0], [2, 0]]
     np.testing.assert_allclose(
