@@ -278,6 +278,22 @@ def test_settings_out_of_range_are_refused_before_any_work(
         ("IMAGES_PER_CLASS", 0, "IMAGES_PER_CLASS is 0"),
         ("BATCH_SIZE", 0, "BATCH_SIZE is 0"),
         ("PRECISION", "half", "PRECISION is 'half'; expected float32 or bfloat16"),
+        ("PRECISION", None, "PRECISION is None; expected float32 or bfloat16"),
+        ("PRECISION", [1], r"PRECISION is \[1\]; expected float32 or bfloat16"),
+        ("N_TOP", "nine", "N_TOP is 'nine'; expected a whole number, at least 1"),
+        ("N_TOP", 9.0, "N_TOP is 9.0; expected a whole number, at least 1"),
+        ("IMAGES_PER_CLASS", "all", r"IMAGES_PER_CLASS is 'all'; expected None \(all\) or a whole number"),
+        ("IMAGES_PER_CLASS", 1.5, r"IMAGES_PER_CLASS is 1.5; expected None \(all\) or a whole number"),
+        ("BATCH_SIZE", "32", "BATCH_SIZE is '32'; expected a whole number, at least 1"),
+        ("CHUNK", 0, "CHUNK is 0; expected a whole number, at least 1"),
+        ("CHUNK", True, "CHUNK is True; expected a whole number, at least 1"),
+        ("EVOLUTION_FILTERS", -1, "EVOLUTION_FILTERS is -1; expected a whole number, at least 0"),
+        ("EVOLUTION_IMAGES", 0, "EVOLUTION_IMAGES is 0; expected a whole number, at least 1"),
+        ("FILTERS_PER_PAGE", 0, "FILTERS_PER_PAGE is 0; expected a whole number, 1 to 256"),
+        ("FILTERS_PER_PAGE", 10_000, "FILTERS_PER_PAGE is 10000; expected a whole number, 1 to 256"),
+        ("OUTPUTS", None, "OUTPUTS is None; expected a path"),
+        ("DATA_DIR", 3, "DATA_DIR is 3; expected a path"),
+        ("DEVICE", "abacus", "DEVICE is 'abacus'"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(deconv_full, name, value)
