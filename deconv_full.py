@@ -572,7 +572,7 @@ def draw_pages(found: dict[str, NDArray[Any]], heading: str, per_page: int, fold
     Earlier pages go first: those of a network with more filters would otherwise stay among the new ones.
     """
     for page in folder.glob("conv*_filters_*.png"):
-        page.unlink()
+        page.unlink(missing_ok=True)
     paths = []
     for layer in LAYERS:
         count, window = len(found[f"{layer}_value"]), found[f"{layer}_patch"].shape[-1]

@@ -582,7 +582,7 @@ def main() -> None:
             )
             if epoch == 1:
                 for old in snapshots.glob("epoch_*.pth"):  # of an earlier run, whose CNN.pth stays to the end
-                    old.unlink()
+                    old.unlink(missing_ok=True)
             if epoch in SNAPSHOTS or epoch == epochs:
                 save(snapshots / f"epoch_{epoch:03d}.pth", {"test_accuracy": tested.accuracy})
             save_whole({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, state_path)
@@ -611,7 +611,7 @@ def main() -> None:
     save_figure(draw_curves(log, measured, heading), checkpoint.with_name("training_curves.png"))
     heading = f"{len(test_labels):,} {measured} images of {title(dataset)}, accuracy {final.accuracy:.1%}"
     save_figure(draw_confusion(counts, names, heading), checkpoint.with_name("confusion_matrix.png"))
-    state_path.unlink()
+    state_path.unlink(missing_ok=True)  # a second run in the same folder may have been faster
     print(
         f"wrote {checkpoint} and, beside it, snapshots/, training_log.csv, training_curves.png, "
         "confusion_matrix.png"

@@ -1,3 +1,7 @@
+import signal
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeNet
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deconv
 import deconv_full
@@ -278,6 +283,22 @@ def test_settings_out_of_range_are_refused_before_any_work(
         ("IMAGES_PER_CLASS", 0, "IMAGES_PER_CLASS is 0"),
         ("BATCH_SIZE", 0, "BATCH_SIZE is 0"),
         ("PRECISION", "half", "PRECISION is 'half'; expected float32 or bfloat16"),
+        ("PRECISION", None, "PRECISION is None; expected float32 or bfloat16"),
+        ("PRECISION", [1], r"PRECISION is \[1\]; expected float32 or bfloat16"),
+        ("N_TOP", "nine", "N_TOP is 'nine'; expected a whole number, at least 1"),
+        ("N_TOP", 9.0, "N_TOP is 9.0; expected a whole number, at least 1"),
+        ("IMAGES_PER_CLASS", "all", r"IMAGES_PER_CLASS is 'all'; expected None \(all\) or a whole number"),
+        ("IMAGES_PER_CLASS", 1.5, r"IMAGES_PER_CLASS is 1.5; expected None \(all\) or a whole number"),
+        ("BATCH_SIZE", "32", "BATCH_SIZE is '32'; expected a whole number, at least 1"),
+        ("CHUNK", 0, "CHUNK is 0; expected a whole number, at least 1"),
+        ("CHUNK", True, "CHUNK is True; expected a whole number, at least 1"),
+        ("EVOLUTION_FILTERS", -1, "EVOLUTION_FILTERS is -1; expected a whole number, at least 0"),
+        ("EVOLUTION_IMAGES", 0, "EVOLUTION_IMAGES is 0; expected a whole number, at least 1"),
+        ("FILTERS_PER_PAGE", 0, "FILTERS_PER_PAGE is 0; expected a whole number, 1 to 256"),
+        ("FILTERS_PER_PAGE", 10_000, "FILTERS_PER_PAGE is 10000; expected a whole number, 1 to 256"),
+        ("OUTPUTS", None, "OUTPUTS is None; expected a path"),
+        ("DATA_DIR", 3, "DATA_DIR is 3; expected a path"),
+        ("DEVICE", "abacus", "DEVICE is 'abacus'"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(deconv_full, name, value)
@@ -307,3 +328,152 @@ def test_an_interruption_ends_in_one_line_and_leaves_whole_files(
     with pytest.raises(SystemExit, match="interrupted"), plain_errors():
         deconv_full.main()
     assert sorted(path.name for path in Path("outputs").iterdir()) == ["CNN.pth", "activations.npz"]
+
+
+def save_untrained(path: Path, net: CNN) -> None:
+    """Write a checkpoint of the tiny set with the weights as they are."""
+    info: dict[str, Any] = {"mean": [0.4] * 3, "std": [0.25] * 3, "seed": 0, "epochs": 0}
+    names, metrics = [f"class {k}" for k in range(10)], {"test_accuracy": 0.1}
+    save_checkpoint(path, net, dataset="stl10", class_names=names, metrics=metrics, **info)
+
+
+def test_a_damaged_snapshot_is_named_before_the_work_and_left_out(
+    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deconv_full, "IMAGES_PER_CLASS", 1)
+    monkeypatch.setattr(deconv_full, "draw_pages", lambda *_: [Path("page.png")])  # saves seconds
+    for name in ("CNN.pth", "snapshots/epoch_001.pth", "snapshots/epoch_002.pth"):
+        save_untrained(Path("outputs") / name, make_net())
+    damaged, figure = Path("outputs/snapshots/epoch_001.pth"), Path("outputs/feature_evolution.png")
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    figure.write_text("of an earlier training")
+    deconv_full.main()
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("going on without snapshots: outputs/snapshots/epoch_001.pth is damaged")
+    assert last == "next: uv run analyse_projections.py" and not figure.exists()
+
+
+def test_a_network_whose_last_layer_is_dead_gives_whole_files(
+    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = make_net()
+    net.blocks[3].bn.weight.zero_()
+    net.blocks[3].bn.bias.fill_(-1)
+    save_untrained(Path("outputs/CNN.pth"), net)
+    most = {"N_TOP": 30, "BATCH_SIZE": 1_000, "CHUNK": 100_000}
+    for name, value in {**most, "IMAGES_PER_CLASS": 1_000}.items():  # more than a class has: all of it
+        monkeypatch.setattr(deconv_full, name, value)
+    deconv_full.main()
+    out = capsys.readouterr().out
+    assert "conv4:   8 filters, 8 dead, firing in 0.0% of images" in out and "0 projections of conv4" in out
+    with np.load("outputs/projection_statistics.npz") as statistics:
+        assert len(statistics["image"]) == 30 and not statistics["nonzero_count"].any()
+    with np.load("outputs/projections.npz") as top:
+        assert top["conv1_image"].shape == (5, 30) and (top["conv4_image"] == -1).all()
+
+
+def test_ctrl_c_does_not_wait_for_queued_work(
+    make_net: MakeNet, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def slow(projections: torch.Tensor, _: int) -> torch.Tensor:
+        done.append(1)
+        if len(done) == 3:  # as Ctrl-C does, while the main thread waits for results
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.02)
+        return torch.zeros(len(projections), 4)
+
+    monkeypatch.setattr(deconv_full, "magnitude_statistics", slow)
+    checkpoint = make_checkpoint(make_net())
+    positions = np.zeros((12, 8, 2), np.int16)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            deconv_full.measure_projections(split.images, np.arange(12), positions, checkpoint, CPU, 12, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(done) <= 3 + 2 * torch.get_num_threads()
+    time.sleep(0.1)
+    assert len(done) <= 3 + 2 * torch.get_num_threads()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes which operators make tensors on the device "meta", and of which types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self.made.add((str(func.overloadpacket), tensor.dtype))
+        return result
+
+
+@pytest.mark.parametrize("config", CONFIGS[:1] + CONFIGS[4:5])
+def test_nothing_leaves_the_device_but_two_numbers_a_group_and_nothing_there_is_float64(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch, config: Any
+) -> None:
+    # The device "meta" computes shapes only and refuses to give a number out, so a copy to the CPU raises.
+    numbers: list[int] = []
+
+    def first_unit(_: torch.Tensor) -> int:
+        numbers.append(0)
+        return 0
+
+    with monkeypatch.context() as patch, Recorder() as recorder, torch.device("meta"):
+        patch.setattr(torch.Tensor, "__int__", first_unit)  # where the first unit of a group lies
+        net = make_net(**config).to("meta")
+        for layer in range(4):
+            numbers.clear()
+            features = net.features(torch.empty(7, 3, 96, 96))
+            projector = Projector(net, layer)
+            units = projector.units(features, torch.zeros(7, features[layer][0].shape[1], dtype=torch.int64))
+            assert all(entry.is_meta for entry in units) and not numbers
+            projections = projector.project(projector.masks(features), units)
+            assert projections.is_meta and projections.shape[3] == 3
+            assert len(numbers) == 2
+            statistics = magnitude_statistics(projections, 96 * 96)
+            assert statistics.is_meta and statistics.shape == (len(units.image), 4) and len(numbers) == 2
+    assert "aten.convolution" in {name for name, _ in recorder.made}
+    # Apple's GPUs have no float64, and torch's unpooling is not deterministic there or missing
+    assert torch.float64 not in {dtype for _, dtype in recorder.made}
+    assert not [name for name, _ in recorder.made if "unpool" in name]
+
+
+def test_numbers_are_fetched_once_a_group_not_once_a_projection(
+    make_net: MakeNet, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(make_net())
+    activations = deconv_full.measure_activations(split.images, checkpoint, CPU, 12)
+    counts: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        names = ("cpu", "numpy", "item", "tolist", "__int__", "__float__", "__bool__", "__index__")
+        whole = {name: getattr(torch.Tensor, name) for name in names}
+        for name in names:
+
+            def counted(tensor: Any, *args: Any, name: str = name, **more: Any) -> Any:
+                counts["fetched"] += 1
+                return whole[name](tensor, *args, **more)
+
+            patch.setattr(torch.Tensor, name, counted)
+        groups = Projector.groups
+
+        def counted_groups(*args: Any) -> Any:
+            for group in groups(*args):
+                counts["groups"] += 1
+                counts["units"] += len(group)
+                yield group
+
+        patch.setattr(Projector, "groups", counted_groups)
+        positions = activations["conv4_position"]
+        deconv_full.measure_projections(split.images, np.arange(12), positions, checkpoint, CPU, 12, 10_000)
+        assert counts["fetched"] <= 2 * counts["groups"] + 5 and counts["units"] > counts["groups"] + 5
+        counts.clear()
+        deconv_full.project_top(split, checkpoint, activations, CPU, 9, 12, 10_000)
+        assert counts["fetched"] <= 7 * counts["groups"] + 20 < 2 * counts["units"]

@@ -204,6 +204,47 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
         ("DEVICE", "abacus", "DEVICE is 'abacus'"),
         ("TRAIN_ON", "fold 10", "TRAIN_ON is 'fold 10'"),
         ("TRAIN_ON", "fold 1", "fold_indices.txt not found"),
+        ("TRAIN_ON", 3, "TRAIN_ON is 3; expected"),
+        ("EPOCHS", 1.5, "EPOCHS is 1.5; expected a whole number, at least 1"),
+        ("EPOCHS", "75", "EPOCHS is '75'; expected a whole number, at least 1"),
+        ("EPOCHS", True, "EPOCHS is True; expected a whole number"),
+        ("BATCH_SIZE", 64.0, "BATCH_SIZE is 64.0; expected a whole number, at least 2"),
+        ("LEARNING_RATE", 0, "LEARNING_RATE is 0; expected at least 1e-09"),
+        ("LEARNING_RATE", float("nan"), "LEARNING_RATE is nan; expected at least 1e-09"),
+        ("LEARNING_RATE", float("inf"), "LEARNING_RATE is inf; expected at least 1e-09"),
+        ("LEARNING_RATE", "3e-3", "LEARNING_RATE is '3e-3'; expected a number, at least 1e-09"),
+        ("LEARNING_RATE", None, "LEARNING_RATE is None; expected a number"),
+        ("WARM_UP", 2, "WARM_UP is 2; expected 0 to 1"),
+        ("LABEL_SMOOTHING", -0.1, "LABEL_SMOOTHING is -0.1; expected 0 to 1"),
+        ("SEED", -1, "SEED is -1; expected 0 to 4294967295"),
+        ("SEED", 10**30, "SEED is 10{30}; expected 0 to 4294967295"),
+        ("SEED", "zero", "SEED is 'zero'; expected a whole number, 0 to 4294967295"),
+        ("HEAD_SIZE", 10**6, "HEAD_SIZE is 1000000; expected 1 to 96"),
+        ("FILTERS", (8, 8, 8, 8, 8), "FILTERS is .*; expected four numbers"),
+        ("FILTERS", 8, "FILTERS is 8; expected four numbers"),
+        ("FILTERS", (8, 0, 8, 8), r"FILTERS\[1\] is 0; expected 1 to 10000"),
+        ("FILTERS", (8, 8, 8, -8), r"FILTERS\[3\] is -8; expected 1 to 10000"),
+        ("FILTERS", (8, 8, 8, 8.5), r"FILTERS\[3\] is 8.5; expected a whole number, 1 to 10000"),
+        ("AUGMENTATION", None, r"AUGMENTATION is None; expected Augmentation\(...\)"),
+        ("AUGMENTATION", Augmentation(-1, 0, 0, 0, 0), "AUGMENTATION.shift is -1; expected 0 to 96"),
+        ("AUGMENTATION", Augmentation(1, -1, 0, 0, 0), "AUGMENTATION.zoom is -1; expected 0 to 9"),
+        ("AUGMENTATION", Augmentation(1, 0, 900, 0, 0), "AUGMENTATION.rotation is 900; expected 0 to 180"),
+        (
+            "AUGMENTATION",
+            Augmentation(1, 0, 0, float("nan"), 0),
+            "AUGMENTATION.colour is nan; expected 0 to 1",
+        ),
+        (
+            "AUGMENTATION",
+            Augmentation(0, 0, 0, 0, 0.5),
+            "AUGMENTATION.cutout is 0.5; expected a whole number",
+        ),  # type: ignore[arg-type]
+        ("SNAPSHOTS", 40, "SNAPSHOTS is 40; expected epochs in brackets"),
+        ("SNAPSHOTS", "12", "SNAPSHOTS is '12'; expected epochs in brackets"),
+        ("SNAPSHOTS", (1, "2"), "an epoch in SNAPSHOTS is '2'; expected a whole number, at least 1"),
+        ("CHECKPOINT", Path(), "CHECKPOINT is '.', a folder; expected a file"),
+        ("CHECKPOINT", 5, "CHECKPOINT is 5; expected a path"),
+        ("DATA_DIR", None, "DATA_DIR is None; expected a path"),
     ],
 )
 def test_settings_out_of_range_are_refused(
@@ -213,6 +254,153 @@ def test_settings_out_of_range_are_refused(
     with pytest.raises(SystemExit, match=message):
         train_CNN.main()
     assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["TRAIN_ON", "DEVICE", "EPOCHS", "CHECKPOINT"])
+def test_settings_are_checked_before_any_download(
+    quick: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(train_CNN, name, 0)
+    monkeypatch.setattr(train_CNN, "find_dataset", None)  # not reached
+    with pytest.raises(SystemExit, match=f"{name} is 0"):
+        train_CNN.main()
+
+
+def test_text_is_as_good_as_a_path(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("EPOCHS", 1), ("DATA_DIR", "data"), ("CHECKPOINT", "outputs/CNN.pth")):
+        monkeypatch.setattr(train_CNN, name, value)
+    train_CNN.main()
+    assert load_checkpoint(Path("outputs/CNN.pth")).epochs == 1
+
+
+@pytest.mark.parametrize("warm_up", [0, 1, 0.0, 1.0, 1 / 11, 0.1])
+def test_every_share_of_warm_up_gives_a_schedule(warm_up: float) -> None:
+    settings = {"seed": 0, "label_smoothing": 0, "weight_decay": 0, "augmentation": train_CNN.AUGMENTATION}
+    settings |= {"learning_rate": 1, "warm_up": warm_up}
+    cpu = torch.device("cpu")
+    trainer = train_CNN.Trainer({"filters": (1, 1, 1, 1)}, cpu, torch.float32, 10, settings)
+    rates = []
+    for _ in range(10):
+        rates.append(trainer.schedule.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.schedule.step()
+    assert np.isfinite(rates).all() and max(rates) > 0.9
+    assert np.argmax(rates) in ((9,) if warm_up == 1 else (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged, expected 10 lines of equally many indices"),
+        ("\x00\xff\n" * 10, "damaged, expected 10 lines"),
+        ("1 2 3\n" * 9, "damaged, expected 10 lines"),
+        ("1 2 3\n" * 9 + "1 2\n", "damaged, expected 10 lines"),
+        ("1.5 2 3\n" * 10, "damaged, expected 10 lines"),
+        (f"{10**30} 2 3\n" * 10, "damaged, expected 10 lines"),
+        ("1 2 40\n" * 10, "indices from 1 to 40, expected different ones in each line, from 0 to 39"),
+        ("-1 2 3\n" * 10, "indices from -1 to 3, expected different ones"),
+        ("1 2 2\n" * 10, "indices from 1 to 2, expected different ones"),
+    ],
+)
+def test_a_damaged_file_of_folds_is_refused(
+    quick: None, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    Path("data/stl10_binary/fold_indices.txt").write_text(text, encoding="latin1")
+    monkeypatch.setattr(train_CNN, "TRAIN_ON", "fold 1")
+    with pytest.raises(
+        SystemExit, match=f"fold_indices.txt .*{message}.*: take it from the published archive"
+    ):
+        train_CNN.main()
+
+
+def test_a_training_on_one_class_or_with_one_image_left_over_ends_well(
+    quick: None, write_split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    write_split("train", rng.integers(0, 256, (33, 3, 96, 96)), np.full(33, 4))  # two batches of 16 and 1
+    monkeypatch.setattr(train_CNN, "EPOCHS", 1)
+    train_CNN.main()
+    assert load_checkpoint(Path("outputs/CNN.pth")).epochs == 1
+
+
+def test_until_a_training_ends_the_files_of_the_earlier_one_stay_together(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_CNN.main()
+    names = ("CNN.pth", "training_log.csv", "training_curves.png", "confusion_matrix.png")
+    before = {name: (Path("outputs") / name).read_bytes() for name in names}
+    monkeypatch.setattr(train_CNN, "SEED", 1)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        with pytest.raises(SystemExit, match="interrupted in epoch 1; no finished epoch yet"):
+            train_CNN.main()
+    assert len(list(Path("outputs/snapshots").iterdir())) == 3  # nothing is lost before an epoch is won
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(SystemExit, match="interrupted in epoch 3; 2 finished epochs are kept"):
+            train_CNN.main()
+    assert {name: (Path("outputs") / name).read_bytes() for name in names} == before
+    assert len(list(Path("outputs/snapshots").iterdir())) == 2  # of the new one
+    train_CNN.main()
+    assert load_checkpoint(Path("outputs/CNN.pth")).seed == 1
+
+
+def spoil(state: dict[str, Any], what: str) -> Any:
+    """A state as a damaged, foreign or older file could hold it."""
+    if what == "no dict":
+        return [1, 2]
+    if what == "no rows":
+        return {**state, "rows": []}
+    if what == "other rows":
+        return {**state, "rows": 3}
+    if what == "other weights":
+        return {**state, "net": {"weight": torch.zeros(3)}}
+    if what == "other random state":
+        return {**state, "generator": torch.zeros(3)}
+    if what == "other optimiser":
+        return {**state, "optimizer": {}}
+    return {key: value for key, value in state.items() if key != "schedule"}
+
+
+def test_a_state_that_does_not_fit_is_not_taken_up(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_CNN, "EPOCHS", 2)
+    train_CNN.main()
+    right = weights()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(SystemExit):
+            train_CNN.main()
+    path = Path("outputs/training_state.pth")
+    whole = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    spoilt = [
+        whole[:-100],
+        whole[: len(whole) // 2],
+        whole[len(whole) // 2 :],
+        b"",
+        b"\x80\x04.",
+        b"PK\x03\x04",
+    ]
+    whats = ["no dict", "no rows", "other rows", "other weights", "other random state", "other optimiser", ""]
+    for what in whats:
+        torch.save(spoil(state, what), path)
+        spoilt.append(path.read_bytes())
+    settings = json.loads(state["settings"])
+
+    def start() -> train_CNN.Trainer:
+        augmentation = Augmentation(*settings["augmentation"])
+        some = {**settings, "augmentation": augmentation}
+        return train_CNN.Trainer(settings["config"], torch.device("cpu"), torch.float32, 4, some)
+
+    for content in spoilt:
+        path.write_bytes(content)
+        trainer, rows = train_CNN.resume(path, settings, start)
+        assert rows == [] and "cannot be read: starting anew" in capsys.readouterr().out
+        assert same(trainer.net.state_dict(), start().net.state_dict())  # nothing of the file is in it
+    train_CNN.main()
+    assert same(right, weights())
 
 
 def test_validation_images_are_a_fifth_of_each_class_and_not_trained_on() -> None:
