@@ -460,3 +460,42 @@ def test_batch_size_two_and_one_epoch_work(quick: None, monkeypatch: pytest.Monk
     monkeypatch.setattr(train_CNN, "BATCH_SIZE", 2)
     train_CNN.main()
     assert isinstance(load_checkpoint(Path("outputs/CNN.pth")).net, CNN)
+
+
+@pytest.fixture
+def make_trainer() -> Any:
+    """Makes trainers of a small network without dropout and augmentation, for two steps."""
+
+    def make(**changed: Any) -> train_CNN.Trainer:
+        nothing = Augmentation(shift=0, zoom=0, rotation=0, colour=0, cutout=0)
+        settings = {"seed": 0, "label_smoothing": 0.0, "augmentation": nothing, "weight_decay": 0.05}
+        settings |= {"learning_rate": 1e-2, "warm_up": 0.5, **changed}
+        config = {"filters": (4, 5, 6, 8), "dropout": 0.0}
+        return train_CNN.Trainer(config, torch.device("cpu"), torch.float32, 2, settings)
+
+    return make
+
+
+def test_filters_and_classifier_are_decayed_and_batch_norm_is_not(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    decayed, others = ({id(p) for p in group["params"]} for group in trainer.optimizer.param_groups)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.05, 0]
+    for name, parameter in trainer.net.named_parameters():
+        wanted = name.endswith("weight") and ".bn." not in name
+        assert (id(parameter) in decayed, id(parameter) in others) == (wanted, not wanted), name
+
+
+def test_the_loss_is_smoothed_and_every_step_moves_the_weights_and_the_rate(make_trainer: Any) -> None:
+    images = torch.randint(0, 256, (8, 3, 96, 96), dtype=torch.uint8)
+    labels = torch.arange(8)
+    arguments = images, labels, GREY, QUARTER
+    losses = {}
+    for smoothing in (0.0, 0.5, 1.0):
+        trainer = make_trainer(label_smoothing=smoothing)
+        before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+        losses[smoothing] = trainer.epoch(*arguments, 8).loss  # one step, from the same weights
+        assert not same(before, trainer.net.state_dict()) and trainer.schedule.last_epoch == 1
+    assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-4)  # it is linear
+    assert losses[0.0] != pytest.approx(losses[1.0], rel=1e-3)
+    trainer.epoch(*arguments, 8)
+    assert trainer.schedule.get_last_lr()[0] < 1e-6  # the last step ends the cosine
