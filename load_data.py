@@ -11,6 +11,7 @@ import cmath
 import errno
 import glob
 import hashlib
+import io
 import math
 import os
 import sys
@@ -205,9 +206,14 @@ def check_file(path: Path) -> None:
 def plain_errors() -> Iterator[None]:
     """End what a user or a machine can cause in one line: Ctrl-C, a full disk, no permission, no memory.
 
+    Figures only go to files, whatever MPLBACKEND says; a character that the terminal lacks is printed as "?".
+
     Raises:
         SystemExit: With that line.
     """
+    plt.switch_backend("agg")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
         if sys.stdout:

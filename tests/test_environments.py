@@ -67,7 +67,6 @@ def test_a_folder_with_spaces_and_accents_one_core_and_no_output_at_all(
     assert_ends_well(folder, stage, kept, runner.run(stage, folder, "one core and no output"))
 
 
-@pytest.mark.xfail(reason="the backend is left to MPLBACKEND until plain_errors chooses it", strict=False)
 def test_a_display_that_is_not_there_does_not_matter(
     runner: Server, kept: Path, stage: str, folder: Path
 ) -> None:
@@ -145,7 +144,6 @@ def test_a_disk_that_is_read_only_and_one_that_is_full_end_in_one_line(
     assert not [n for n in before if after.get(n) != before[n] and not n.startswith("snapshots")]
 
 
-@pytest.mark.xfail(reason="until unfinished files are named after their process", strict=False)
 def test_two_runs_at_once_write_no_half_file(runner: Server, stage: str, folder: Path) -> None:
     first = runner.run(stage, folder, "twice")
     statuses = {first, int((folder / "second.txt").read_text())}
@@ -161,7 +159,5 @@ def test_no_home_a_plain_locale_and_a_narrow_dumb_terminal(tmp_path: Path) -> No
     with interruptions.server(environment) as odd:
         for name in STAGES:
             status = odd.run(name, tmp_path)
-            if name == "analyse_projections" and "UnicodeEncodeError" in said(tmp_path):
-                pytest.xfail("the degree sign of its table cannot be encoded")
             assert (status, said(tmp_path)) == (0, ""), name
     assert not interruptions.problems_after(tmp_path)
