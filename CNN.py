@@ -10,18 +10,23 @@ writing of its checkpoint and the choice of device.
 
 import hashlib
 import io
-import pickle
+import pickletools
+import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from load_data import no_memory, open_archive, plain_errors, whole_file
+
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
 IMAGE_SIZE = 96  # rows and columns of an STL-10 image
 CHECKPOINT_FORMAT = 1  # raised whenever a checkpoint of an earlier version can no longer be read
+MEASURED_ON = ("test", "held-out training")  # images on which a checkpoint's metrics can have been measured
+STORED = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")  # what pickled tensors are built by
 
 
 class ConvBlock(nn.Module):
@@ -68,9 +73,6 @@ class ConvBlock(nn.Module):
 class CNN(nn.Module):
     """Four `ConvBlock`s, dropout and a linear classifier on the average of `head_size` x `head_size` regions.
 
-    Weights start at random, but conv2 to conv4 as partial identity (Zagoruyko & Komodakis 2017, "DiracNets"):
-    the first filters hand their inputs on, one each, so that what lies below is seen from the first step.
-
     Args:
         filters: Filters of conv1 to conv4.
         kernel_sizes: Kernel size of each convolution, odd.
@@ -80,6 +82,11 @@ class CNN(nn.Module):
             where they do not divide the map.
         dropout: Probability with which an input of the classifier is dropped in training.
         classes: Number of classes.
+        partial_identity: Whether the first filters of conv2 to conv4 start by handing their inputs on, one
+            each; the others start at random (after Zagoruyko & Komodakis 2017, "DiracNets").
+
+    Raises:
+        ValueError: If a size is out of range, before any memory is taken.
     """
 
     def __init__(
@@ -91,8 +98,19 @@ class CNN(nn.Module):
         head_size: int = 2,
         dropout: float = 0.3,
         classes: int = 10,
+        partial_identity: bool = True,
     ):
         super().__init__()
+        check_sizes("filters", filters, 10_000)
+        check_sizes("kernel_sizes", kernel_sizes, IMAGE_SIZE)
+        check_sizes("strides", strides, IMAGE_SIZE)
+        check_sizes("pool_sizes", pool_sizes, IMAGE_SIZE)
+        check_sizes("head_size", [head_size], IMAGE_SIZE, 1)
+        check_sizes("classes", [classes], 10_000, 1)
+        if any(kernel % 2 == 0 for kernel in kernel_sizes):
+            raise ValueError(f"kernel_sizes is {kernel_sizes}; expected odd numbers")
+        if not (is_number(dropout) and 0 <= dropout <= 1):
+            raise ValueError(f"dropout is {dropout}; expected 0 to 1")
         self.config: dict[str, Any] = {
             "filters": list(filters),
             "kernel_sizes": list(kernel_sizes),
@@ -101,6 +119,7 @@ class CNN(nn.Module):
             "head_size": head_size,
             "dropout": dropout,
             "classes": classes,
+            "partial_identity": partial_identity,
         }
         inputs = (3, *filters[:-1])
         blocks = nn.ModuleList(
@@ -108,7 +127,7 @@ class CNN(nn.Module):
             for sizes in zip(inputs, filters, kernel_sizes, strides, pool_sizes, strict=True)
         )
         self.blocks = cast(Sequence[ConvBlock], blocks)  # a ModuleList does not say what it holds
-        for block in self.blocks[1:]:
+        for block in self.blocks[1:] if partial_identity else ():
             nn.init.dirac_(block.conv.weight.detach()[: block.conv.in_channels])
         self.average = nn.AdaptiveAvgPool2d(head_size)
         self.dropout = nn.Dropout(dropout)
@@ -133,6 +152,19 @@ class CNN(nn.Module):
         """Return logits (images, classes) for the pooled maps of conv4."""
         logits = self.classifier(self.dropout(self.average(pooled).flatten(1)))
         return cast(Tensor, logits)
+
+
+def is_number(value: object) -> bool:
+    """Say whether `value` is an int or a float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_sizes(name: str, sizes: object, highest: int, count: int = len(LAYERS)) -> None:
+    """Raise ValueError unless `sizes` are `count` whole numbers from 1 to `highest`."""
+    fits = isinstance(sizes, list | tuple) and len(sizes) == count
+    if not fits or not all(type(size) is int and 1 <= size <= highest for size in cast(list[Any], sizes)):
+        numbers = "one whole number" if count == 1 else f"{count} whole numbers"
+        raise ValueError(f"{name} is {sizes}; expected {numbers} from 1 to {highest:,}")
 
 
 class ReceptiveField(NamedTuple):
@@ -189,7 +221,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" takes CUDA, then Apple's GPU, then the CPU.
 
     Raises:
-        SystemExit: If this machine has no such device.
+        SystemExit: If this machine has no such device, or the name is no text.
     """
     present = ["cpu"]
     if torch.backends.mps.is_available():
@@ -199,10 +231,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(present[0])
     try:
-        device = torch.device(name)
-        found = device.type in present and (
-            device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
-        )
+        device = torch.device(name if isinstance(name, str) else "")  # a bare number would be taken for a GPU
+        count = torch.cuda.device_count() if device.type == "cuda" else 1
+        found = device.type in present and (device.index or 0) < count
     except RuntimeError:  # no name of a device
         found = False
     if not found:
@@ -226,16 +257,41 @@ class Checkpoint(NamedTuple):
 
 
 def save_whole(content: dict[str, Any], path: Path) -> None:
-    """Write what torch.load shall read to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        stream = io.BytesIO()  # so that a full disk is an OSError
-        torch.save(content, stream)
+    """Write what `read_whole` shall read to `path`, whole or not at all."""
+    stream = io.BytesIO()  # so that a full disk is an OSError
+    torch.save(content, stream)
+    with whole_file(path) as partial:
         partial.write_bytes(stream.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def read_whole(path: Path) -> tuple[dict[str, Any], str]:
+    """Read what `save_whole` wrote: the content, tensors on the CPU, and the sha256 of the file.
+
+    Nothing stored in the file is executed, and no more memory is taken than a few times the file's size:
+    only plain tensors, text, numbers, lists, tuples and dicts are accepted.
+
+    Raises:
+        ValueError: If the file is damaged or nothing that `save_whole` writes.
+        OSError: If there is no such file or it cannot be read.
+    """
+    found = path.read_bytes()
+    try:
+        with open_archive(io.BytesIO(found)) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.lower().endswith(".pkl")]
+        for opcode, argument, _ in (step for pickled in pickles for step in pickletools.genops(pickled)):
+            storage = str(argument).startswith("torch ") and str(argument).endswith("Storage")
+            if "GLOBAL" in opcode.name and argument not in STORED and not storage:
+                raise ValueError(f"{argument} is not called")  # torch would let bytearray(10**10) pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the file's pickle protocol; the line below says enough
+            content = torch.load(io.BytesIO(found), map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError("no dict")
+    except Exception as error:  # in a damaged file torch's unpickler can stumble over nearly anything
+        if no_memory(error):
+            raise
+        raise ValueError(f"{path} is damaged or was not written by this project") from error
+    return content, hashlib.sha256(found).hexdigest()
 
 
 def save_checkpoint(
@@ -268,59 +324,110 @@ def save_checkpoint(
     save_whole(content, path)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint and rebuild its network in evaluation mode, on `device`, without gradients.
+def is_text(value: object, longest: int = 60) -> bool:
+    """Say whether `value` is text that can be drawn in one line: neither empty nor long, all printable."""
+    return isinstance(value, str) and 0 < len(value.strip()) <= len(value) <= longest and value.isprintable()
 
-    Nothing stored in the file is executed: only tensors, text, numbers, lists and dicts are accepted.
+
+def are_names(value: object) -> bool:
+    """Say whether `value` is a list of different names that can be drawn."""
+    return isinstance(value, list) and all(map(is_text, value)) and 0 < len(value) == len(set(value))
+
+
+def are_three(value: object, lowest: float) -> bool:
+    """Say whether `value` is a list of three numbers from `lowest` to 1, one for each channel."""
+    return (
+        isinstance(value, list) and len(value) == 3 and all(is_number(v) and lowest <= v <= 1 for v in value)
+    )
+
+
+def are_metrics(value: object) -> bool:
+    """Say whether `value` holds numbers by name, among them test_accuracy from 0 to 1."""
+    if not isinstance(value, dict) or not all(is_text(k) and is_number(v) for k, v in value.items()):
+        return False
+    return bool(0 <= value.get("test_accuracy", -1) <= 1)
+
+
+# What a checkpoint must hold: key: (what is expected, whether a value is that)
+ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "state_dict": ("tensors by name", lambda value: isinstance(value, dict)),
+    "config": ("the arguments of CNN by name", lambda value: isinstance(value, dict)),
+    "dataset": ("'stl10' or 'shapes'", lambda value: isinstance(value, str) and value in ("stl10", "shapes")),
+    "class_names": ("different names, each of 1 to 60 printable characters", are_names),
+    "mean": ("three numbers from 0 to 1", lambda value: are_three(value, 0)),
+    "std": ("three numbers from 1e-06 to 1", lambda value: are_three(value, 1e-6)),
+    "seed": ("a whole number", lambda value: type(value) is int),
+    "epochs": ("a whole number from 0", lambda value: type(value) is int and value >= 0),
+    "metrics": ("numbers by name, with a 'test_accuracy' from 0 to 1", are_metrics),
+    "measured_on": (
+        " or ".join(map(repr, MEASURED_ON)),
+        lambda value: isinstance(value, str) and value in MEASURED_ON,
+    ),
+}
+
+
+def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint and rebuild its network in evaluation mode, on `device`, without gradients.
 
     Raises:
         SystemExit: If the file is missing, damaged, foreign, or its weights do not fit the network it names.
     """
+    path = Path(path)
     if not path.is_file():
-        raise SystemExit(f"{path} not found: run `uv run train_CNN.py` first")
+        found = "is no file: remove it and" if path.exists() else "not found:"
+        raise SystemExit(f"{path} {found} run `uv run train_CNN.py` first")
     again = "delete it and run `uv run train_CNN.py` again"
-    content_bytes = path.read_bytes()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the file's pickle protocol; the line below says enough
-            content = torch.load(io.BytesIO(content_bytes), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        content, sha256 = read_whole(path)
+    except ValueError:
         raise SystemExit(f"{path} is damaged or no checkpoint of this project: {again}") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != CHECKPOINT_FORMAT:
+    version = content.get("format")
+    if type(version) is not int or version != CHECKPOINT_FORMAT:
+        found = reprlib.repr(version) if isinstance(version, int | None) else type(version).__name__
         raise SystemExit(f"{path} has checkpoint format {found}, expected {CHECKPOINT_FORMAT}: {again}")
-    types: dict[str, type[object]] = {
-        "state_dict": dict,
-        "config": dict,
-        "dataset": str,
-        "class_names": list,
-        "mean": list,
-        "std": list,
-        "seed": int,
-        "epochs": int,
-        "metrics": dict,
-        "measured_on": str,
-    }
     content.setdefault("measured_on", "test")
-    for key, kind in types.items():
-        if not isinstance(content.get(key), kind) or (
-            key == "metrics" and "test_accuracy" not in content[key]
-        ):
-            raise SystemExit(f"{path} has no valid {key!r}: {again}")
-    try:
-        with torch.device("meta"):  # no memory is taken for what the file merely claims to hold
-            net = CNN(**content["config"]).eval()
-            net(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))  # sizes that no image can pass raise here
-        net.load_state_dict(content["state_dict"], assign=True)
-    except (RuntimeError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError):
-        raise SystemExit(f"{path} holds weights that do not fit the network it describes: {again}") from None
-    if not all(bool(value.isfinite().all()) for value in net.state_dict().values()):
-        raise SystemExit(f"{path} holds weights that are not finite: {again}")
+    for key, (expected, is_valid) in ENTRIES.items():
+        if not is_valid(content.get(key)):
+            plain = isinstance(content.get(key), str | int | float | list | None)
+            found = reprlib.repr(content.get(key)) if plain else type(content.get(key)).__name__
+            found = " ".join(found.split()) if key in content else "nothing"
+            raise SystemExit(f"{path} has no valid {key!r} (found {found}, expected {expected}): {again}")
+    net = rebuild(content["config"], content["state_dict"])
+    if net is None:
+        raise SystemExit(f"{path} holds weights that do not fit the network it describes: {again}")
+    for name, value in net.state_dict().items():
+        if not value.isfinite().all() or (name.endswith("running_var") and value.min() < 0):
+            raise SystemExit(f"{path} holds weights that are not finite, or a negative variance: {again}")
     if len(content["class_names"]) != net.classifier.out_features:
         raise SystemExit(f"{path} names {len(content['class_names'])} classes for another number: {again}")
-    info = {key: content[key] for key in types if key not in ("state_dict", "config")}
+    info = {key: content[key] for key in ENTRIES if key not in ("state_dict", "config")}
     net = net.eval().requires_grad_(False).to(device)
-    return Checkpoint(net=net, **info, sha256=hashlib.sha256(content_bytes).hexdigest())
+    return Checkpoint(net=net, **info, sha256=sha256)
+
+
+def rebuild(config: dict[str, Any], weights: dict[str, Any]) -> CNN | None:
+    """Return the network that `config` describes with these weights, or None if they do not fit together.
+
+    No memory is taken for what a file merely claims to hold: the network is built without any, and weights
+    must be contiguous, so that they are no larger than what is stored of them.
+    """
+    try:
+        with torch.device("meta"):
+            net = CNN(**config).eval()
+            net(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))  # sizes that no image can pass raise here
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    expected = net.state_dict()
+    fit = weights.keys() == expected.keys() and all(
+        isinstance(value, Tensor)
+        and (value.shape, value.dtype, value.layout)
+        == (expected[name].shape, expected[name].dtype, torch.strided)
+        and value.is_contiguous()
+        for name, value in weights.items()
+    )
+    if fit:
+        net.load_state_dict(weights, assign=True)
+    return net if fit else None
 
 
 def main() -> None:
@@ -343,4 +450,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -4,14 +4,16 @@ Run:    uv run analyse_projections.py
 Reads:  outputs/CNN.pth, outputs/activations.npz, outputs/projection_statistics.npz,
         outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin
 Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/metric_distributions.png,
-        outputs/selectivity.png, outputs/top_filters.png, outputs/ablation.csv, outputs/ablation.png,
-        outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
+        outputs/selectivity.png, outputs/top_filters.png, outputs/filter_metrics_untrained.csv,
+        outputs/specialisation.png, outputs/ablation.csv, outputs/ablation.png, outputs/trust.csv,
+        outputs/trust.png, outputs/probes.csv, outputs/probes.png
 
 An activation is the strongest value of a filter in an image. All that is said about classes comes from
 activations: a projection's non-zero pixels mostly measure the size of the receptive field and how much of it
 the border cuts off.
 
-Then the network itself is asked how far this can be trusted: what it loses without a filter, what of an
+Then the network itself is asked how far this can be trusted: how much of the specialisation was there before
+the first step of the training (see `compare_networks`), what it loses without a filter, what of an
 activation survives when only a projection's strongest pixels are left, what projections look like when
 weights are random, and how much of the classes each layer holds.
 """
@@ -36,7 +38,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint, receptive_fields
+from CNN import (
+    CNN,
+    IMAGE_SIZE,
+    LAYERS,
+    Checkpoint,
+    choose_device,
+    frame_sizes,
+    load_checkpoint,
+    receptive_fields,
+)
 from deconv_full import Projector, Units, batches
 from load_data import (
     Arrays,
@@ -72,6 +83,12 @@ PROBE_STEPS = 100  # of L-BFGS, at most; fewer leave the smaller decays short of
 # Fixed by definition, not settings
 PROJECTED = LAYERS[-1]  # the layer whose projections were measured
 STATISTICS = ("nonzero_count", "mean", "variance", "max")  # of a projection
+COMPARED = {  # columns of filter_metrics.csv in which networks are compared, and what figures call them
+    "selectivity": "class selectivity",
+    "auc": "area under the ROC curve",
+    "omega_squared": "omega squared: share of the\nvariance that the class explains",
+    "significant": "share of filters above chance",
+}
 FALSE_DISCOVERIES = 0.05  # share of false ones among the filters of a layer that are called significant
 NEARLY_DEAD = 0.01  # a living filter is nearly dead if it fires on a smaller share of the test images
 AXES = {  # what figures call the columns of filter_metrics.csv
@@ -84,6 +101,46 @@ AXES = {  # what figures call the columns of filter_metrics.csv
     "variance": "projection: variance\nof all pixels\n(normalised pixels²)",
     "max": "projection: largest\nin any image\n(normalised pixels)",
 }
+
+
+def check_numbers(
+    low: float, high: float = 1_000_000, *, whole: bool = True, several: bool = False, **settings: object
+) -> None:
+    """Refuse settings that are no number from `low` to `high`.
+
+    Args:
+        low: Smallest value; unless they must be whole, numbers must be above it.
+        high: Largest value.
+        whole: Whether only whole numbers will do.
+        several: Whether a setting is a list of numbers, at least one.
+        settings: By name.
+
+    Raises:
+        SystemExit: If one is out of range or no number.
+    """
+    for name, value in settings.items():
+        numbers = [value] if not several else list(value) if isinstance(value, list | tuple | range) else []
+        right = [
+            isinstance(number, int if whole else int | float)
+            and not isinstance(number, bool)
+            and (low <= number <= high if whole else low < number <= high)
+            for number in numbers
+        ]
+        if not right or not all(right):
+            kind, least = ("whole number", "of at least") if whole else ("number", "above")
+            what = f"a list of one or more {kind}s, each" if several else f"a {kind}"
+            raise SystemExit(f"{name} is {value!r}; expected {what} {least} {low:,} and at most {high:,}")
+
+
+def check_paths(**settings: object) -> None:
+    """Refuse settings that are no Path.
+
+    Raises:
+        SystemExit: If one is something else.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, Path):
+            raise SystemExit(f'{name} is {value!r}; expected a path, such as Path("outputs")')
 
 
 def read_measurements(folder: Path) -> tuple[Arrays, Arrays]:
@@ -386,8 +443,10 @@ def specialisation(
     return {name: np.where(dead, np.nan, column) for name, column in columns.items()}
 
 
-def tabulate_filters(activations: Arrays, statistics: Arrays, resamplings: int, seed: int) -> pd.DataFrame:
-    """Return filter_metrics.csv: one row a filter of every layer.
+def tabulate_filters(
+    activations: Arrays, statistics: Arrays | None, resamplings: int, seed: int
+) -> pd.DataFrame:
+    """Return filter_metrics.csv: one row a filter of every layer; without statistics, without their columns.
 
     activation_*: mean, population variance and share above zero of the filter's activations over the images.
     Of conv4's projections the means over all projected images (max: the largest). What `specialisation` says
@@ -403,9 +462,10 @@ def tabulate_filters(activations: Arrays, statistics: Arrays, resamplings: int, 
         columns["activation_mean"] = values.mean(axis=0)
         columns["activation_variance"] = values.var(axis=0)
         columns["activation_nonzero"] = (values > 0).mean(axis=0)
-        for key in STATISTICS:
-            reduce = np.max if key == "max" else np.mean
-            columns[key] = reduce(statistics.arrays[key], axis=0) if layer == PROJECTED else np.nan
+        if statistics:
+            for key in STATISTICS:
+                reduce = np.max if key == "max" else np.mean
+                columns[key] = reduce(statistics.arrays[key], axis=0) if layer == PROJECTED else np.nan
         names_or_none = [
             None if dead else names[k] for dead, k in zip(columns["dead"], preferred, strict=True)
         ]
@@ -532,7 +592,7 @@ def draw_distributions(filter_metrics: pd.DataFrame, heading: str) -> Figure:
             ax.xaxis.set_minor_formatter(NullFormatter())
     fig.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=len(LAYERS))
     fig.supylabel("share of filters up to this value", size="medium")
-    fig.suptitle(heading)
+    fig.suptitle(heading, parse_math=False)
     sns.despine(fig)
     return fig
 
@@ -553,7 +613,8 @@ def draw_selectivity(filter_metrics: pd.DataFrame, summary: pd.DataFrame, headin
     ax.set_xticks(
         range(len(LAYERS)), ["{}\n{} filters, {} dead,\n{} nearly dead (x)".format(*row) for row in counts]
     )
-    ax.set(ylim=(0, None), ylabel="class selectivity", title=heading)
+    ax.set(ylim=(0, None), ylabel="class selectivity")
+    ax.set_title(heading, parse_math=False)
     sns.despine(fig)
     return fig
 
@@ -573,13 +634,14 @@ def draw_top_filters(rankings: Mapping[str, pd.DataFrame], count: int, heading: 
     ax.set_xticks(range(count), [str(column + 1) for column in range(count)])
     ax.set_yticks(range(len(rankings)), list(rankings), parse_math=False)
     marks = "number of the filter (* prefers another class, ° nearly dead), mean activation on the class"
-    ax.set(xlabel=f"rank\n{marks}", title=heading)
+    ax.set(xlabel=f"rank\n{marks}")
+    ax.set_title(heading, parse_math=False)
     below = "min" if (index < 0).any() else "neither"  # below 0: fires less on this class than on the rest
     fig.colorbar(image, label="selectivity for the class", extend=below)
     return fig
 
 
-# How far these numbers and pictures can be trusted: ablation, masked pixels, random weights, linear probes
+# How far this can be trusted: the untrained network, ablation, masked pixels, random weights, linear probes
 
 
 class TopUnits(NamedTuple):
@@ -638,17 +700,31 @@ def read_top_units(folder: Path, activations: Arrays, checkpoint: Checkpoint, te
     check_origin(path, found, checkpoint)
     if not np.array_equal(activations.arrays["labels"], test.labels):
         raise SystemExit(f"{folder / 'activations.npz'} has other labels: {again}")
+    maxima, filters = activations.arrays[f"{PROJECTED}_max"], checkpoint.net.config["filters"]
+    if [activations.arrays[f"{layer}_max"].shape[1] for layer in LAYERS] != filters:
+        raise SystemExit(f"{folder / 'activations.npz'} has another number of filters: {again}")
     image, value, position, origin, projection = (found.arrays[key] for key in types)
-    size, filters = receptive_fields(checkpoint.net)[-1].size, activations.arrays[f"{PROJECTED}_max"].shape[1]
+    size, jump, start = receptive_fields(checkpoint.net)[-1]
+    frame = frame_sizes(checkpoint.net)[1][-1]  # rows of conv4's map before pooling
     shapes = [(*image.shape, *rest) for rest in ((), (2,), (2,), (3, size, size))]
     if (
         image.ndim != 2
-        or len(image) != filters
+        or len(image) != filters[-1]
         or [array.shape for array in (value, position, origin, projection)] != shapes
-        or image.max(initial=-1) >= len(test.images)
+        or not ((image >= -1) & (image < len(test.images))).all()
     ):
         raise SystemExit(f"{path} does not fit activations.npz: {again}")
     filter_, rank = np.nonzero(image >= 0)  # a filter that fires on fewer images leaves places empty
+    row = (origin[filter_, rank].astype(np.int64) - start) / jump
+    place = position[filter_, rank]
+    if not (
+        np.array_equal(value[filter_, rank], maxima[image[filter_, rank], filter_])
+        and (value[filter_, rank] > 0).all()
+        and ((place >= 0) & (place < frame // checkpoint.net.blocks[-1].pool_size)).all()
+        and ((row >= 0) & (row < frame) & (row % 1 == 0)).all()
+        and np.isfinite(projection).all()
+    ):
+        raise SystemExit(f"{path} holds impossible values or those of other activations: {again}")
     numbers, where, corner = (array[filter_, rank].astype(np.int64) for array in (image, position, origin))
     frames = np.zeros((len(filter_), IMAGE_SIZE, IMAGE_SIZE), np.float32)
     sizes = np.full(len(filter_), size)
@@ -708,27 +784,33 @@ def trust_row(
 
 def pool_features(
     images: NDArray[np.uint8], checkpoint: Checkpoint, device: torch.device, batch_size: int, inputs: int
-) -> list[Tensor]:
-    """Run the images through the network once and average the pooled maps over regions.
+) -> tuple[list[Tensor], dict[str, NDArray[np.float64]]]:
+    """Run the images through the network once; average the pooled maps over regions and find their maxima.
 
     Returns:
         For each layer (images, about `inputs`): the map averaged over side x side regions, the side chosen so
         that layers of many and of few filters get as many numbers. At the end what the classifier sees,
-        conv4's averages (images, filters * head_size²).
+        conv4's averages (images, filters * head_size²). Then conv{k}_max as in activations.npz, but float64:
+        the strongest value of each filter in each image.
     """
-    config, found = checkpoint.net.config, list[list[Tensor]]()
-    sides = [max(round((inputs / filters) ** 0.5), 1) for filters in config["filters"]]
+    averages, maxima, net = list[list[Tensor]](), list[list[Tensor]](), checkpoint.net
+    sides = [max(round((inputs / filters) ** 0.5), 1) for filters in net.config["filters"]]
     everything = np.arange(len(images))
     for _, features in batches(images, everything, checkpoint, device, batch_size, "features"):
         maps = [pooled for pooled, _ in features]
-        found.append(
+        averages.append(
             [
                 F.adaptive_avg_pool2d(pooled, min(side, pooled.shape[-1])).flatten(1)
                 for pooled, side in zip(maps, sides, strict=True)
             ]
         )
-        found[-1].append(checkpoint.net.average(maps[-1]).flatten(1))
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        averages[-1].append(net.average(maps[-1]).flatten(1))
+        maxima.append([pooled.amax(dim=(2, 3)).cpu() for pooled in maps])
+    strongest = [torch.cat(parts).numpy().astype(np.float64) + 0.0 for parts in zip(*maxima, strict=True)]
+    keys = [f"{layer}_max" for layer in LAYERS]
+    return [torch.cat(parts) for parts in zip(*averages, strict=True)], dict(
+        zip(keys, strongest, strict=True)
+    )
 
 
 def contributions(net: CNN, averages: Tensor) -> Tensor:
@@ -878,40 +960,150 @@ def surviving_shares(
     return pd.concat(rows, ignore_index=True).groupby(units.filter).mean() if rows else pd.DataFrame()
 
 
-def randomised(
-    checkpoint: Checkpoint, first: int, images: NDArray[np.uint8], device: torch.device, seed: int
+def settle_batch_norm(
+    net: CNN, first: int, checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device
 ) -> CNN:
-    """Return the network with block `first` (0 for conv1) and all above as in a new one of that seed.
+    """Give block `first` (0 for conv1) and all above batch norm's means and variances of the images.
 
-    Batch norm's weights go back to where they start. Its means and variances are those of the new maps, the
-    average over batches of 100 of the images: with those of the trained network, or with 0 and 1, activations
-    would be off scale. Blocks below `first` stay as they are.
+    They are the average over batches of 100, as at the start of a training. With those of another network, or
+    with 0 and 1, activations of new weights would be off scale.
 
     Args:
-        checkpoint: The trained network.
-        first: Lowest block that is replaced; at 4 none is. The classifier is always new.
+        net: A new network; returned on `device`, in evaluation mode, without gradients.
+        first: Lowest block with new weights; the others stay as they are.
+        checkpoint: The trained network, with the mean and std of its training images.
         images: Training images, uint8.
-        device: Where the network goes.
-        seed: Of the new weights.
+        device: Where to compute.
     """
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        torch.manual_seed(seed)
-        net = CNN(**checkpoint.net.config).eval().requires_grad_(False)
-    for block, trained in zip(net.blocks[:first], checkpoint.net.blocks, strict=False):
-        block.load_state_dict(trained.state_dict())
+    net = net.eval().requires_grad_(False).to(device)
     for block in net.blocks[first:]:
         block.train()
         block.bn.momentum = None  # the average of all batches counts, not the last ones most
-    net = net.to(device)
-    everything, checkpoint = np.arange(len(images)), checkpoint._replace(net=net)
-    for _ in batches(images, everything, checkpoint, device, 100, "batch norm"):
+    for _ in batches(images, np.arange(len(images)), checkpoint._replace(net=net), device, 100, "batch norm"):
         pass
     return net.eval()
 
 
 def untrained(checkpoint: Checkpoint, images: NDArray[np.uint8], device: torch.device) -> CNN:
     """Return the network that training began with, batch norm's means and variances taken from the images."""
-    return randomised(checkpoint, 0, images, device, checkpoint.seed)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(checkpoint.seed)
+        net = CNN(**checkpoint.net.config)
+    return settle_batch_norm(net, 0, checkpoint, images, device)
+
+
+def randomised(
+    checkpoint: Checkpoint, first: int, images: NDArray[np.uint8], device: torch.device, seed: int
+) -> CNN:
+    """Return the network with block `first` (0 for conv1) and all above at random; at 4 none is.
+
+    All their filters are random: those that start as copies of the layer below (see CNN.py) would hand the
+    trained layers on, and the trained filters may still resemble them, whatever the seed. Batch norm's
+    weights go back to where they start, the classifier is new, blocks below `first` stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = CNN(**checkpoint.net.config)
+        for block in net.blocks:
+            block.conv.reset_parameters()
+    for block, trained in zip(net.blocks[:first], checkpoint.net.blocks, strict=False):
+        block.load_state_dict(trained.state_dict())
+    return settle_batch_norm(net, first, checkpoint, images, device)
+
+
+Comparison = dict[tuple[str, str, str], tuple[float, float, float]]
+
+
+def compare_networks(tables: Mapping[str, pd.DataFrame], resamplings: int, seed: int) -> Comparison:
+    """Say how much of each layer's specialisation was learned.
+
+    The untrained network is no blank: edges and colours of random filters differ between classes, too. What
+    training added is what the trained network has beyond it.
+
+    Its conv2 to conv4 start as partial identity (see CNN.py). Their first filters, as many as the layer below
+    has, are copies of that layer, pooled further; only the rest are random. A copy's strongest activation is
+    that of the filter below less a constant, batch norm's mean, times another. So its AUC is that of the
+    filter below, and its omega squared, unless the constant cuts some activations off at 0. Its selectivity
+    is not: an index over means grows when something is taken off all of them. That is why all three are
+    compared, and why the untrained network is counted without its copies as well.
+
+    Args:
+        tables: What `tabulate_filters` returned, by network: "trained", "untrained" and others.
+        resamplings: How often filters are drawn anew for the intervals.
+        seed: Of the draws.
+
+    Returns:
+        For each layer, metric of COMPARED and network: median over the living filters (of `significant` the
+        mean) and the limits of its 95 % bootstrap interval. The network "learned" is trained less untrained
+        over the filters that live in both, drawn in pairs: a filter keeps its number in training.
+    """
+
+    def interval(metric: str, *groups: NDArray[np.floating[Any]]) -> tuple[float, float, float]:
+        centre: Callable[..., Any] = np.mean if metric == "significant" else np.median
+
+        def statistic(which: NDArray[np.int64]) -> float:
+            first, *other = (float(centre(values[which])) for values in groups)
+            return first - sum(other)
+
+        return with_interval(statistic, len(groups[0]), resamplings, seed)
+
+    compared = {}
+    for layer in LAYERS:
+        for metric in COMPARED:
+            found = {}
+            for name, table in tables.items():
+                living = table[(table["layer"] == layer) & ~table["dead"]].set_index("filter")
+                found[name] = living[metric].dropna().astype(np.float64)
+                compared[layer, metric, name] = interval(metric, found[name].to_numpy(np.float64))
+            both = found["trained"].index.intersection(found["untrained"].index)
+            pair = (found[name].loc[both].to_numpy(np.float64) for name in ("trained", "untrained"))
+            compared[layer, metric, "learned"] = interval(metric, *pair)
+    return compared
+
+
+def print_comparison(compared: Comparison) -> None:
+    """Print a line a layer of `compare_networks`."""
+    networks = ("trained", "untrained")
+    print(
+        "how much of the specialisation was learned: medians over living filters, 95 % intervals over filters"
+    )
+    print(f"{'':<8}{'selectivity':<75}{'trained, untrained: AUC':<26}{'omega squared':<17}above chance")
+    print("layer   " + "".join(f"{name:<25}" for name in (*networks, "learned")))
+    for layer in LAYERS:
+        cells = (compared[layer, "selectivity", name] for name in (*networks, "learned"))
+        index = "".join("{:<25}".format("{:.3f} ({:.3f} to {:.3f})".format(*cell)) for cell in cells)
+        rest = [compared[layer, key, name][0] for key in list(COMPARED)[1:] for name in networks]
+        print(f"{layer:<8}{index}" + "{:>13.3f}, {:.3f}{:>13.3f}, {:.3f}{:>13.0%}, {:.0%}".format(*rest))
+
+
+def draw_specialisation(tables: Mapping[str, pd.DataFrame], compared: Comparison, heading: str) -> Figure:
+    """Draw, layer by layer, how specialised the filters of the networks are.
+
+    Args:
+        tables: By network; the first two are drawn as distributions, to the left and to the right.
+        compared: What `compare_networks` returned for them.
+        heading: Title.
+    """
+    fig, axes = plt.subplots(2, 2, figsize=(8, 6.4), dpi=200, layout="constrained")
+    for ax, (metric, label) in zip(axes.flat, COMPARED.items(), strict=True):
+        for k, (name, table) in enumerate(tables.items()):
+            cells = [compared[layer, metric, name] for layer in LAYERS]
+            rows = pd.DataFrame(cells, columns=["median", "low", "high"])
+            draw_medians(ax, np.arange(4.0) + (-0.12, 0.12, 0.26)[k], rows, f"C{k}", "osD"[k], name)
+            for place, layer in enumerate(LAYERS):
+                values = table.loc[(table["layer"] == layer) & ~table["dead"], metric].dropna()
+                if k < 2 and metric != "significant" and len(values):
+                    options = {"showextrema": False, "side": ("low", "high")[k], "widths": 0.9}
+                    for body in ax.violinplot([values], [place], **options)["bodies"]:
+                        body.set(facecolor=f"C{k}", alpha=0.35, linewidth=0)
+        ax.axhline(0.5 if metric == "auc" else 0, color="0.5", linestyle=":", linewidth=1, zorder=0)
+        ax.set_xticks(range(4), LAYERS)
+        ax.set(ylabel=label, xlim=(-0.5, 3.5))
+    axes[1, 1].set(ylim=(-0.03, 1.05))
+    fig.legend(handles=axes[0, 0].containers, loc="outside lower center", ncols=3, frameon=False)
+    fig.suptitle(heading, fontsize=9, parse_math=False)
+    sns.despine(fig)
+    return fig
 
 
 def project_magnitudes(
@@ -1209,7 +1401,7 @@ def draw_ablation(
     below.set(xlabel="number of filters silenced", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0, None))
     below.legend(title="silenced first", frameon=False)
     sns.despine(ax=below)
-    fig.suptitle(heading, fontsize=9)
+    fig.suptitle(heading, fontsize=9, parse_math=False)
     return fig
 
 
@@ -1259,7 +1451,7 @@ def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
     right.legend(frameon=False, fontsize=8, loc="upper right")
     right.tick_params(axis="x", labelsize=8)
     sns.despine(fig)
-    fig.suptitle(heading, fontsize=9)
+    fig.suptitle(heading, fontsize=9, parse_math=False)
     return fig
 
 
@@ -1301,7 +1493,7 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
     )
     ax.set(ylabel="test accuracy of a linear softmax (%)", ylim=(0, 100), xlim=(-0.3, 3.3))
     ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
-    ax.set_title(heading, fontsize=9)
+    ax.set_title(heading, fontsize=9, parse_math=False)
     sns.despine(fig)
     return fig
 
@@ -1309,6 +1501,14 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
 def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
+    check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
+    check_numbers(1, RESAMPLINGS=RESAMPLINGS, RANDOM_ORDERS=RANDOM_ORDERS, RANDOMISED_UNITS=RANDOMISED_UNITS)
+    check_numbers(1, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK, NORM_IMAGES=NORM_IMAGES)
+    check_numbers(1, PROBE_INPUTS=PROBE_INPUTS, PROBE_STEPS=PROBE_STEPS)
+    check_numbers(1, 100, TOP_FILTERS=TOP_FILTERS)
+    check_numbers(0, 2**63 - 1, SEED=SEED)
+    check_numbers(0, 1, whole=False, KEPT_SHARE=KEPT_SHARE)
+    check_numbers(0, whole=False, several=True, PROBE_DECAYS=PROBE_DECAYS)
     activations, statistics = read_measurements(OUTPUTS)
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
@@ -1343,10 +1543,19 @@ def main() -> None:
     # how far all this can be trusted
     batch, some = (device, BATCH_SIZE), train.images[:NORM_IMAGES]
     start = checkpoint._replace(net=untrained(checkpoint, some, device))
-    features = {
-        name: [pool_features(part.images, of, *batch, PROBE_INPUTS) for part in (train, test)]
-        for name, of in (("trained", checkpoint), ("untrained", start))
-    }
+    features, maxima = {}, {}
+    for name, of in (("trained", checkpoint), ("untrained", start)):
+        passed = [pool_features(part.images, of, *batch, PROBE_INPUTS) for part in (train, test)]
+        features[name], maxima[name] = [found for found, _ in passed], passed[-1][1]
+
+    before = activations._replace(arrays=maxima["untrained"] | {"labels": test.labels})
+    tables = {"trained": filters, "untrained": tabulate_filters(before, None, RESAMPLINGS, SEED)}
+    below = dict(zip(LAYERS, (0, *checkpoint.net.config["filters"]), strict=False))
+    copied = tables["untrained"]["filter"] < tables["untrained"]["layer"].map(below)
+    tables["untrained, without copies of the layer below"] = tables["untrained"][~copied]
+    compared = compare_networks(tables, RESAMPLINGS, SEED)
+    print_comparison(compared)
+
     net, (_, tested) = checkpoint.net, features["trained"]
     silenced = contributions(net, tested[-1]), net.classifier.bias, test.labels
     changes, overall = silence_each(*silenced, len(names))
@@ -1377,13 +1586,16 @@ def main() -> None:
 
     probes = tabulate_probes(features, train.labels, test.labels, len(names), PROBE_DECAYS, PROBE_STEPS, SEED)
 
-    written = {"ablation.csv": tabulate_ablation(changes, selectivity, names), "trust.csv": trust}
-    for name, table in (written | {"probes.csv": probes}).items():
+    written = {"filter_metrics_untrained.csv": tables["untrained"], "trust.csv": trust, "probes.csv": probes}
+    for name, table in (written | {"ablation.csv": tabulate_ablation(changes, selectivity, names)}).items():
         with whole_file(OUTPUTS / name) as partial:
             table.to_csv(partial, index=False, lineterminator="\n")
         print(f"wrote {OUTPUTS / name}")
+    heading = "How much of the specialisation was learned: the filters of each layer,"
+    heading += f" median and 95 % interval\n{source}"
+    figures = {"specialisation.png": draw_specialisation(tables, compared, heading)}
     heading = f"What silencing filters of {PROJECTED} costs: one at a time, and more and more\n{source}"
-    figures = {"ablation.png": draw_ablation(changes, selectivity, curves, names, heading)}
+    figures["ablation.png"] = draw_ablation(changes, selectivity, curves, names, heading)
     heading = f"Do projections of {PROJECTED} show what drives a filter, and what was learned?\n{source}"
     figures["trust.png"] = draw_trust(trust, KEPT_SHARE, heading)
     heading = f"What a linear classifier reads from each layer\n{source}"

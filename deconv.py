@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets.folder import pil_loader
-from torchvision.transforms import v2
 
 from CNN import (
     CNN,
@@ -38,11 +37,11 @@ from CNN import (
     load_checkpoint,
     receptive_fields,
 )
-from load_data import load_split, normalise, plain_errors, save_figure, title
+from load_data import load_split, no_memory, normalise, plain_errors, save_figure, title
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (resized and cropped to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
-N_FILTERS = 6  # strongest filters drawn of each layer
+N_FILTERS = 6  # strongest filters drawn of each layer, 1 to 30
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
@@ -128,24 +127,57 @@ def project_unit(
     return project(net, layer, only, [switches for _, switches in features], IMAGE_SIZE)[0]
 
 
+def check_image(image: object) -> int | Path:
+    """Return the setting IMAGE as an index or a path.
+
+    Raises:
+        SystemExit: If it is neither.
+    """
+    if isinstance(image, str | Path):
+        return Path(image)
+    if isinstance(image, int | np.integer) and not isinstance(image, bool):
+        return int(image)
+    raise SystemExit(f"IMAGE is {image!r}; expected an index into the test split or the path of a picture")
+
+
 def load_picture(path: Path) -> NDArray[np.uint8]:
-    """Read any picture file, resize its shorter side to 96 and crop the centre: uint8 (3, 96, 96).
+    """Read a picture file, crop the centre to a square and resize it to 96 pixels: uint8 (3, 96, 96).
+
+    The picture is turned as its camera says (EXIF), put on white where it is transparent, and of an animation
+    the first frame is taken.
 
     Raises:
         SystemExit: If the file is missing, no picture, or so large that decoding it could fill the memory.
     """
+    given = f"IMAGE is {str(path)!r}"
     if not path.is_file():
-        raise SystemExit(
-            f"IMAGE is {str(path)!r}; no such file: give a picture file or an index into the test split"
-        )
+        raise SystemExit(f"{given}; no such file: give a picture file or an index into the test split")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # the reader warns of pictures beyond 89 million pixels
-            picture = pil_loader(path)
+        with warnings.catch_warnings(), Image.open(path) as file:  # reads no more than the header
+            warnings.simplefilter("ignore")  # what matters of it raises below
+            width, height = file.size
+            if width * height > 50_000_000 or max(width, height) > 100 * min(width, height):
+                raise ValueError(
+                    f"{width:,} x {height:,} pixels: crop it to under 50 million, sides under 1:100"
+                )
+            picture = ImageOps.exif_transpose(file)
+            side = min(width, height)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            square = picture.crop((left, top, left + side, top + side))
+            if square.mode.startswith("I;16"):  # 16 bits a pixel; convert() would cut them off at 255
+                square = Image.fromarray((np.asarray(square) >> 8).astype(np.uint8))
+            elif square.mode in ("I", "F"):
+                raise ValueError("more than 16 bits a channel: save it with 8")
+            if square.has_transparency_data:
+                square = square.convert("RGBA")
+                square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
+            square = square.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     except Exception as error:  # a damaged picture can raise nearly anything
-        raise SystemExit(f"IMAGE is {str(path)!r}, which cannot be read as a picture: {error}") from None
-    resize = v2.Compose([v2.Resize(IMAGE_SIZE), v2.CenterCrop(IMAGE_SIZE), v2.PILToTensor()])
-    return cast(Tensor, resize(picture)).numpy()
+        if no_memory(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SystemExit(f"{given}, which cannot be read as a picture: {reason}") from None
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))  # (rows, columns, 3) -> (3, ...)
 
 
 def strongest_units(pooled: Tensor, count: int) -> list[tuple[int, int, int]]:
@@ -278,19 +310,23 @@ def main() -> None:
     """Project one image's strongest units of each layer and draw them."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
     chosen = LAYERS if LAYER == "all" else (LAYERS[layer_index(LAYER)],)
-    if N_FILTERS < 1:
-        raise SystemExit(f"N_FILTERS is {N_FILTERS}; expected at least 1")
+    if type(N_FILTERS) is not int or not 1 <= N_FILTERS <= 30:
+        raise SystemExit(f"N_FILTERS is {N_FILTERS!r}; expected a whole number from 1 to 30")
+    wanted = check_image(IMAGE)
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
-    if isinstance(IMAGE, int):
+    if isinstance(wanted, int):
         split = load_split(checkpoint.dataset, DATA_DIR, "test")
-        if not 0 <= IMAGE < len(split.images):
-            raise SystemExit(f"IMAGE is {IMAGE}; the test split has images 0 to {len(split.images) - 1}")
-        image = split.images[IMAGE]
-        name = f"test image {IMAGE} of {title(checkpoint.dataset)}"
-        truth = f", class {checkpoint.class_names[split.labels[IMAGE]]}"
+        if not 0 <= wanted < len(split.images):
+            raise SystemExit(f"IMAGE is {wanted}; the test split has images 0 to {len(split.images) - 1}")
+        if split.labels.max() >= len(checkpoint.class_names):
+            classes = f"{CHECKPOINT} names {len(checkpoint.class_names)} classes, the data have more"
+            raise SystemExit(f"{classes}: run `uv run train_CNN.py` again")
+        image = split.images[wanted]
+        name = f"test image {wanted} of {title(checkpoint.dataset)}"
+        truth = f", class {checkpoint.class_names[split.labels[wanted]]}"
     else:
-        image, name, truth = load_picture(Path(IMAGE)), Path(IMAGE).name, ""
+        image, name, truth = load_picture(wanted), wanted.name, ""
     print(f"projecting {name}, {', '.join(chosen)}, on {device}, torch {torch.__version__}")
     net = checkpoint.net
     batch = normalise(torch.from_numpy(image[None]).to(device), checkpoint.mean, checkpoint.std)

@@ -653,7 +653,7 @@ def draw_evolution(
 
     Each panel has a scale of its own, since projections grow as the network learns.
     """
-    fig, axes = plt.subplots(2, 2, figsize=(10, 7), dpi=200, layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(10, 7.3), dpi=200, layout="constrained")
     for ax, (layer, (numbers, projections)) in zip(axes.flat, found.items(), strict=True):
         rows, columns, _, size, _ = projections.shape
         step = size + max(1, size // 12)  # panel and gap
@@ -666,8 +666,10 @@ def draw_evolution(
         ax.set_xticks(np.arange(columns) * step + size / 2 - 0.5, [str(epoch) for epoch in epochs])
         ax.set_yticks(np.arange(rows) * step + size / 2 - 0.5, [str(number) for number in numbers])
         ax.tick_params(length=0)
-        ax.set(xlabel="epoch", ylabel="filter", title=f"{layer}, windows of {size} x {size} pixels")
+        ax.set_title(f"{layer}, windows of {size} x {size} pixels")
         sns.despine(ax=ax, left=True, bottom=True)
+    fig.supxlabel("epoch", size="medium")
+    fig.supylabel("filter", size="medium")
     fig.suptitle(heading, fontsize=10, parse_math=False)
     return fig
 

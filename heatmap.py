@@ -16,7 +16,8 @@ classified correctly. Grey is the mean colour of the training images, 0 in norma
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -35,8 +36,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import by_class, check_origin, median_interval, rank_filters, spearman
-from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
+from analyse_projections import (
+    by_class,
+    check_numbers,
+    check_origin,
+    check_paths,
+    median_interval,
+    rank_filters,
+    spearman,
+)
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, frame_sizes, load_checkpoint
 from deconv import displayed, robust_scale
 from deconv_full import Projector, batches
 from load_data import load_arrays, load_split, normalise, plain_errors, save_figure, title
@@ -74,16 +83,28 @@ CHANGES = {  # arguments of `change`, and what figures call them
 }
 
 
-def load_activations(path: Path, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
-    """Read labels, conv4_max and conv4_position of activations.npz.
+def load_activations(
+    path: Path, checkpoint: Checkpoint, labels: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """Read the strongest activations of conv4 (images, filters) and where they are (images, filters, 2).
 
     Raises:
-        SystemExit: If the file is missing, damaged, or made from another checkpoint or data set.
+        SystemExit: If the file is missing, damaged, or made from another checkpoint, data set or labels.
     """
     dtypes = {"labels": "int64", f"{LAYER}_max": "float32", f"{LAYER}_position": "int16"}
-    found = load_arrays(path, "deconv_full.py", dtypes)
+    found, again = load_arrays(path, "deconv_full.py", dtypes), "run `uv run deconv_full.py` again"
     check_origin(path, found, checkpoint)
-    return found.arrays
+    if not np.array_equal(found.arrays["labels"], labels):
+        raise SystemExit(f"{path} has other labels: {again}")
+    values, positions = found.arrays[f"{LAYER}_max"], found.arrays[f"{LAYER}_position"]
+    shape = len(labels), checkpoint.net.config["filters"][-1]
+    if (values.shape, positions.shape) != (shape, (*shape, 2)):
+        raise SystemExit(f"{path} does not fit the network and the test images: {again}")
+    side = frame_sizes(checkpoint.net)[1][-1] // checkpoint.net.blocks[-1].pool_size
+    possible = (values >= 0) & np.isfinite(values) & ((positions >= 0) & (positions < side)).all(axis=2)
+    if not possible.all():
+        raise SystemExit(f"{path} holds impossible values: {again}")
+    return values, positions
 
 
 def read_tables(
@@ -107,7 +128,8 @@ def read_tables(
         if not path.is_file():
             raise SystemExit(f"{path} not found: run `uv run analyse_projections.py` first")
     means = by_class(np.mean, values.astype(np.float64), labels, len(names))
-    types = dict.fromkeys(("layer", "class", "preferred_class"), str) | {"dead": bool, "selectivity": float}
+    types = dict.fromkeys(("layer", "class", "preferred_class"), str) | {"dead": bool, "filter": int}
+    types |= dict.fromkeys(("activation_mean", "activation_nonzero", "selectivity"), float)
     try:  # a class may be called "NA": only an empty field is a missing one
         tables = [pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""]) for path in paths]
         filters, classes = (table[table["layer"] == LAYER] for table in tables)
@@ -115,8 +137,10 @@ def read_tables(
             np.array_equal(filters["filter"], np.arange(values.shape[1]))
             and np.allclose(filters["activation_mean"], values.mean(axis=0, dtype=np.float64), rtol=1e-3)
             and np.allclose(mean_table(classes, names), means, rtol=1e-3, equal_nan=True)
-            and set(filters["preferred_class"].dropna()) <= set(names)
-            and {"activation_nonzero", "dead", "selectivity"} <= set(filters)
+            and np.array_equal(filters["dead"], (values == 0).all(axis=0))
+            and set(filters.loc[~filters["dead"], "preferred_class"]) <= set(names)
+            and filters["activation_nonzero"].between(0, 1).all()
+            and not (filters["selectivity"].abs() > 1).any()
         )
     except (KeyError, ValueError, TypeError, OSError):
         fits = False
@@ -395,17 +419,6 @@ def change(image: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -
     return cast(Tensor, changed)
 
 
-def change_examples(
-    images: NDArray[np.uint8], checkpoint: Checkpoint, kind: str, degrees: Sequence[float]
-) -> NDArray[np.float32]:
-    """Return images as `change` leaves them, for display: (images, degrees, 3, 96, 96) from 0 to 1."""
-    normalised = normalise(torch.from_numpy(images), checkpoint.mean, checkpoint.std)
-    changed = torch.stack([change(normalised, **{kind: degree}) for degree in degrees], dim=1)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoint.mean, checkpoint.std))
-    pixels: NDArray[np.float32] = (changed * std + mean).clamp(0, 1).numpy()
-    return pixels
-
-
 def measure_invariance(
     net: CNN, image: Tensor, label: int, kind: str, degrees: Sequence[float]
 ) -> NDArray[np.float64]:
@@ -432,6 +445,42 @@ def measure_invariance(
         rows.append((flat[1:] - flat[0]).norm(dim=1) / torch.where(norm > 0, norm, torch.nan))
     rows.append(net.classify(features[-1][0]).softmax(dim=1)[1:, label].double())
     return torch.stack(rows).cpu().numpy()
+
+
+class Change(NamedTuple):
+    """What one kind of `change` does to some images.
+
+    Attributes:
+        degrees: How far they are changed.
+        curves: What `measure_invariance` finds, (images, 3, degrees).
+        shown: Five of the degrees.
+        examples: The images after these, for display, (images, 5, 3, 96, 96) from 0 to 1.
+    """
+
+    degrees: Sequence[float]
+    curves: NDArray[np.float64]
+    shown: Sequence[float]
+    examples: NDArray[np.float32]
+
+
+def change_images(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    checkpoint: Checkpoint,
+    device: torch.device,
+    kind: str,
+    degrees: Sequence[float],
+) -> Change:
+    """Change images in one of the `CHANGES`, measure what the network makes of it and keep some to show."""
+    normalised = normalise(torch.from_numpy(images).to(device), checkpoint.mean, checkpoint.std)
+    curves = [
+        measure_invariance(checkpoint.net, image, int(label), kind, degrees)
+        for image, label in zip(normalised, labels, strict=True)
+    ]
+    shown = [degrees[k] for k in np.linspace(0, len(degrees) - 1, 5).round().astype(int)]
+    changed = torch.stack([change(normalised.cpu(), **{kind: degree}) for degree in shown], dim=1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoint.mean, checkpoint.std))
+    return Change(degrees, np.stack(curves), shown, (changed * std + mean).clamp(0, 1).numpy())
 
 
 def draw_class_filters(
@@ -479,21 +528,21 @@ def show(ax: Axes, picture: NDArray[Any], text: str = "", **options: Any) -> Any
 
 
 def draw_class(
+    ranking: pd.DataFrame,
     means: NDArray[np.float64],
     images: NDArray[np.uint8],
     magnitudes: NDArray[np.float64],
-    row_texts: Sequence[str],
-    image_texts: Sequence[Sequence[str]],
+    values: NDArray[np.float32],
     heading: str,
 ) -> Figure:
     """Draw a class's top filters, one a row: mean magnitude, then pairs of image and projection laid over it.
 
     Args:
+        ranking: What `rank_filters` says of these filters.
         means: Magnitude averaged over all images of the class, (filters, 96, 96).
         images: That drive each filter most, uint8 (filters, images, 3, 96, 96).
         magnitudes: Of the projections in these images, (filters, images, 96, 96).
-        row_texts: What is written beside each row.
-        image_texts: What is written above each image.
+        values: Strongest activations there, (filters, images).
         heading: Title.
     """
     filters, count = images.shape[:2]
@@ -504,13 +553,16 @@ def draw_class(
     top = robust_scale(magnitudes)  # one for all: a few bright pixels shall not hide the others
     colours = sns.color_palette("rocket", as_cmap=True)(np.linspace(0.3, 1, 256))
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
-    for k, row in enumerate(axes):
+    for k, (row, of_filter) in enumerate(zip(axes, ranking.itertuples(), strict=True)):
         text = "" if k else "mean over the class"
         mean = show(row[0], means[k], text, cmap="mako", vmin=0, vmax=float(means.max()) or 1.0)
-        row[0].set_ylabel(row_texts[k], rotation=0, ha="right", va="center", parse_math=False)
+        text = f"filter {of_filter.filter}\nselectivity {of_filter.selectivity:.2f}\n"
+        text += f"mean activation {of_filter.activation_mean:.2f}"
+        text += "" if of_filter.prefers else "\nprefers another class"
+        row[0].set_ylabel(text, rotation=0, ha="right", va="center")
         for i, (left, right) in enumerate(row[1:].reshape(-1, 2)):
             picture = np.moveaxis(images[k, i], 0, 2)
-            show(left, picture, image_texts[k][i])
+            show(left, picture, f"activation {values[k, i]:.2f}")
             show(right, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)  # 255 is the brightest: dimmed
             over = show(right, magnitudes[k, i], cmap=ListedColormap(colours), vmin=0, vmax=top)
     bar = fig.colorbar(mean, ax=axes[:, 0], location="bottom", aspect=10, pad=0.02)
@@ -562,7 +614,7 @@ def draw_occlusion(
     magnitudes: NDArray[np.float64],
     labels: NDArray[np.int64],
     names: Sequence[str],
-    texts: Sequence[str],
+    filters: NDArray[np.int64],
     side: int,
     stride: int,
     heading: str,
@@ -575,7 +627,7 @@ def draw_occlusion(
         magnitudes: Of the filters' projections, (images, 96, 96).
         labels: Of the images.
         names: Of the classes.
-        texts: What is written beside each row.
+        filters: The filter of each image.
         side: Of the square, in pixels.
         stride: Pixels from one position to the next.
         heading: Title.
@@ -591,16 +643,13 @@ def draw_occlusion(
     relative, best = found.relative(), found.probability.argmax(axis=3)
     top = robust_scale(magnitudes)
     colours = ListedColormap([CLASS_COLOURS[k % len(CLASS_COLOURS)] for k in range(len(names))])
-    above: tuple[str, ...] = (
-        "image, square",
-        "activity of its\nstrongest filter",
-        "projection of\nthis filter",
-    )
-    above += ("probability of\nthe true class", "most probable\nclass")
+    above = ["image, square", "activity of its\nstrongest filter", "projection of\nthis filter"]
+    above += ["probability of\nthe true class", "most probable\nclass"]
     for k, row in enumerate(axes):
-        column_texts = ("",) * 5 if k else above
+        column_texts = [""] * 5 if k else above
         show(row[0], np.moveaxis(images[k], 0, 2), column_texts[0], extent=whole)
-        row[0].set_ylabel(texts[k], rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
+        text = f"{names[labels[k]]}\nfilter {filters[k]}\nactivity {found.whole[k]:.2f}"
+        row[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
         lowest = np.unravel_index(found.activity[k].argmin(), found.activity[k].shape)
         top_left = [place * stride + stride // 2 - side // 2 for place in reversed(lowest)]
         for colour, width in (("black", 2.2), ("white", 1.0)):
@@ -645,23 +694,19 @@ def draw_occlusion(
 
 
 def draw_correlations(
-    values: Sequence[NDArray[np.float64]],
-    medians: Sequence[tuple[float, float, float]],
-    texts: Sequence[str],
-    heading: str,
+    values: Mapping[str, NDArray[np.float64]], medians: Sequence[tuple[float, float, float]], heading: str
 ) -> Figure:
     """Draw distributions, one a row: a point an image, the median with its 95 % bootstrap interval.
 
     Args:
-        values: Rank correlations; nan is left out.
+        values: Rank correlations by what is written beside the row; nan is left out.
         medians: Of each row what `median_interval` returned.
-        texts: What is written beside each row.
         heading: Title.
     """
     fig, ax = plt.subplots(figsize=(8, 1.1 + 1.0 * len(values)), dpi=200, layout="constrained")
     ax.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     colours = sns.color_palette("colorblind", len(values))
-    rows = zip(values, medians, colours, strict=True)
+    rows = zip(values.values(), medians, colours, strict=True)
     for row, (some, (median, low, high), colour) in enumerate(rows):
         known = np.sort(some[~np.isnan(some)])
         # neighbours in rank lie on different heights, so that few points hide each other
@@ -674,7 +719,7 @@ def draw_correlations(
         place = min(max(median, -0.65), 0.65) if known.size else 0.0
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         ax.annotate(note, (place, row + 0.25), ha="center", va="top", fontsize=8, bbox=box)
-    ax.set_yticks(range(len(texts)), texts, parse_math=False)
+    ax.set_yticks(range(len(values)), list(values))
     ax.tick_params(axis="y", length=0)
     ax.set(xlim=(-1, 1), ylim=(len(values) - 0.45, -0.5))
     ax.set_xlabel("rank correlation between drop in activity and magnitude under the square")
@@ -684,55 +729,42 @@ def draw_correlations(
 
 
 def draw_invariance(
-    examples: Sequence[NDArray[np.float32]],
-    measured: Sequence[NDArray[np.float64]],
-    kinds: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    labels: Sequence[int],
-    names: Sequence[str],
-    heading: str,
+    changes: Mapping[str, Change], labels: Sequence[int], names: Sequence[str], heading: str
 ) -> Figure:
     """Draw the layout of the paper's Figure 5, one kind of change a row: examples, distances, probability.
 
     Args:
-        examples: For each kind, changed images (images, examples, 3, 96, 96) from 0 to 1.
-        measured: For each kind, (images, 3, degrees), as `measure_invariance` returns it for one image.
-        kinds: For each kind its name on the axes, the degrees, and the degrees of the examples.
+        changes: By kind, one of `CHANGES`.
         labels: Of the images.
         names: Of the classes.
         heading: Title.
     """
+    size, widths = (8, 0.9 + 1.95 * len(changes)), [1.15, 1, 1, 1]
     fig, axes = plt.subplots(
-        len(kinds),
-        4,
-        figsize=(8, 0.9 + 1.95 * len(kinds)),
-        dpi=200,
-        sharey="col",
-        squeeze=False,
-        width_ratios=[1.15, 1, 1, 1],
-        layout="constrained",
+        len(changes), 4, figsize=size, dpi=200, sharey="col", width_ratios=widths, layout="constrained"
     )
     above = "examples", "distance in conv1", "distance in conv4", "probability of\nthe true class"
     colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in labels]
     styles = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-    for number, (row, pictures, curves, kind) in enumerate(zip(axes, examples, measured, kinds, strict=True)):
-        name, degrees, shown = kind
-        images, columns = pictures.shape[:2]
+    for number, (row, (kind, found)) in enumerate(zip(axes, changes.items(), strict=True)):
+        images, columns = found.examples.shape[:2]
         # (images, examples, 3, rows, columns) -> one sheet
-        sheet = pictures.transpose(0, 3, 1, 4, 2).reshape(images * IMAGE_SIZE, columns * IMAGE_SIZE, 3)
+        sheet = found.examples.transpose(0, 3, 1, 4, 2).reshape(images * IMAGE_SIZE, -1, 3)
         row[0].imshow(sheet, interpolation="nearest", extent=(0, columns, images, 0), aspect="equal")
-        row[0].set_xticks(np.arange(columns) + 0.5, [f"{degree:g}" for degree in shown])
+        row[0].set_xticks(np.arange(columns) + 0.5, [f"{degree:g}" for degree in found.shown])
         row[0].set_yticks([])
-        row[0].set_xlabel(name)
+        row[0].set_xlabel(CHANGES[kind])
         for k, colour in enumerate(colours):
             row[0].add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=colour, clip_on=False))
-            for ax, curve in zip(row[1:], curves[k], strict=True):
-                label = names[labels[k]]
-                ax.plot(degrees, curve, color=colour, linestyle=styles[k % len(styles)], label=label)
+            options = {"color": colour, "linestyle": styles[k % len(styles)], "label": names[labels[k]]}
+            for ax, curve in zip(row[1:], found.curves[k], strict=True):
+                ax.plot(found.degrees, curve, **options)
         for ax, text in zip(row, above, strict=True):
             ax.set_title("" if number else text, fontsize=9)
             ax.tick_params(labelsize=7)
         for ax in row[1:]:
-            ax.set(xlabel=name, xlim=(degrees[0], degrees[-1]))
+            ax.set(xlabel=CHANGES[kind])
+            ax.margins(x=0)
             sns.despine(ax=ax)
     for ax in axes[:, 1:3].flat:
         ax.set_ylim(bottom=0)
@@ -748,177 +780,134 @@ def draw_invariance(
 
 
 def main() -> None:
-    """Draw the class x filter heatmap, one figure for each class, and the first image of each class."""
+    """Draw filters over all classes, in each class, in single images, in occluded and in changed ones."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    if min(TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE, CHUNK) < 1:
-        raise SystemExit("TOP_FILTERS, TOP_IMAGES, SUMMED_FILTERS, BATCH_SIZE and CHUNK must be at least 1")
-    degrees: dict[str, list[float]] = {"shift": list(SHIFTS), "zoom": list(ZOOMS), "angle": list(ANGLES)}
-    if min(OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES, RESAMPLINGS) < 1:
-        raise SystemExit(
-            "OCCLUDED_IMAGES, OCCLUSION_BATCH, INVARIANCE_IMAGES and RESAMPLINGS must be at least 1"
-        )
-    for setting, value in {
-        "OCCLUDER": OCCLUDER,
-        "OCCLUSION_STRIDE": OCCLUSION_STRIDE,
-        "OCCLUSION_STRIDE_MANY": OCCLUSION_STRIDE_MANY,
-    }.items():
-        if not 1 <= value <= IMAGE_SIZE:
-            raise SystemExit(f"{setting} is {value}; expected 1 to {IMAGE_SIZE} pixels")
-    if not all(degrees.values()) or min(degrees["zoom"]) <= 0:
-        raise SystemExit("SHIFTS, ZOOMS and ANGLES must each hold a number, ZOOMS only numbers above 0")
+    check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
+    check_numbers(1, 30, TOP_FILTERS=TOP_FILTERS)
+    check_numbers(1, 12, TOP_IMAGES=TOP_IMAGES)
+    check_numbers(1, SUMMED_FILTERS=SUMMED_FILTERS, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK)
+    check_numbers(1, OCCLUDED_IMAGES=OCCLUDED_IMAGES, OCCLUSION_BATCH=OCCLUSION_BATCH)
+    check_numbers(1, INVARIANCE_IMAGES=INVARIANCE_IMAGES, RESAMPLINGS=RESAMPLINGS)
+    check_numbers(1, IMAGE_SIZE, OCCLUDER=OCCLUDER, OCCLUSION_STRIDE=OCCLUSION_STRIDE)
+    check_numbers(1, IMAGE_SIZE, OCCLUSION_STRIDE_MANY=OCCLUSION_STRIDE_MANY)
+    check_numbers(-1000, 1000, whole=False, several=True, SHIFTS=SHIFTS, ANGLES=ANGLES)
+    check_numbers(0, 100, whole=False, several=True, ZOOMS=ZOOMS)
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     names, folder = checkpoint.class_names, OUTPUTS / "heatmaps"
-    last_line = f"this was the last stage: look at the pictures in {folder}/"
-    activations = load_activations(OUTPUTS / "activations.npz", checkpoint)
-    values, positions = activations[f"{LAYER}_max"], activations[f"{LAYER}_position"]
-    filter_metrics, class_metrics = read_tables(OUTPUTS, values, activations["labels"], names)
     images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
-    if not np.array_equal(labels, activations["labels"]):
-        raise SystemExit(f"{OUTPUTS / 'activations.npz'} has other labels: run `uv run deconv_full.py` again")
+    values, positions = load_activations(OUTPUTS / "activations.npz", checkpoint, labels)
+    filter_metrics, class_metrics = read_tables(OUTPUTS, values, labels, names)
     living = sort_filters(filter_metrics, names)
     if living.empty:
         raise SystemExit(f"no filter of {LAYER} fires on any test image: run `uv run train_CNN.py` again")
     source = f"{len(images):,} test images of {title(checkpoint.dataset)}"
     print(f"drawing {LAYER} on {source} on {device}, torch {torch.__version__}")
     source += f" ({checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%})"
+    last_line = f"this was the last stage: look at the pictures in {folder}/"
 
-    path = folder / "class_filter_heatmap.png"
+    def save(figure: Figure, name: str) -> None:
+        save_figure(figure, folder / name)
+        print(f"wrote {folder / name}", flush=True)
+
+    project = partial(
+        sum_projections, images, checkpoint, device, positions, batch_size=BATCH_SIZE, chunk=CHUNK
+    )
+
+    # over all classes
     heading = f"{LAYER} on {source}; {len(filter_metrics) - len(living)} dead filters left out"
-    save_figure(draw_class_filters(mean_table(class_metrics, names), living, names, heading), path)
-    print(f"wrote {path}", flush=True)
+    means = mean_table(class_metrics, names)
+    save(draw_class_filters(means, living, names, heading), "class_filter_heatmap.png")
 
+    # in each class
     for old in folder.glob("class_[0-9]*.png"):  # of a data set with other classes
         old.unlink()
     chosen, sums = [], []  # first image of each class; its summed magnitude and signed sum
     for label, name in enumerate(names):
-        members = np.flatnonzero(labels == label)
         ranking = rank_filters(filter_metrics, class_metrics, LAYER, name).head(TOP_FILTERS)
         if ranking.empty:
             print(f"{name}: no test images, nothing to draw")
             continue
-        filters = ranking["filter"].to_numpy(np.int64)
+        members, filters = np.flatnonzero(labels == label), ranking["filter"].to_numpy(np.int64)
         order = np.argsort(-values[members][:, filters], axis=0, kind="stable")[:TOP_IMAGES]
         top = members[order].T  # (filters, images)
         strongest = np.argsort(-values[members[0]], kind="stable")[:SUMMED_FILTERS]
         groups = [pairs(members, filter_) for filter_ in filters]
         groups += [pairs(image, filter_) for filter_, row in zip(filters, top, strict=True) for image in row]
-        groups.append(pairs(members[0], strongest))
-        magnitudes, signed = sum_projections(
-            images, checkpoint, device, positions, groups, BATCH_SIZE, CHUNK, name
-        )
+        magnitudes, signed = project([*groups, pairs(members[0], strongest)], doing=name)
         chosen.append(members[0])
         sums.append((magnitudes[-1], signed[-1]))
+        means, panels = magnitudes[: len(filters)] / len(members), magnitudes[len(filters) : -1]
+        panels = panels.reshape(*top.shape, IMAGE_SIZE, IMAGE_SIZE)
+        heading = f"{name}: top {len(filters)} filters of {LAYER}, {len(members):,} of the {source}"
+        figure = draw_class(ranking, means, images[top], panels, values[top, filters[:, None]], heading)
+        save(figure, f"class_{label}_{safe_name(name)}.png")
 
-        n = len(filters)
-        columns = ranking["selectivity"], ranking["activation_mean"], ranking["prefers"]
-        row_texts = [
-            f"filter {number}\nselectivity {selectivity:.2f}\nmean activation {mean:.2f}"
-            + ("" if prefers else "\nprefers another class")
-            for number, selectivity, mean, prefers in zip(filters, *columns, strict=True)
-        ]
-        image_texts = [[f"activation {value:.2f}" for value in row] for row in values[top, filters[:, None]]]
-        panels = magnitudes[n:-1].reshape(*top.shape, IMAGE_SIZE, IMAGE_SIZE)
-        heading = f"{name}: top {n} filters of {LAYER}, {len(members):,} of the {source}"
-        figure = draw_class(
-            magnitudes[:n] / len(members), images[top], panels, row_texts, image_texts, heading
-        )
-        path = folder / f"class_{label}_{safe_name(name)}.png"
-        save_figure(figure, path)
-        print(f"wrote {path}", flush=True)
-
+    # in single images
     rising = np.sort(values[chosen], axis=1)
     shares = rising[:, -SUMMED_FILTERS:].sum(axis=1) / rising.sum(axis=1)
     heading = f"First image of each class, from the {source}.\nAdded up: projections of its {SUMMED_FILTERS}"
     heading += f" strongest filters of {LAYER}; of all filters'\nactivations, each at its strongest unit, "
     heading += f"they hold {shares.min():.0%} to {shares.max():.0%}"
     magnitudes, signed = (np.stack(parts) for parts in zip(*sums, strict=True))
-    shown = [name for label, name in enumerate(names) if (labels == label).any()]
-    save_figure(draw_images(images[chosen], magnitudes, signed, shown, heading), folder / "images.png")
-    print(f"wrote {folder / 'images.png'}", flush=True)
+    shown = [names[label] for label in labels[chosen]]
+    save(draw_images(images[chosen], magnitudes, signed, shown, heading), "images.png")
 
+    # in occluded images
     share = -(-OCCLUDED_IMAGES // len(names))  # images a class, rounded up
     right = correct_images(images, labels, checkpoint, device, share, BATCH_SIZE)
     for label, name in enumerate(names):
         if (labels == label).any() and not right[label].size:
             print(f"{name}: no test image is classified correctly, none is occluded or changed")
     first, many = in_turn([some[:1] for some in right], len(names)), in_turn(right, OCCLUDED_IMAGES)
-    paths = [folder / f"{name}.png" for name in ("occlusion", "occlusion_correlation", "invariance")]
     if not first.size:
-        for path in paths:
-            path.unlink(missing_ok=True)  # of another checkpoint
+        for name in ("occlusion", "occlusion_correlation", "invariance"):
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of another checkpoint
         print(f"nothing to occlude or change\n{last_line}")
         return
-
-    filters = values[first].argmax(axis=1)
-    covered = square_positions(OCCLUDER, OCCLUSION_STRIDE)
+    filters, covered = values[first].argmax(axis=1), square_positions(OCCLUDER, OCCLUSION_STRIDE)
     found = slide_square(images[first], filters, checkpoint, device, covered, OCCLUSION_BATCH, "occlusion")
-    groups = [pairs(image, filter_) for image, filter_ in zip(first, filters, strict=True)]
-    magnitudes, _ = sum_projections(
-        images, checkpoint, device, positions, groups, BATCH_SIZE, CHUNK, "projections"
-    )
-    texts = [
-        f"{names[labels[image]]}\nfilter {filter_}\nactivity {whole:.2f}"
-        for image, filter_, whole in zip(first, filters, found.whole, strict=True)
-    ]
-    heading = (
-        f"A grey square of {OCCLUDER} x {OCCLUDER} pixels slides over the first correctly classified image"
-    )
-    heading += f" of each class,\n{len(first)} of the {source}. Strongest filter: of {LAYER};\n"
+    magnitudes, _ = project([pairs(*of) for of in zip(first, filters, strict=True)], doing="projections")
+    heading = f"A grey square of {OCCLUDER} x {OCCLUDER} pixels slides over the first correctly classified"
+    heading += f" image of each class,\n{len(first)} of the {source}. Strongest filter: of {LAYER};\n"
     heading += "its activity: sum over its map. Frame: the square where the activity is lowest"
-    figure = draw_occlusion(
-        images[first], found, magnitudes, labels[first], names, texts, OCCLUDER, OCCLUSION_STRIDE, heading
-    )
-    save_figure(figure, paths[0])
-    print(f"wrote {paths[0]}", flush=True)
+    what = images[first], found, magnitudes, labels[first], names, filters
+    save(draw_occlusion(*what, OCCLUDER, OCCLUSION_STRIDE, heading), "occlusion.png")
 
     if len(many) < OCCLUDED_IMAGES:
         print(f"occlusion: {len(many)} images instead of {OCCLUDED_IMAGES}, no more are classified correctly")
-    filters = values[many].argmax(axis=1)
-    covered = square_positions(OCCLUDER, OCCLUSION_STRIDE_MANY)
+    filters, covered = values[many].argmax(axis=1), square_positions(OCCLUDER, OCCLUSION_STRIDE_MANY)
     found = slide_square(images[many], filters, checkpoint, device, covered, OCCLUSION_BATCH, "occlusion")
     others = next_firing(values[many][:, filters] > 0)
-    groups = [pairs(*of) for chosen in (many, many[others]) for of in zip(chosen, filters, strict=True)]
-    magnitudes, _ = sum_projections(
-        images, checkpoint, device, positions, groups, BATCH_SIZE, CHUNK, "projections"
-    )
+    groups = [pairs(*of) for some in (many, many[others]) for of in zip(some, filters, strict=True)]
+    magnitudes, _ = project(groups, doing="projections")
     magnitudes[len(many) :][others == np.arange(len(many))] = 0  # no other image to compare with
     own, control = (rank_correlations(found.drop(), some, covered) for some in np.split(magnitudes, 2))
-    print("rank correlation between drop in activity and magnitude under the square, median over images:")
     compared = {"own projection": own, "another image's": control, "difference": own - control}
-    medians = {text: median_interval(some, RESAMPLINGS, 0) for text, some in compared.items()}
-    for text, some in compared.items():
-        print(f"  {text:<16}" + "{:6.2f}  (95 % interval {:.2f} to {:.2f})".format(*medians[text]))
+    medians = [median_interval(some, RESAMPLINGS, 0) for some in compared.values()]
+    print("rank correlation between drop in activity and magnitude under the square, median over images:")
+    for (text, some), median in zip(compared.items(), medians, strict=True):
+        print(f"  {text:<16}" + "{:6.2f}  (95 % interval {:.2f} to {:.2f})".format(*median))
         if missing := int(np.isnan(some).sum()):
             print(f"  {'':<16}without {missing} of {len(some)} images: nothing drops or nothing is projected")
     heading = (
-        f"Does a filter's activity drop where its projection shows structure? {len(many)} of the\n{source}; "
+        f"Does a filter's activity drop where its projection shows structure? {len(many)} of the\n{source}"
     )
-    heading += f"square of {OCCLUDER} x {OCCLUDER} pixels,\n{len(covered)} x {len(covered)} positions; "
+    heading += f"; square of {OCCLUDER} x {OCCLUDER} pixels,\n{len(covered)} x {len(covered)} positions; "
     heading += f"strongest filter of {LAYER}; a point is an image, the bar a 95 % interval"
-    texts = ["the image's\nown projection", "the same filter's\nprojection of\nanother image"]
-    save_figure(draw_correlations([own, control], list(medians.values())[:2], texts, heading), paths[1])
-    print(f"wrote {paths[1]}", flush=True)
+    beside = {"the image's\nown projection": own, "the same filter's\nprojection of\nanother image": control}
+    save(draw_correlations(beside, medians[:2], heading), "occlusion_correlation.png")
 
+    # in images that are moved, enlarged and turned
     moved = first[:INVARIANCE_IMAGES]
-    normalised = normalise(torch.from_numpy(images[moved]).to(device), checkpoint.mean, checkpoint.std)
-    examples, curves, kinds = [], [], []
-    for kind, values_of in degrees.items():
-        example_degrees = [values_of[k] for k in np.linspace(0, len(values_of) - 1, 5).round().astype(int)]
-        kinds.append((CHANGES[kind], values_of, example_degrees))
-        examples.append(change_examples(images[moved], checkpoint, kind, example_degrees))
-        curves.append(
-            np.stack(
-                [
-                    measure_invariance(checkpoint.net, image, int(label), kind, values_of)
-                    for image, label in zip(normalised, labels[moved], strict=True)
-                ]
-            )
-        )
+    changes = {
+        kind: change_images(images[moved], labels[moved], checkpoint, device, kind, list(degrees))
+        for kind, degrees in (("shift", SHIFTS), ("zoom", ZOOMS), ("angle", ANGLES))
+    }
     heading = f"Features of {len(moved)} moved, enlarged and turned images: distance from those of the\n"
     heading += f"unchanged image, as a share of their norm; {source}"
-    save_figure(draw_invariance(examples, curves, kinds, labels[moved].tolist(), names, heading), paths[2])
-    print(f"wrote {paths[2]}\n{last_line}")
+    save(draw_invariance(changes, labels[moved].tolist(), names, heading), "invariance.png")
+    print(last_line)
 
 
 if __name__ == "__main__":

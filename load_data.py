@@ -8,18 +8,20 @@ Every later stage takes its images from here, and the functions that write a fil
 """
 
 import cmath
+import errno
+import glob
 import hashlib
 import math
 import os
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -113,18 +115,23 @@ def title(dataset: str) -> str:
     return "STL-10" if dataset == "stl10" else "generated shapes"
 
 
-def find_dataset(dataset: str, data_dir: Path) -> str:
+def find_dataset(dataset: str, data_dir: Path | str) -> str:
     """Return what the setting DATASET means here, "stl10" or "shapes"; download what is missing of STL-10.
 
     Generated images replace STL-10 only for "auto", only where no file of STL-10 is there, and with a notice.
 
     Raises:
-        SystemExit: If the setting is unknown, a file is damaged, or STL-10 is asked for and cannot be had.
+        SystemExit: If the setting is unknown, a file is damaged, a folder is a file or a link to nothing, or
+            STL-10 is asked for and cannot be had.
+        OSError: If this machine's disk cannot take what is downloaded.
     """
     check_choice(dataset, "auto", "stl10", "shapes")
     if dataset == "shapes":
         return "shapes"
-    folder = data_dir / FOLDER
+    folder = Path(data_dir) / FOLDER
+    for part in (folder.parent, folder):
+        if not part.is_dir() and (part.exists() or part.is_symlink()):
+            raise SystemExit(f"{part} is no folder: remove it, or set DATA_DIR to where STL-10 is")
     present = [name for name in FILES if (folder / name).exists()]
     for name in present:
         check_file(folder / name)
@@ -132,7 +139,7 @@ def find_dataset(dataset: str, data_dir: Path) -> str:
         return "stl10"
     print(f"downloading STL-10 from {URL} to {folder}", flush=True)
     try:
-        download(data_dir, URL, TIMEOUT)
+        download(folder.parent, URL, TIMEOUT)
         return "stl10"
     except DownloadError as error:
         failed = f"STL-10 could not be downloaded from {URL} ({error})"
@@ -146,7 +153,7 @@ def find_dataset(dataset: str, data_dir: Path) -> str:
     return "shapes"
 
 
-def load_split(dataset: str, data_dir: Path, split: str) -> Split:
+def load_split(dataset: str, data_dir: Path | str, split: str) -> Split:
     """Read and check, or generate, the split "train" or "test" of "stl10" or "shapes".
 
     Raises:
@@ -155,7 +162,7 @@ def load_split(dataset: str, data_dir: Path, split: str) -> Split:
     check_choice(dataset, "stl10", "shapes")
     if dataset == "shapes":
         return generate_shapes(split)
-    image_path, label_path = (data_dir / FOLDER / f"{split}_{kind}.bin" for kind in "Xy")
+    image_path, label_path = (Path(data_dir) / FOLDER / f"{split}_{kind}.bin" for kind in "Xy")
     check_file(image_path)
     check_file(label_path)
     # Each channel is stored column by column: (images, 3, columns, rows) -> (images, 3, rows, columns).
@@ -176,7 +183,8 @@ def check_file(path: Path) -> None:
     The sum is computed once: verified.txt beside the data tells of files unchanged since.
     """
     if not path.is_file():
-        raise SystemExit(f"{path} not found: run `uv run load_data.py` first")
+        found = "is no file: remove it and" if path.exists() else "not found:"
+        raise SystemExit(f"{path} {found} run `uv run load_data.py` first")
     (size, md5), stat = FILES[path.name], path.stat()
     if stat.st_size != size:
         raise SystemExit(f"{path} has {stat.st_size:,} bytes, expected {size:,}: {AGAIN}")
@@ -203,29 +211,83 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
         if sys.stdout:
-            sys.stdout.flush()
+            sys.stdout.flush()  # here rather than at the end, where nobody would catch what it raises
     except KeyboardInterrupt:
         raise SystemExit("interrupted: what was written is whole; run again") from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
         raise SystemExit("the output was closed before the end; run again with all of it shown") from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = error.filename2 or error.filename  # the former is what a partial file should have replaced
+        where = f"{where}: " if where else ""
         raise SystemExit(f"{where}{error.strerror or error}; mend that and run again") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise SystemExit("out of memory: lower BATCH_SIZE and run again") from None
+    except Exception as error:
+        if not no_memory(error):
+            raise
+        raise SystemExit("out of memory: close other programs or lower BATCH_SIZE, and run again") from None
+    finally:
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except OSError:  # closed or full; Python would flush once more at the end and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def no_memory(error: Exception) -> bool:
+    """Say whether an error means that memory ran out; torch says so of the CPU's in a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ("DefaultCPUAllocator: ", "MPS backend out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to; it is renamed to `path` if the block ends well and removed if it does not."""
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """Give a path to write to; it is renamed to `path` if the block ends well and removed if it does not.
+
+    The path is NAME.PROCESS.partial, so that two runs in one folder never rename each other's half file. What
+    killed runs left of the same file is removed first: partial files whose process has ended, or that nobody
+    has written to for a day.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        process = old.name.removeprefix(f"{path.name}.").removesuffix(".partial")
+        with suppress(OSError):  # another run may have been faster
+            idle = time.time() - old.stat().st_mtime  # seconds
+            if process.isdecimal() and (idle > 86_400 or not is_running(int(process))):
+                old.unlink()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Say whether there is, or may be, a process of that number."""
+    if os.name == "nt":  # Windows would end it rather than answer
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def open_archive(file: IO[bytes]) -> zipfile.ZipFile:
+    """Open a zip archive that unpacks to no more than its own size, as those written here do.
+
+    Raises:
+        ValueError: If it unpacks to more.
+        Exception: Others, if it is damaged or no archive.
+    """
+    archive = zipfile.ZipFile(file)
+    if sum(member.file_size for member in archive.infolist()) > file.seek(0, os.SEEK_END):
+        raise ValueError("unpacks to more than it holds")
+    return archive
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -247,9 +309,10 @@ def download(data_dir: Path, url: str, timeout: float) -> None:
 
     Raises:
         DownloadError: If it failed; files that were whole by then stay.
+        OSError: If this machine's disk cannot take the files.
     """
     folder = data_dir / FOLDER
-    missing = {name for name in FILES if not (folder / name).exists()}
+    missing, extras = ({name for name in names if not (folder / name).exists()} for names in (FILES, EXTRAS))
     bar = tqdm(total=sum(FILES[name][0] for name in missing), unit="B", unit_scale=True, disable=None)
     try:
         with bar, urllib.request.urlopen(url, timeout=timeout) as response:
@@ -258,12 +321,12 @@ def download(data_dir: Path, url: str, timeout: float) -> None:
             with tarfile.open(fileobj=response, mode="r|gz") as archive:
                 for member in archive:
                     name = PurePosixPath(member.name).name
-                    bar.set_description(name)
+                    bar.set_description(name if name.isprintable() else "")
                     content = archive.extractfile(member) if member.isreg() else None
                     if content and name in missing:
                         save_member(content, folder / name, bar)
                         missing.remove(name)
-                    elif content and name in EXTRAS and member.size < 1_000_000:
+                    elif content and name in extras and member.size < 1_000_000:
                         with whole_file(folder / name) as partial:
                             partial.write_bytes(content.read())
                     if not missing:
@@ -271,8 +334,14 @@ def download(data_dir: Path, url: str, timeout: float) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         raise DownloadError(str(error)) from None
-    except (OSError, EOFError, ValueError, HTTPException, tarfile.TarError, zlib.error) as error:
-        raise DownloadError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+    except DownloadError:
+        raise
+    except Exception as error:  # what comes from the net may be anything, and tarfile stumble over it
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or getattr(error, "filename", None) or no_memory(error):  # not the network, this machine
+            raise
+        reason = " ".join(str(getattr(error, "reason", error)).split())
+        raise DownloadError(reason or type(error).__name__) from error
     raise DownloadError(f"the archive ended before {', '.join(sorted(missing))}")
 
 
@@ -426,34 +495,68 @@ def load_arrays(path: Path, made_by: str, dtypes: Mapping[str, str]) -> Arrays:
     Raises:
         SystemExit: If the file is missing, damaged or foreign; names `made_by`, the script that writes it.
     """
+    path = Path(path)
     if not path.is_file():
-        raise SystemExit(f"{path} not found: run `uv run {made_by}` first")
+        found = "is no file: remove it and" if path.exists() else "not found:"
+        raise SystemExit(f"{path} {found} run `uv run {made_by}` first")
     again = f"run `uv run {made_by}` again"
-    made_from, found = ("checkpoint_sha256", "dataset", "class_names"), {}
+    made_from = ("checkpoint_sha256", "dataset", "class_names")
+    arrays: dict[str, NDArray[Any]] = {}
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with path.open("rb") as file, open_archive(file) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers written by Python 2; damage can look like that
             for key in (*made_from, *dtypes):
-                if key not in content:
+                if f"{key}.npy" not in archive.namelist():
                     raise SystemExit(f"{path} has no {key!r}: {again}")
-                found[key] = np.asarray(content[key])
-    except (ValueError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+                arrays[key] = read_array(archive, f"{key}.npy")
+        texts = [arrays[key].tolist() for key in made_from if arrays[key].dtype.kind == "U"]
+    except Exception as error:  # in a damaged file numpy's reader can stumble over nearly anything
+        if no_memory(error):
+            raise
         raise SystemExit(f"{path} is damaged or no array file of this project: {again}") from None
-    for key, array in found.items():
+    for key, array in arrays.items():
         kind, expected = "text" if array.dtype.kind == "U" else str(array.dtype), dtypes.get(key, "text")
         if kind != expected:
             raise SystemExit(f"{path} has {key!r} of type {kind}, expected {expected}: {again}")
-    sha256, dataset, names = (found.pop(key) for key in made_from)
-    return Arrays(str(sha256), str(dataset), names.ravel().tolist(), found)
+    sha256, dataset, names = texts
+    for key in made_from:
+        if arrays.pop(key).ndim != (key == "class_names"):
+            raise SystemExit(f"{path} has {key!r} of another shape than expected: {again}")
+    for text in (sha256, dataset, *names):
+        if not text.isprintable():
+            raise SystemExit(f"{path} has text that is not printable: {again}")
+    return Arrays(sha256, dataset, names, arrays)
+
+
+def read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """Read a member of an .npz file.
+
+    Raises:
+        ValueError: If its header claims more than is stored, before memory is taken for it.
+        Exception: Others, if it is damaged.
+    """
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):  # of texts with characters
+            read_header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if math.prod(shape) * dtype.itemsize > archive.getinfo(name).file_size:
+            raise ValueError("claims more than is stored")
+    with archive.open(name) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
-    """Draw ten images of each class, one class a row; fewer where a class has not as many."""
-    rows, columns = len(names), min(10, *np.bincount(data.labels, minlength=len(names)).tolist())
-    chosen = np.concatenate([np.flatnonzero(data.labels == label)[:columns] for label in range(rows)])
+    """Draw ten images of each class, one class a row; white where a class has not as many."""
+    rows, columns = len(names), min(10, int(np.bincount(data.labels).max()))
     step = SIZE + 4  # pixels from one image to the next
-    framed = np.pad(data.images[chosen], ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=255)
-    # (images, 3, step, step) -> (rows of images, step, columns of images, step, 3) -> one sheet
-    sheet = framed.reshape(rows, columns, 3, step, step).transpose(0, 3, 1, 4, 2)
+    framed = np.full((rows, columns, 3, step, step), 255, np.uint8)
+    for label in range(rows):
+        chosen = np.flatnonzero(data.labels == label)[:columns]
+        framed[label, : len(chosen), :, 2:-2, 2:-2] = data.images[chosen]
+    # (rows of images, columns of images, 3, step, step) -> (rows, step, columns, step, 3) -> one sheet
+    sheet = framed.transpose(0, 3, 1, 4, 2)
     fig, ax = plt.subplots(figsize=(8, 8), dpi=200, layout="constrained")
     ax.imshow(sheet.reshape(rows * step, columns * step, 3), interpolation="nearest")
     ax.set_xticks([])

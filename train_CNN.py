@@ -57,8 +57,9 @@ STRIDES = (2, 1, 1, 1)  # 2 in conv1 makes training several times faster
 POOL_SIZES = (2, 2, 2, 2)  # a layer without pooling covers projections with a grid of dots
 HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
 DROPOUT = 0.3  # of the classifier's inputs
+PARTIAL_IDENTITY = True  # conv2 to conv4 start with filters that hand their inputs on; False: all at random
 # training
-EPOCHS = 75  # passes over the training images
+EPOCHS = 50  # passes over the training images
 SHAPES_EPOCHS = 8  # passes over the generated images, if there are only those
 BATCH_SIZE = 64  # images a step
 LEARNING_RATE = 3e-3  # of AdamW; largest, after the warm-up
@@ -479,6 +480,7 @@ def main() -> None:
             "pool_sizes": POOL_SIZES,
             "head_size": HEAD_SIZE,
             "dropout": DROPOUT,
+            "partial_identity": PARTIAL_IDENTITY,
         },
         "train_on": TRAIN_ON,
         "epochs": EPOCHS,

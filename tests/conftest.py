@@ -67,6 +67,7 @@ def make_net() -> MakeNet:
         torch.manual_seed(seed)
         net = CNN(**{"filters": (5, 6, 7, 8), **config}).to(dtype)
         for block in net.blocks:
+            block.conv.reset_parameters()  # no copies of the layer below: hardly any would fire
             norm = block.bn
             assert norm.running_mean is not None and norm.running_var is not None
             torch.nn.init.normal_(norm.weight)

@@ -86,7 +86,7 @@ def one_core() -> None:
     """Leave one core, where the system can say so, and no standard output."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    sys.stdout = None  # type: ignore[assignment]
+    sys.stdout = None
 
 
 CONDITIONS: dict[str, Callable[[], object]] = {  # under which a stage can be run
@@ -116,7 +116,7 @@ def serve() -> None:
             assert hasattr(modules[stage], name), f"{stage} has no {name}"
             setattr(modules[stage], name, value)
         if stage != "load_data":
-            modules[stage].DEVICE = "cpu"
+            setattr(modules[stage], "DEVICE", "cpu")  # noqa: B010
     plt.rcParams["savefig.dpi"] = 20
     torch.set_num_threads(1)
     print("ready", flush=True)

@@ -55,6 +55,7 @@ def test_the_network_that_is_trained_is_the_default_and_has_256_filters_in_conv4
         "pool_sizes": list(train_CNN.POOL_SIZES),
         "head_size": train_CNN.HEAD_SIZE,
         "dropout": train_CNN.DROPOUT,
+        "partial_identity": train_CNN.PARTIAL_IDENTITY,
         "classes": 10,
     }
     assert train_CNN.FILTERS[-1] == 256
@@ -223,3 +224,5 @@ def test_conv2_to_conv4_start_as_partial_identity_and_conv1_at_random() -> None:
     assert torch.equal(net.blocks[2].conv(maps)[:, :6], maps)
     assert not torch.equal(net.blocks[2].conv(maps)[:, 6:8], maps[:, :2])
     assert bool((net.blocks[0].conv.weight != 0).all())
+    net = CNN(filters=(4, 6, 8, 8), pool_sizes=(1, 1, 1, 1), strides=(1, 1, 1, 1), partial_identity=False)
+    assert all(bool((block.conv.weight != 0).all()) for block in net.blocks)

@@ -1,5 +1,7 @@
 import re
+import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from analyse_projections import (
     area_under_roc,
     best_threshold,
     class_selectivity,
+    compare_networks,
     contributions,
     crossed_selectivity,
     draw_top_filters,
@@ -50,8 +53,8 @@ from analyse_projections import (
 )
 from CNN import CNN, LAYERS, Checkpoint, frame_sizes, receptive_fields
 from deconv import project_unit, window_of
-from deconv_full import top_images
-from load_data import Split, load_arrays, normalise, save_arrays
+from deconv_full import measure_activations, top_images
+from load_data import Arrays, Split, load_arrays, normalise, save_arrays
 
 OUTPUTS = Path("outputs")
 NAMES = ["cat, tabby", "$dog$_2", "ship"]
@@ -385,7 +388,7 @@ def test_a_run_writes_what_it_says_and_the_same_again(capsys: pytest.CaptureFixt
     assert lines[-1] == "next: uv run heatmap.py"
     written = [line.removeprefix("wrote ") for line in lines if line.startswith("wrote ")]
     assert set(map(Path, written)) == set(OUTPUTS.iterdir()) - {FIRST, SECOND, THIRD}
-    assert len(written) == 11
+    assert len(written) == 13
     for path in written:
         assert path.endswith(".csv") or Path(path).read_bytes().startswith(b"\x89PNG")
         assert path in str(analyse_projections.__doc__)
@@ -540,6 +543,19 @@ CPU = torch.device("cpu")
 MakeNet = Callable[..., CNN]
 
 
+@pytest.fixture
+def make_net(make_net: MakeNet) -> MakeNet:
+    """As the fixture of all tests, but no filter starts as a copy of the layer below."""
+
+    def make(seed: int = 0, **options: Any) -> CNN:
+        net = make_net(seed, **options)
+        for block in net.blocks:
+            block.conv.reset_parameters()
+        return net
+
+    return make
+
+
 def checkpoint_of(net: CNN, names: list[str] = NAMES) -> Checkpoint:
     return Checkpoint(net, "shapes", names, [0.4] * 3, [0.3] * 3, 5, 1, {"test_accuracy": 0.5}, "a1" * 32)
 
@@ -548,22 +564,24 @@ def some_images(count: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, 3, 96, 96), np.uint8)
 
 
+def stand_in_split(dataset: str, folder: Path, split: str) -> Split:
+    """Images that the measurements of `save` would have come from."""
+    labels = load_arrays(FIRST, "", {"labels": "int64"}).arrays["labels"]
+    return Split(some_images(len(labels), len(split)), labels)
+
+
+def stand_in_checkpoint(path: Path, device: torch.device) -> Checkpoint:
+    """The checkpoint that they would have come from."""
+    names = load_arrays(FIRST, "", {}).class_names
+    torch.manual_seed(0)
+    net = CNN(filters=(4, 5, 6, 7), classes=len(names)).eval().requires_grad_(False)
+    return checkpoint_of(net, names)
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands for the checkpoint and the images that the measurements of `save` would have come from."""
-
-    def load_split(dataset: str, folder: Path, split: str) -> Split:
-        labels = load_arrays(FIRST, "", {"labels": "int64"}).arrays["labels"]
-        return Split(some_images(len(labels), len(split)), labels)
-
-    def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
-        names = load_arrays(FIRST, "", {}).class_names
-        torch.manual_seed(0)
-        net = CNN(filters=(4, 5, 6, 7), classes=len(names)).eval().requires_grad_(False)
-        return checkpoint_of(net, names)
-
-    monkeypatch.setattr(analyse_projections, "load_split", load_split)
-    monkeypatch.setattr(analyse_projections, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(analyse_projections, "load_split", stand_in_split)
+    monkeypatch.setattr(analyse_projections, "load_checkpoint", stand_in_checkpoint)
     for name, value in (("DEVICE", "cpu"), ("RANDOMISED_UNITS", 4), ("PROBE_STEPS", 5)):
         monkeypatch.setattr(analyse_projections, name, value)
     monkeypatch.setattr(analyse_projections, "PROBE_INPUTS", 20)
@@ -687,7 +705,7 @@ def test_an_activation_survives_whole_if_all_that_it_sees_is_kept(make_net: Make
     shares = surviving_shares(images, *options)
     assert shares.index.tolist() == sorted(set(units.filter.tolist()))
     assert shares["window kept"].between(1 - 1e-4, 5).all()
-    assert (shares["random kept"] - 1).abs().min() > 1e-3
+    assert (shares["random kept"] - 1).abs().max() > 1e-3
     # the window being the whole image, everything is kept and the same unit is read
     whole = units._replace(origin=units.origin * 0 - 100, size=units.size * 0 + 300)
     shares = surviving_shares(images, checkpoint, whole, 1.0, CPU, 64, 0)
@@ -723,6 +741,8 @@ def test_random_weights_come_from_the_top_and_leave_lower_blocks_alone(make_net:
             ]
             assert all(same) if k < first else not any(same)
             if k >= first:
+                centre = block.conv.weight[:, :, 1, 1]
+                assert k == 0 or (centre.diagonal().abs() < 0.5).all()  # no copy of the layer below
                 assert (block.bn.weight == 1).all() and (block.bn.bias == 0).all()
         if first < 4:  # the maps are on the scale that batch norm is for
             maps = normalise(torch.from_numpy(images), checkpoint.mean, checkpoint.std)
@@ -734,8 +754,8 @@ def test_random_weights_come_from_the_top_and_leave_lower_blocks_alone(make_net:
                 normed.mean(dim=(0, 2, 3)), torch.zeros(normed.shape[1]), atol=1e-4, rtol=0
             )
             torch.testing.assert_close(
-                normed.std(dim=(0, 2, 3)), torch.ones(normed.shape[1]), atol=1e-3, rtol=0
-            )
+                normed.std(dim=(0, 2, 3)), torch.ones(normed.shape[1]), atol=1e-2, rtol=0
+            )  # a little less than 1 where the maps vary as little as batch norm's eps
     assert all(torch.equal(value, before[key]) for key, value in checkpoint.net.state_dict().items())
 
 
@@ -824,7 +844,7 @@ def test_the_decay_of_a_probe_is_chosen_on_images_that_it_has_not_seen() -> None
 
 def test_pooled_features_are_averages_of_about_as_many_regions_in_every_layer(make_net: MakeNet) -> None:
     checkpoint, images = checkpoint_of(make_net(classes=3, head_size=3)), some_images(5)
-    found = pool_features(images, checkpoint, CPU, 2, 60)
+    found, maxima = pool_features(images, checkpoint, CPU, 2, 60)
     assert [part.shape for part in found] == [(5, 5 * 9), (5, 6 * 9), (5, 7 * 9), (5, 8 * 9), (5, 8 * 9)]
     batch = normalise(torch.from_numpy(images), checkpoint.mean, checkpoint.std)
     pooled = checkpoint.net.features(batch)[1][0]  # 12 x 12 into 3 x 3 regions
@@ -836,6 +856,98 @@ def test_pooled_features_are_averages_of_about_as_many_regions_in_every_layer(ma
     )
     logits = checkpoint.net.classifier(found[-1])
     torch.testing.assert_close(logits, checkpoint.net(batch), rtol=1e-4, atol=1e-4)
+    measured = measure_activations(images, checkpoint, CPU, 2)
+    for layer in LAYERS:
+        np.testing.assert_array_equal(maxima[f"{layer}_max"], measured[f"{layer}_max"])
+
+
+def metrics(strength: NDArray[Any], labels: NDArray[np.int64]) -> pd.DataFrame:
+    """The table of a network without projections whose four layers have the activations `strength`."""
+    values = {f"{layer}_max": strength.astype(np.float64) for layer in LAYERS}
+    return tabulate_filters(Arrays("", "shapes", NAMES, {"labels": labels} | values), None, 99, 0)
+
+
+def test_filters_that_learned_a_class_are_told_from_noise() -> None:
+    rng, labels = np.random.default_rng(9), np.arange(600) % 3
+    noise = rng.gamma(2.0, 1.0, (600, 40))
+    knows = np.where(labels[:, None] == np.arange(40) % 3, 1.0, 0.0) + 1e-3 * noise
+    tables = {"trained": metrics(knows, labels), "untrained": metrics(noise, labels)}
+    compared = compare_networks(tables, 200, 0)
+    for layer in LAYERS:
+        found = {name: compared[layer, "selectivity", name] for name in ("trained", "untrained", "learned")}
+        assert found["trained"][0] == pytest.approx(1, abs=0.01)
+        assert found["untrained"][1] < 0.03 and found["untrained"][2] > -0.03
+        assert found["learned"][0] == pytest.approx(found["trained"][0] - found["untrained"][0])
+        assert found["learned"][1] > 0.9
+        assert compared[layer, "auc", "trained"] == (1, 1, 1)
+        assert compared[layer, "auc", "untrained"][0] == pytest.approx(0.5, abs=0.02)
+        assert compared[layer, "omega_squared", "trained"][0] > 0.99
+        assert abs(compared[layer, "omega_squared", "untrained"][0]) < 0.01
+        assert compared[layer, "significant", "trained"][0] == 1
+        assert compared[layer, "significant", "untrained"][0] < 0.1
+
+
+def test_networks_are_compared_over_living_filters_by_number() -> None:
+    columns = {"layer": "conv2", "filter": range(5), "significant": [True, True, True, False, False]}
+    trained = pd.DataFrame(columns | {"dead": [False, False, False, False, True]})
+    trained["selectivity"] = trained["auc"] = trained["omega_squared"] = [0.5, 0.7, 0.6, 0.9, np.nan]
+    untrained = trained.assign(dead=[True, False, False, False, False], significant=[False] * 4 + [True])
+    for key in ("selectivity", "auc", "omega_squared"):
+        untrained[key] = [np.nan, 0.1, 0.3, 0.2, 0.0]
+    compared = compare_networks({"trained": trained, "untrained": untrained}, 50, 0)
+    assert compared["conv2", "selectivity", "trained"][0] == pytest.approx(0.65)  # of 0.5, 0.6, 0.7, 0.9
+    assert compared["conv2", "selectivity", "untrained"][0] == pytest.approx(0.15)  # of 0, 0.1, 0.2, 0.3
+    assert compared["conv2", "selectivity", "learned"][0] == pytest.approx(0.7 - 0.2)  # filters 1, 2 and 3
+    assert compared["conv2", "significant", "trained"][0] == 0.75
+    assert compared["conv2", "significant", "untrained"][0] == 0.25
+    assert np.isnan(compared["conv3", "auc", "learned"]).all()  # no filters at all
+
+
+def test_the_interval_of_what_was_learned_draws_filters_in_pairs() -> None:
+    rng = np.random.default_rng(0)
+    start = pd.DataFrame({"layer": "conv1", "filter": np.arange(200), "dead": False, "significant": True})
+    for key in ("selectivity", "auc", "omega_squared"):
+        start[key] = rng.random(200)
+    end = start.assign(selectivity=start["selectivity"] + 0.2)
+    compared = compare_networks({"trained": end, "untrained": start}, 50, 0)
+    assert compared["conv1", "selectivity", "learned"] == pytest.approx((0.2, 0.2, 0.2))
+
+
+def test_the_first_filters_of_the_untrained_network_are_copies_of_the_layer_below(make_net: MakeNet) -> None:
+    checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(24)
+    net = untrained(checkpoint, images, CPU)
+    _, maxima = pool_features(images, checkpoint._replace(net=net), CPU, 6, 20)
+    labels, above = np.arange(24) % 3, list(zip(LAYERS, net.blocks, strict=True))
+    for (below, _), (layer, block) in pairwise(above):
+        filters = maxima[f"{below}_max"].shape[1]
+        norm = block.bn
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean, deviation = norm.running_mean[:filters], (norm.running_var[:filters] + norm.eps).sqrt()
+        expected = (maxima[f"{below}_max"] - mean.numpy()) / deviation.numpy()
+        copies = maxima[f"{layer}_max"][:, :filters]
+        np.testing.assert_allclose(copies, expected.clip(0), rtol=1e-3, atol=1e-4)
+        assert (np.abs(maxima[f"{layer}_max"][:, filters:] - expected[:, :1]) > 1e-2).any(axis=0).all()
+        assert (expected > 0).all()  # nothing is cut off: the same images in the same order
+        upper, lower = (metrics(strength, labels)["auc"] for strength in (copies, maxima[f"{below}_max"]))
+        np.testing.assert_allclose(upper, lower)
+
+
+def test_the_table_of_the_untrained_network_is_that_of_its_activations() -> None:
+    first = activations()
+    save(first, statistics(first))
+    analyse_projections.main()
+    table = pd.read_csv(OUTPUTS / "filter_metrics_untrained.csv")
+    assert table.columns.tolist() == [name for name in FILTER_COLUMNS if name not in STATISTICS]
+    assert table.groupby("layer").size().tolist() == [4, 5, 6, 7]
+    checkpoint = stand_in_checkpoint(Path(), CPU)
+    train, test = (stand_in_split("", Path(), split) for split in ("train", "test"))
+    start = checkpoint._replace(net=untrained(checkpoint, train.images, CPU))
+    measured = measure_activations(test.images, start, CPU, 7)
+    for layer in LAYERS:
+        found = table[table["layer"] == layer]
+        np.testing.assert_allclose(found["activation_mean"], measured[f"{layer}_max"].mean(axis=0), rtol=1e-5)
+    trained = pd.read_csv(OUTPUTS / "filter_metrics.csv")
+    assert not np.allclose(trained["activation_mean"], table["activation_mean"])
 
 
 def test_top_units_lie_where_the_file_says_and_empty_places_are_left_out() -> None:
@@ -887,6 +999,9 @@ def test_tables_of_trust_have_their_rows_and_columns() -> None:
     np.testing.assert_allclose(probes["high"] - probes["low"], width)
 
 
+WRONG = "holds impossible values or those of other activations"
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
@@ -895,6 +1010,16 @@ def test_tables_of_trust_have_their_rows_and_columns() -> None:
         ({"conv4_image": np.full((7, 9), 40, np.int32)}, "does not fit activations.npz"),
         ({"conv4_origin": np.zeros((7, 8, 2), np.int16)}, "does not fit activations.npz"),
         ({"conv4_projection": np.zeros((7, 9, 3, 35, 35), np.float32)}, "does not fit activations.npz"),
+        ({"conv4_image": np.full((7, 9), -2, np.int32)}, "does not fit activations.npz"),
+        ({"conv4_image": np.zeros(63, np.int32)}, "does not fit activations.npz"),
+        ({"conv4_image": np.ones((7, 9), np.int32)}, WRONG),  # other images have other values
+        ({"conv4_value": np.ones((7, 9), np.float32)}, WRONG),
+        ({"conv4_value": np.full((7, 9), np.nan, np.float32)}, WRONG),
+        ({"conv4_position": np.full((7, 9, 2), 3, np.int16)}, WRONG),  # the map has 3 rows
+        ({"conv4_position": np.full((7, 9, 2), -1, np.int16)}, WRONG),
+        ({"conv4_origin": np.full((7, 9, 2), -29, np.int16)}, WRONG),  # a unit's is -30, -14, ... or 50
+        ({"conv4_origin": np.full((7, 9, 2), 66, np.int16)}, WRONG),
+        ({"conv4_projection": np.full((7, 9, 3, 75, 75), np.inf, np.float32)}, WRONG),
     ],
 )
 def test_projections_of_another_run_are_refused(changed: dict[str, Any], problem: str) -> None:
@@ -916,3 +1041,95 @@ def test_another_checkpoint_and_other_labels_are_refused(monkeypatch: pytest.Mon
     labels = Split(some_images(40), (first["labels"] + 1) % 3)
     monkeypatch.setattr(analyse_projections, "load_split", lambda *names: labels)
     assert refusal() == f"{FIRST} has other labels: run `uv run deconv_full.py` again"
+
+
+def test_another_number_of_filters_than_the_networks_is_refused() -> None:
+    first = activations()
+    first["conv2_max"] = first["conv2_max"][:, 1:]
+    save(first, statistics(first))
+    assert refusal() == f"{FIRST} has another number of filters: run `uv run deconv_full.py` again"
+
+
+def test_files_without_a_key_or_of_another_type_are_refused() -> None:
+    first = activations()
+    second = statistics(first)
+    for path, arrays in ((FIRST, first), (SECOND, second), (THIRD, projections(first))):
+        for key, values in arrays.items():
+            save(first, second)
+            made_from = {"checkpoint_sha256": "", "dataset": "shapes", "class_names": NAMES}
+            content: dict[str, Any] = {name: arrays[name] for name in arrays if name != key}
+            save_arrays(path, **(made_from | content))
+            assert refusal() == f"{path} has no {key!r}: run `uv run deconv_full.py` again"
+            content[key] = values.astype(np.float16)
+            save_arrays(path, **(made_from | content))
+            assert f"{path} has {key!r} of type float16, expected" in refusal()
+        path.write_bytes(path.read_bytes()[:1000])
+        assert refusal().startswith(f"{path} is damaged")
+
+
+@pytest.mark.parametrize("top", [1, 12])
+def test_any_number_of_top_images_will_do(top: int) -> None:
+    first = activations()
+    save(first, statistics(first))
+    whole = projections(first)
+    if top == 1:
+        cut = {key: values[:, :1] for key, values in whole.items()}
+    else:
+        cut = {key: np.concatenate([values, values[:, :3]], axis=1) for key, values in whole.items()}
+    made_from: dict[str, Any] = {"checkpoint_sha256": "a1" * 32, "dataset": "shapes", "class_names": NAMES}
+    save_arrays(THIRD, **(made_from | cut))
+    units = read_top_units(
+        OUTPUTS,
+        read_measurements(OUTPUTS)[0],
+        stand_in_checkpoint(Path(), CPU),
+        stand_in_split("", Path(), "test"),
+    )
+    assert len(units.image) == (cut["conv4_image"] >= 0).sum() == 6 * top
+
+
+NUMBERS = ["RESAMPLINGS", "RANDOM_ORDERS", "RANDOMISED_UNITS", "BATCH_SIZE", "CHUNK", "NORM_IMAGES"]
+NUMBERS += ["PROBE_INPUTS", "PROBE_STEPS", "TOP_FILTERS"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((name, value) for name in NUMBERS for value in (0, -1, 2.5, "many", None, True, 10**400)),
+        *(("SEED", value) for value in (-1, 0.5, "zero", 2**63)),
+        *(("KEPT_SHARE", value) for value in (0, 2, -0.1, float("nan"), "a quarter", [0.25])),
+        *(("PROBE_DECAYS", value) for value in ((), (0,), (0.1, -1), ("a",), 0.1, float("inf"), "0.1", None)),
+        *((name, value) for name in ("OUTPUTS", "CHECKPOINT", "DATA_DIR") for value in ("outputs", None, 3)),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: object
+) -> None:
+    monkeypatch.setattr(analyse_projections, setting, value)
+    assert refusal().startswith(f"{setting} is {value!r}; expected ")
+
+
+def test_settings_say_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyse_projections, "KEPT_SHARE", 2)
+    assert refusal() == "KEPT_SHARE is 2; expected a number above 0 and at most 1"
+    monkeypatch.setattr(analyse_projections, "KEPT_SHARE", 1)
+    monkeypatch.setattr(analyse_projections, "BATCH_SIZE", 0)
+    assert refusal() == "BATCH_SIZE is 0; expected a whole number of at least 1 and at most 1,000,000"
+    monkeypatch.setattr(analyse_projections, "BATCH_SIZE", 1)
+    monkeypatch.setattr(analyse_projections, "PROBE_DECAYS", [])
+    expected = "a list of one or more numbers, each above 0 and at most 1,000,000"
+    assert refusal() == f"PROBE_DECAYS is []; expected {expected}"
+
+
+STRANGE = ["=cmd()|' /C calc'!A0", "$\\frac{$ ../../x", "x" * 300]
+
+
+def test_strange_class_names_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = activations()
+    save(first, statistics(first), STRANGE)
+    strange = stand_in_checkpoint(Path(), CPU)._replace(measured_on="$\\frac$")
+    monkeypatch.setattr(analyse_projections, "load_checkpoint", lambda *_: strange)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name of 300 letters leaves a figure no room
+        analyse_projections.main()
+    assert pd.read_csv(OUTPUTS / "class_metrics.csv")["class"].tolist() == STRANGE * 22
+    assert all(path.parent == OUTPUTS for path in Path().rglob("*.*"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from captum.attr import NeuronDeconvolution
 from conftest import MakeNet
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -18,6 +19,19 @@ CONFIGS: list[dict[str, Any]] = [
     {"kernel_sizes": (5, 3, 3, 3), "pool_sizes": (2, 2, 2, 2)},
     {"strides": (2, 1, 1, 1), "pool_sizes": (2, 2, 1, 4)},
 ]
+
+
+@pytest.fixture
+def make_net(make_net: MakeNet) -> MakeNet:
+    """As in conftest.py, with all filters at random: of maps that are handed on much projects to zero."""
+
+    def make(*args: Any, **kwargs: Any) -> CNN:
+        net = make_net(*args, **kwargs)
+        for block in net.blocks:
+            block.conv.reset_parameters()
+        return net
+
+    return make
 
 
 class Rectified(torch.autograd.Function):
@@ -250,6 +264,81 @@ def test_pictures_that_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatc
         deconv.load_picture(Path("bomb.png"))
 
 
+def loaded(picture: Image.Image, name: str = "picture.png", **options: Any) -> Any:
+    picture.save(name, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = deconv.load_picture(Path(name))
+    assert found.shape == (3, 96, 96) and found.dtype == np.uint8 and found.flags.c_contiguous
+    return found
+
+
+def test_pictures_of_every_kind_are_read() -> None:
+    ramp = np.linspace(0, 255, 96).round().astype(np.uint8)[None].repeat(96, axis=0)  # dark left, light right
+    grey = Image.fromarray(ramp)
+    assert (loaded(grey) == ramp).all()
+    assert (loaded(grey.convert("RGB")) == ramp).all()
+    assert (loaded(Image.fromarray(ramp.astype(np.uint16) * 257)) == ramp).all()
+    assert (loaded(grey.convert("RGBA")) == ramp).all()
+    assert (loaded(grey.convert("1")) == np.asarray(grey.convert("1")) * 255).all()
+    assert abs(loaded(grey.convert("CMYK"), "picture.jpg", quality=100).astype(int) - ramp).mean() < 2
+    assert abs(loaded(grey, "picture.webp", lossless=True).astype(int) - ramp).max() < 2
+    frames = [grey.convert("P"), Image.new("P", (96, 96))]
+    assert (loaded(frames[0], "picture.gif", save_all=True, append_images=frames[1:]) == ramp).all()
+
+
+def test_what_is_transparent_is_white() -> None:
+    clear = Image.new("RGBA", (96, 96), (10, 20, 30, 255))
+    clear.paste((10, 20, 30, 0), (0, 0, 48, 96))
+    expected = np.full((3, 96, 96), 255)
+    expected[:, :, 48:] = np.array([10, 20, 30])[:, None, None]
+    assert (loaded(clear) == expected).all()
+    # a palette with a transparency for each colour, as many icons have
+    palette = Image.fromarray(np.arange(96, dtype=np.uint8)[None].repeat(96, axis=0) // 48, "P")
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert (loaded(palette, transparency=b"\x00\xff") == expected).all()
+    assert (loaded(Image.new("L", (96, 96), 7), transparency=7) == 255).all()
+
+
+def test_a_picture_is_turned_as_its_camera_says_and_its_centre_is_kept() -> None:
+    pixels = np.zeros((96, 200, 3), np.uint8)
+    pixels[:48, 52:148, 0] = 255  # red above the middle
+    pixels[:, 52:60, 2] = 255  # blue at the left of the centre
+    pixels[:, :40] = 99
+    picture = Image.fromarray(pixels)
+    assert (loaded(picture) == pixels[:, 52:148].transpose(2, 0, 1)).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its left side
+    turned = loaded(picture, exif=exif)
+    assert (turned == np.rot90(pixels[:, 52:148], -1).transpose(2, 0, 1)).all()
+
+
+def test_a_large_picture_is_reduced_and_a_small_one_enlarged() -> None:
+    assert abs(loaded(Image.new("RGB", (900, 300), (9, 99, 199))).mean((1, 2)) - [9, 99, 199]).max() < 1
+    assert (loaded(Image.new("RGB", (1, 1), (9, 99, 199))) == np.array([9, 99, 199])[:, None, None]).all()
+
+
+def test_a_checkpoint_of_fewer_classes_than_the_data_is_refused(
+    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info: dict[str, Any] = {"mean": [0.4] * 3, "std": [0.25] * 3, "seed": 0, "epochs": 0}
+    info |= {"dataset": "stl10", "class_names": ["a", "b"], "metrics": {"test_accuracy": 0.1}}
+    save_checkpoint(Path("outputs/CNN.pth"), make_net(classes=2), **info)
+    with pytest.raises(SystemExit, match=r"outputs/CNN.pth names 2 classes, the data have more"):
+        deconv.main()
+
+
+def test_image_may_be_a_number_of_numpy_and_paths_may_be_text(
+    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_random_checkpoint(make_net())
+    settings = {"IMAGE": np.int64(2), "LAYER": "conv1", "CHECKPOINT": "outputs/CNN.pth", "DATA_DIR": "data"}
+    for name, value in {**settings, "FIGURE": "outputs/deconv_image.png"}.items():
+        monkeypatch.setattr(deconv, name, value)
+    deconv.main()
+    assert Path("outputs/deconv_image.png").exists()
+
+
 def test_settings_out_of_range_are_refused(
     make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +349,12 @@ def test_settings_out_of_range_are_refused(
         ("IMAGE", 30, "IMAGE is 30; the test split has images 0 to 29"),
         ("IMAGE", -1, "IMAGE is -1"),
         ("LAYER", "conv5", "LAYER is 'conv5'"),
+        ("IMAGE", True, "IMAGE is True; expected an index"),
         ("N_FILTERS", 0, "N_FILTERS is 0"),
+        ("N_FILTERS", 31, "N_FILTERS is 31; expected a whole number from 1 to 30"),
+        ("N_FILTERS", 2.5, "N_FILTERS is 2.5"),
+        ("N_FILTERS", "6", "N_FILTERS is '6'"),
+        ("N_FILTERS", True, "N_FILTERS is True"),
         ("DEVICE", "abacus", "DEVICE is 'abacus'"),
     ):
         with monkeypatch.context() as patch:

@@ -401,7 +401,7 @@ class Recorder(TorchDispatchMode):
     """Notes which operators make tensors on the device "meta", and of which types."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: set[tuple[str, torch.dtype]] = set()
 
     def __torch_dispatch__(

@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ def save_network(seed: int) -> Checkpoint:
 
 
 def write_tables(values: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
-    means = np.stack([values[labels == label].mean(axis=0) for label in range(2)])
+    means = pd.DataFrame(values).groupby(labels).mean().reindex(range(2)).to_numpy()  # nan without images
     rest = means.min(axis=0)
     dead = np.asarray(values.max(axis=0) == 0)
     filters = pd.DataFrame({"layer": "conv4", "filter": np.arange(10), "dead": dead})
     filters["activation_mean"] = values.mean(axis=0)
     filters["activation_nonzero"] = (values > 0).mean(axis=0)
     filters["preferred_class"] = [
-        None if d else NAMES[k] for d, k in zip(dead, means.argmax(axis=0), strict=True)
+        None if d else NAMES[k]
+        for d, k in zip(dead, np.nan_to_num(means, nan=-1).argmax(axis=0), strict=True)
     ]
     with np.errstate(invalid="ignore"):
         filters["selectivity"] = (means.max(axis=0) - rest) / (means.max(axis=0) + rest)
@@ -238,23 +240,176 @@ def test_tables_that_do_not_fit_the_activations_are_refused(inputs: Inputs) -> N
     assert "run `uv run analyse_projections.py` again" in refusal()
 
 
+NUMBERS = ["TOP_FILTERS", "TOP_IMAGES", "SUMMED_FILTERS", "BATCH_SIZE", "CHUNK", "OCCLUDER", "RESAMPLINGS"]
+NUMBERS += ["OCCLUSION_STRIDE", "OCCLUSION_STRIDE_MANY", "OCCLUDED_IMAGES", "OCCLUSION_BATCH"]
+NUMBERS += ["INVARIANCE_IMAGES"]
+
+
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "value"),
     [
-        *("TOP_FILTERS", "TOP_IMAGES", "SUMMED_FILTERS", "BATCH_SIZE", "CHUNK", "OCCLUDER"),
-        *("OCCLUSION_STRIDE", "OCCLUSION_STRIDE_MANY", "OCCLUDED_IMAGES", "OCCLUSION_BATCH"),
-        "INVARIANCE_IMAGES",
+        *((name, value) for name in NUMBERS for value in (0, -1, 2.5, "many", None, True)),
+        *((name, 97) for name in ("OCCLUDER", "OCCLUSION_STRIDE", "OCCLUSION_STRIDE_MANY", "TOP_FILTERS")),
+        ("TOP_IMAGES", 13),
+        *((name, value) for name in ("SHIFTS", "ZOOMS", "ANGLES") for value in ([], "up", ["a"], 1.5, None)),
+        *((name, value) for name in ("SHIFTS", "ANGLES") for value in ([float("nan")], [float("inf")])),
+        *(("ZOOMS", value) for value in ([0], [1, -1], [101])),
+        *((name, value) for name in ("OUTPUTS", "CHECKPOINT", "DATA_DIR") for value in ("outputs", None)),
     ],
 )
-def test_settings_below_one_are_refused(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
-    monkeypatch.setattr(heatmap, setting, 0)
-    assert setting in refusal()
+def test_settings_that_make_no_sense_are_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: str, value: object
+) -> None:
+    monkeypatch.setattr(heatmap, setting, value)
+    assert refusal().startswith(f"{setting} is {value!r}; expected ")
+
+
+FIRST = Path("outputs/activations.npz")
+OTHER, IMPOSSIBLE = "does not fit the network and the test images", "holds impossible values"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "problem"),
+    [
+        ("conv4_max", lambda values: values[:, 1:], OTHER),
+        ("conv4_max", lambda values: values[1:], OTHER),
+        ("conv4_max", lambda values: values[..., None], OTHER),
+        ("conv4_max", lambda values: -values, IMPOSSIBLE),
+        ("conv4_max", lambda values: values + np.float32(np.nan), IMPOSSIBLE),
+        ("conv4_max", lambda values: values + np.float32(np.inf), IMPOSSIBLE),
+        ("conv4_position", lambda values: values[..., :1], OTHER),
+        ("conv4_position", lambda values: values[:, 1:], OTHER),
+        ("conv4_position", lambda values: values * 0 + 6, IMPOSSIBLE),  # the map has 6 rows
+        ("conv4_position", lambda values: values * 0 - 1, IMPOSSIBLE),
+        ("labels", lambda values: values[1:], "has other labels"),
+        ("labels", lambda values: values[:, None], "has other labels"),
+    ],
+)
+def test_activations_that_cannot_be_right_are_refused(
+    inputs: Inputs, key: str, change: Any, problem: str
+) -> None:
+    split, checkpoint, found = inputs
+    arrays: dict[str, Any] = {"labels": split.labels, **found}
+    arrays[key] = change(arrays[key])
+    made_from: dict[str, Any] = {
+        "checkpoint_sha256": checkpoint.sha256,
+        "dataset": "shapes",
+        "class_names": NAMES,
+    }
+    save_arrays(FIRST, **(made_from | arrays))
+    assert refusal() == f"{FIRST} {problem}: run `uv run deconv_full.py` again"
+    assert not Path("outputs/heatmaps").exists()
+    save_arrays(FIRST, **(made_from | arrays | {key: arrays[key].astype(np.float64)}))
+    assert f"has {key!r} of type float64, expected " in refusal()
+    del arrays[key]
+    save_arrays(FIRST, **(made_from | arrays))
+    assert refusal() == f"{FIRST} has no {key!r}: run `uv run deconv_full.py` again"
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value"),
+    [
+        ("filter_metrics", "layer", "conv3"),
+        ("filter_metrics", "filter", 1.5),
+        ("filter_metrics", "dead", "perhaps"),
+        ("filter_metrics", "dead", True),
+        ("filter_metrics", "preferred_class", ""),
+        ("filter_metrics", "preferred_class", "=cmd()"),
+        ("filter_metrics", "activation_mean", "text"),
+        ("filter_metrics", "activation_mean", -1),
+        ("filter_metrics", "activation_nonzero", 1.5),
+        ("filter_metrics", "activation_nonzero", np.nan),
+        ("filter_metrics", "selectivity", "text"),
+        ("filter_metrics", "selectivity", 7),
+        ("class_metrics", "layer", "conv1"),
+        ("class_metrics", "filter", 0),
+        ("class_metrics", "class", "other"),
+        ("class_metrics", "activation_mean", np.nan),
+    ],
+)
+def test_tables_with_a_wrong_column_are_refused(inputs: Inputs, name: str, column: str, value: Any) -> None:
+    path = Path(f"outputs/{name}.csv")
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    table.assign(**{column: value}).to_csv(path, index=False)
+    assert refusal().endswith("do not belong to activations.npz: run `uv run analyse_projections.py` again")
+    table.drop(columns=column).to_csv(path, index=False)
+    assert refusal().endswith("do not belong to activations.npz: run `uv run analyse_projections.py` again")
+    assert not Path("outputs/heatmaps").exists()
+
+
+def test_a_layer_without_living_filters_is_refused(inputs: Inputs) -> None:
+    split, checkpoint, found = inputs
+    dead = {**found, "conv4_max": 0 * found["conv4_max"]}
+    made_from: dict[str, Any] = {
+        "checkpoint_sha256": checkpoint.sha256,
+        "dataset": "shapes",
+        "class_names": NAMES,
+    }
+    save_arrays(FIRST, **(made_from | dead | {"labels": split.labels}))
+    write_tables(dead["conv4_max"], split.labels)
+    assert refusal() == "no filter of conv4 fires on any test image: run `uv run train_CNN.py` again"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_test_image_goes_through(inputs: Inputs, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    split, checkpoint, found = inputs
+    few = Split(split.images[:count], split.labels[:count])
+    monkeypatch.setattr(heatmap, "load_split", lambda *_: few)
+    for name, value in (("OCCLUSION_STRIDE", 48), ("OCCLUSION_STRIDE_MANY", 48), ("TOP_IMAGES", 9)):
+        monkeypatch.setattr(heatmap, name, value)
+    for name in ("SHIFTS", "ZOOMS", "ANGLES"):
+        monkeypatch.setattr(heatmap, name, [1])
+    with torch.no_grad():
+        checkpoint.net.classifier.bias[0] = 1000  # the first image is classified correctly
+    monkeypatch.setattr(heatmap, "load_checkpoint", lambda *_: checkpoint)
+    arrays = {key: values[:count] for key, values in found.items()}
+    made_from: dict[str, Any] = {
+        "checkpoint_sha256": checkpoint.sha256,
+        "dataset": "shapes",
+        "class_names": NAMES,
+    }
+    save_arrays(FIRST, **(made_from | arrays | {"labels": few.labels}))
+    write_tables(arrays["conv4_max"], few.labels)
+    with plt.rc_context({"savefig.dpi": 20}):
+        heatmap.main()
+    assert len([*Path("outputs/heatmaps").glob("*.png")]) == 5 + count
+
+
+def test_classes_whose_names_end_alike_in_a_file_name_have_files_of_their_own(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["../" + "x" * 300 + "$\\frac{$", "..\\" + "x" * 300 + "=cmd()", "empty"]
+    checkpoint = inputs[1]._replace(class_names=names, measured_on="$\\frac$")
+    monkeypatch.setattr(heatmap, "load_checkpoint", lambda *_: checkpoint)
+    monkeypatch.setattr(heatmap, "correct_images", lambda *_: [np.empty(0, np.int64)] * 3)
+    monkeypatch.setattr(heatmap, "TOP_FILTERS", 1)
+    made_from: dict[str, Any] = {
+        "checkpoint_sha256": checkpoint.sha256,
+        "dataset": "shapes",
+        "class_names": names,
+    }
+    save_arrays(FIRST, **(made_from | inputs[2] | {"labels": inputs[0].labels}))
+    for path in (Path("outputs/filter_metrics.csv"), Path("outputs/class_metrics.csv")):
+        table = pd.read_csv(path, keep_default_na=False)
+        table.replace(dict(zip(NAMES, names, strict=True))).to_csv(path, index=False)
+    with plt.rc_context({"savefig.dpi": 20}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name of 300 letters leaves a figure no room
+        heatmap.main()
+    files = sorted(path.name for path in Path("outputs/heatmaps").iterdir())
+    assert files == [
+        *(f"class_{k}__{'x' * 59}.png" for k in range(2)),
+        "class_filter_heatmap.png",
+        "images.png",
+    ]
+    assert {path.parent for path in Path().rglob("*.png")} == {Path("outputs/heatmaps")}
 
 
 def test_a_filter_that_projects_nothing_is_drawn_without_a_warning() -> None:
     nothing = np.zeros((1, 96, 96))
     image = np.zeros((1, 1, 3, 96, 96), np.uint8)
-    heatmap.draw_class(nothing, image, nothing[None], ["filter 0"], [["activation 0"]], "").canvas.draw()
+    ranking = pd.DataFrame({"filter": [0], "selectivity": 0.5, "activation_mean": 0.1, "prefers": False})
+    value = np.zeros((1, 1), np.float32)
+    heatmap.draw_class(ranking, nothing, image, nothing[None], value, "").canvas.draw()
     heatmap.draw_images(image[0], nothing, np.zeros((1, 3, 96, 96)), ["x"], "").canvas.draw()
     plt.close("all")
 
@@ -323,12 +478,12 @@ def test_a_filter_that_does_not_fire_has_no_share_and_no_correlation() -> None:
     assert np.isnan(found.relative()).all()
     assert np.isnan(heatmap.rank_correlations(found.drop(), np.ones((1, 96, 96)), covered)).all()
     label = np.array([0])
-    figure = heatmap.draw_occlusion(image, found, np.zeros((1, 96, 96)), label, ["a", "b"], ["x"], 32, 32, "")
+    figure = heatmap.draw_occlusion(image, found, np.zeros((1, 96, 96)), label, ["a", "b"], label, 32, 32, "")
     figure.canvas.draw()
     nothing = np.array([np.nan])
     assert np.isnan(median_interval(nothing, 1000, 0)).all()
     heatmap.draw_correlations(
-        [nothing] * 2, [median_interval(nothing, 1000, 0)] * 2, ["x", "y"], ""
+        {"x": nothing, "y": nothing}, [median_interval(nothing, 1000, 0)] * 2, ""
     ).canvas.draw()
     plt.close("all")
 
@@ -389,7 +544,8 @@ def test_the_map_of_the_most_probable_class_and_its_legend_name_the_right_classe
     ones = np.ones((1, 2, 2), np.float32)
     found = heatmap.Occlusion(np.ones(1, np.float32), ones, probability)
     image, magnitude = np.zeros((1, 3, 96, 96), np.uint8), np.ones((1, 96, 96))
-    figure = heatmap.draw_occlusion(image, found, magnitude, np.array([2]), NAMES, ["x"], 24, 48, "")
+    label, filters = np.array([2]), np.array([7])
+    figure = heatmap.draw_occlusion(image, found, magnitude, label, NAMES, filters, 24, 48, "")
     axes = figure.axes[:5]
     assert np.asarray(axes[4].images[0].get_array()).tolist() == [[0, 0], [2, 0]]
     np.testing.assert_allclose(
@@ -418,10 +574,3 @@ def test_a_network_that_is_never_right_leaves_these_figures_out(
     lines = capsys.readouterr().out.splitlines()
     assert f"{NAMES[1]}: no test image is classified correctly, none is occluded or changed" in lines
     assert lines[-2] == "nothing to occlude or change"
-
-
-def test_settings_of_changed_images_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting, value in (("OCCLUDER", 97), ("OCCLUSION_STRIDE", 97), ("ZOOMS", [0]), ("SHIFTS", [])):
-        with monkeypatch.context() as patch:
-            patch.setattr(heatmap, setting, value)
-            assert setting in refusal()

@@ -1,15 +1,22 @@
+import errno
+import gzip
 import io
 import os
 import pickle
+import random
 import re
 import shutil
 import socket
+import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -230,10 +237,15 @@ def test_mean_colour_does_not_give_the_generated_class_away(shapes: dict[str, lo
 
 
 class Server(ThreadingHTTPServer):
-    """Sends `body`, or only its first `cut` bytes, in small pieces, and counts what it sent."""
+    """Sends `body`, or only its first `cut` bytes, in small pieces, and counts what it sent.
 
-    body, content_type, sent = b"", "application/x-gzip", 0
+    `redirect` is an address to go to instead; with `hang` the connection stays open after the cut until set.
+    """
+
+    body, content_type, sent, status = b"", "application/x-gzip", 0, 200
     cut: int | None = None
+    redirect: str | None = None
+    hang: threading.Event | None = None
 
     @property
     def url(self) -> str:
@@ -246,8 +258,12 @@ class Handler(BaseHTTPRequestHandler):
         assert isinstance(server, Server)
         if self.path != "/stl10_binary.tar.gz":
             return self.send_error(404)
+        if server.redirect:
+            self.send_response(302)
+            self.send_header("Location", server.redirect)
+            return self.end_headers()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        self.send_response(200)
+        self.send_response(server.status)
         self.send_header("Content-Type", server.content_type)
         self.send_header("Content-Length", str(len(server.body)))
         self.end_headers()
@@ -257,6 +273,8 @@ class Handler(BaseHTTPRequestHandler):
                 server.sent += self.connection.send(body[start : start + (1 << 14)])
         except OSError:
             pass  # the client has what it wants
+        if server.hang:
+            server.hang.wait(30)
         return None
 
     def log_message(self, *_: Any) -> None:
@@ -408,6 +426,133 @@ def test_hostile_members_write_nothing_outside_the_folder(server: Server, member
     assert not Path("/train_X.bin").exists()
 
 
+def test_devices_and_second_members_of_a_name_are_left_alone(
+    server: Server, members: dict[str, bytes]
+) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+        for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+            device = tarfile.TarInfo("stl10_binary/test_X.bin")
+            device.type, device.devmajor, device.devminor = kind, 1, 5
+            archive.addfile(device)
+        for name in ("test_X.bin", "test_X.bin", *LABELLED[1:]):
+            content = members[name] if name not in contents(FOLDER) else b"evil"
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    server.body = buffer.getvalue()
+    download(Path("data"), server.url, 5)
+    assert contents(FOLDER) == {name: members[name] for name in LABELLED}
+
+
+def test_what_is_there_already_is_not_replaced(server: Server, members: dict[str, bytes]) -> None:
+    own = {"fold_indices.txt": b"my own folds", "test_y.bin": members["test_y.bin"]}
+    FOLDER.mkdir(parents=True)
+    for name, content in own.items():
+        (FOLDER / name).write_bytes(content)
+    server.body = packed(dict(reversed((members | {"test_y.bin": b"evil"}).items())))
+    download(Path("data"), server.url, 5)
+    assert contents(FOLDER) == {name: members[name] for name in LABELLED} | TEXTS | own
+
+
+def test_a_server_that_stops_in_the_middle_is_given_up(server: Server, members: dict[str, bytes]) -> None:
+    server.body = packed(members)
+    server.cut = len(packed({"test_X.bin": members["test_X.bin"]})) + 300_000
+    server.hang = threading.Event()
+    try:
+        with pytest.raises(DownloadError, match="timed out"):
+            download(Path("data"), server.url, 0.5)
+    finally:
+        server.hang.set()
+    assert contents(FOLDER) == {name: members[name] for name in ("test_X.bin", "test_y.bin")}
+
+
+def test_an_address_that_has_moved_is_followed_but_not_in_circles(
+    server: Server, members: dict[str, bytes]
+) -> None:
+    server.redirect = server.url
+    with pytest.raises(DownloadError, match="redirect"):
+        download(Path("data"), server.url, 5)
+    server.redirect = Path("/etc/passwd").as_uri()
+    with pytest.raises(DownloadError, match="not allowed"):
+        download(Path("data"), server.url, 5)
+    server.body = packed(members)
+    with Server(("127.0.0.1", 0), Handler) as moved:
+        moved.redirect, server.redirect = server.url, None
+        thread = threading.Thread(target=moved.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        download(Path("data"), moved.url, 5)
+        moved.shutdown()
+        thread.join()
+    assert contents(FOLDER) == {name: members[name] for name in LABELLED}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"busy", 503, "503"),
+        (b"", 200, "not a gzip file"),
+        (b"<html>Log in to the network</html>", 200, "not a gzip file"),
+        (gzip.compress(b"no archive " * 1000), 200, "invalid header"),
+        (gzip.compress(bytes(20_000)), 200, "the archive ended before test_X.bin, test_y.bin, train_X.bin"),
+        (gzip.compress(np.random.default_rng(0).bytes(5000))[:-2000], 200, ""),
+        (gzip.compress(b"x" * 600)[:-30] + b"\xff" * 40, 200, ""),
+    ],
+    ids=["503", "nothing", "a page as a file", "no tar", "zeros", "cut gzip", "damaged gzip"],
+)
+def test_an_answer_that_is_no_archive_ends_in_one_line(
+    server: Server, members: dict[str, bytes], body: bytes, status: int, reason: str
+) -> None:
+    server.body, server.status, server.content_type = body, status, "application/octet-stream"
+    message = error_of(find_dataset, "stl10", Path("data"))
+    assert (
+        message.startswith(f"STL-10 could not be downloaded from {server.url} ({reason}") or reason in message
+    )
+    assert "run again, put" in message
+    assert not FOLDER.exists() and no_half_files()
+
+
+def test_archives_damaged_at_random_end_in_one_line(
+    members: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {name: members[name][:700] for name in LABELLED}
+    whole = gzip.decompress(packed(small))
+    rng = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in rng.choices(range(512 * rng.randrange(1, 8)), k=rng.choice((1, 3, 30))):
+            damaged[place] = rng.randrange(256)
+        answer = io.BytesIO(gzip.compress(damaged, 1))
+        answer.headers = Message()  # type: ignore[attr-defined]
+        monkeypatch.setattr("urllib.request.urlopen", lambda *_, answer=answer, **__: answer)
+        with pytest.raises(DownloadError) as caught:
+            download(Path("data"), "http://127.0.0.1", 5)
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in Path().rglob("*")} <= {"data", "stl10_binary"}
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "no", "x")]
+)
+def test_a_disk_that_takes_nothing_is_no_reason_for_generated_images(
+    server: Server, members: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, full: OSError
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise full
+
+    monkeypatch.setattr(load_data, "save_member", refuse)
+    server.body = packed(members)
+    with plain_errors_end_in(r"(No space left on device|x: no); mend that and run again"):
+        find_dataset("auto", Path("data"))
+    assert not contents(FOLDER)
+
+
+@contextmanager
+def plain_errors_end_in(line: str) -> Iterator[None]:
+    with pytest.raises(SystemExit, match=f"^{line}$"), load_data.plain_errors():
+        yield
+
+
 def closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
@@ -552,6 +697,101 @@ def test_an_interrupted_write_leaves_the_earlier_file(monkeypatch: pytest.Monkey
     assert contents(PATH.parent) == {PATH.name: before}
 
 
+# Whole files and plain errors
+
+
+def test_two_processes_write_one_file_without_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("outputs/a.txt")
+    with load_data.whole_file(path) as first:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", os.getppid)  # stands for another run
+            with load_data.whole_file(path) as second:
+                first.write_text("first")
+                second.write_text("second")
+                assert first != second and "partial" in first.name and "partial" in second.name
+            assert path.read_text() == "second"
+        assert first.read_text() == "first"
+    assert contents(Path("outputs")) == {"a.txt": b"first"}
+
+
+def test_only_left_over_partial_files_of_the_same_file_are_removed() -> None:
+    parent, old = os.getppid(), time.time() - 100_000
+    kept = [
+        f"a.txt.{parent}.partial",
+        "b.txt.999999999.partial",
+        "a.txt.mine.partial",
+        "a.txt.1",
+        "a.txt.1.partial",
+    ]
+    gone = ["a.txt.999999999.partial", "a.txt.99999999999999999999.partial"]
+    for name in kept + gone:
+        Path(name).touch()
+    os.utime("a.txt.mine.partial", (old, old))
+    with load_data.whole_file("a.txt") as partial:
+        partial.touch()
+    assert sorted(contents(Path())) == sorted([*kept, "a.txt"])
+    os.utime(f"a.txt.{parent}.partial", (old, old))
+    with load_data.whole_file("a.txt") as partial:
+        partial.touch()
+    assert sorted(contents(Path())) == sorted([*kept[1:], "a.txt"])
+
+
+def test_memory_that_runs_out_ends_in_one_line() -> None:
+    line = "out of memory: close other programs or lower BATCH_SIZE, and run again"
+    with plain_errors_end_in(line):
+        torch.empty(10**15)
+    with plain_errors_end_in(line):
+        np.empty(10**15)
+    with plain_errors_end_in(line):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="size"), load_data.plain_errors():
+        torch.ones(2) + torch.ones(3)  # a mistake of ours stays one
+
+
+def test_a_file_in_the_place_of_a_folder_and_a_folder_in_that_of_a_file_end_in_one_line() -> None:
+    Path("outputs").touch()
+    with plain_errors_end_in("outputs: .*; mend that and run again"), load_data.whole_file("outputs/a.txt"):
+        pass
+    Path("figures/a.png").mkdir(parents=True)
+    line = "figures/a.png: Is a directory; mend that and run again"
+    with plain_errors_end_in(line), load_data.whole_file("figures/a.png") as partial:
+        partial.touch()
+    assert no_half_files()
+
+
+@pytest.mark.parametrize(
+    ("closed", "line"),
+    [
+        (True, "the output was closed before the end; run again with all of it shown"),
+        (False, "No space left on device; mend that and run again"),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_nobody_takes_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, closed: bool, line: str
+) -> None:
+    def output() -> TextIO:
+        if not closed:
+            return Path("/dev/full").open("w")
+        reader, writer = os.pipe()
+        os.close(reader)
+        return os.fdopen(writer, "w")
+
+    for count in (1, 100_000):  # kept back to the end, or written in between
+        with output() as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            with plain_errors_end_in(line):
+                for _ in range(count):
+                    print("line")
+            stream.flush()  # as Python does at the end: no second complaint, which would change the status
+        with output() as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            with plain_errors_end_in("another reason"):
+                print("line")
+                raise SystemExit("another reason")
+            stream.flush()
+
+
 # The script
 
 
@@ -573,6 +813,20 @@ def test_main_says_generated_where_the_images_are(
     load_data.main()
     assert capsys.readouterr().out.startswith("generated shapes: 20 training and 10 test images")
     assert Path("outputs/sample_images.png").exists()
+
+
+def test_a_class_without_images_has_a_white_row(write_split: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        write_split(split, np.zeros((5, 3, 96, 96)), np.array([3, 3, 3, 9, 9]))
+    load_data.main()
+    assert re.search(r"airplane +0 +0\n", capsys.readouterr().out)
+    data, names = load_split("stl10", Path("data"), "train"), load_data.class_names("stl10")
+    figure = load_data.draw_samples(data, names, "heading")
+    sheet = figure.axes[0].images[0].get_array()
+    assert sheet is not None and sheet.shape == (1000, 300, 3)
+    assert (sheet[:200] == 255).all() and (sheet[202:298, 2:98] == 0).all()
+    assert (sheet[802:898, 102:198] == 0).all() and (sheet[800:900, 200:] == 255).all()
+    plt.close(figure)
 
 
 def test_the_sheet_has_one_row_a_class_with_its_name(tiny_stl10: Path) -> None:

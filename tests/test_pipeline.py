@@ -128,6 +128,10 @@ def test_tables_have_their_rows_and_columns(outputs: Path) -> None:
         *("false_alarm_rate", "omega_squared", "precision", "sparseness", "p_adjusted", "significant"),
     ]
     assert filters.groupby("layer").size().tolist() == list(FILTERS)
+    untrained = pd.read_csv(outputs / "filter_metrics_untrained.csv")
+    measured = ["nonzero_count", "mean", "variance", "max"]  # of projections: there are none of this network
+    assert list(untrained.columns) == [name for name in filters.columns if name not in measured]
+    assert untrained.groupby("layer").size().tolist() == list(FILTERS)
     classes = pd.read_csv(outputs / "class_metrics.csv")
     columns = ["layer", "filter", "class", "activation_mean", "nonzero_count", "mean", "variance", "max"]
     assert list(classes.columns) == columns
@@ -153,6 +157,7 @@ def test_every_figure_is_there_and_nothing_half_written(outputs: Path) -> None:
     figures |= {f"deconv/conv4_filters_{k:03d}_to_{k + 31:03d}" for k in range(0, 256, 32)}
     figures |= {"deconv/conv1_filters_000_to_003", "feature_evolution", "heatmaps/occlusion"}
     figures |= {"heatmaps/occlusion_correlation", "heatmaps/invariance"}
+    figures |= {"specialisation", "ablation", "trust", "probes"}
     assert {f"{name}.png" for name in figures} <= names
     assert not [name for name in names if "partial" in name or "state" in name]
     for name in figures:

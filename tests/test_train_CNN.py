@@ -236,9 +236,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
         ),
         (
             "AUGMENTATION",
-            Augmentation(0, 0, 0, 0, 0.5),
+            Augmentation(0, 0, 0, 0, 0.5),  # type: ignore[arg-type]
             "AUGMENTATION.cutout is 0.5; expected a whole number",
-        ),  # type: ignore[arg-type]
+        ),
         ("SNAPSHOTS", 40, "SNAPSHOTS is 40; expected epochs in brackets"),
         ("SNAPSHOTS", "12", "SNAPSHOTS is '12'; expected epochs in brackets"),
         ("SNAPSHOTS", (1, "2"), "an epoch in SNAPSHOTS is '2'; expected a whole number, at least 1"),
@@ -281,11 +281,11 @@ def test_every_share_of_warm_up_gives_a_schedule(warm_up: float) -> None:
     trainer = train_CNN.Trainer({"filters": (1, 1, 1, 1)}, cpu, torch.float32, 10, settings)
     rates = []
     for _ in range(10):
-        rates.append(trainer.schedule.get_last_lr()[0])
+        rates.append(float(trainer.schedule.get_last_lr()[0]))
         trainer.optimizer.step()
         trainer.schedule.step()
     assert np.isfinite(rates).all() and max(rates) > 0.9
-    assert np.argmax(rates) in ((9,) if warm_up == 1 else (0, 1))
+    assert int(np.argmax(rates)) in ((9,) if warm_up == 1 else (0, 1))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ class Plain(Dataset[tuple[Tensor, int]]):
         self.split = split
         strength = settings.AUGMENTATION
         shift, zoom, colour = strength.shift / 96, strength.zoom, strength.colour
+        hidden = (strength.cutout / 96) ** 2  # share of the image
         self.transform = v2.Compose(
             [
                 v2.ToPILImage(),
@@ -49,6 +50,7 @@ class Plain(Dataset[tuple[Tensor, int]]):
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(mean, std),
+                v2.RandomErasing(float(hidden > 0), (hidden, hidden), (1, 1)),
             ]
         )
 
