@@ -1,6 +1,7 @@
-"""Run stages on machines as users have them: odd locales and folders, no display, no room, no permission."""
+"""Run stages on machines as users have them, and interrupt them; tests/interruptions.py says how."""
 
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -21,11 +22,15 @@ def runner() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def kept(runner: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the folders before and after each of some stages."""
+def prepared(runner: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Holds the folders before and after each of some stages, and says how many seconds each took."""
     folder = tmp_path_factory.mktemp("kept")
-    interruptions.prepare(runner, folder, STAGES[:4])
-    return folder
+    return folder, interruptions.prepare(runner, folder, STAGES[:4])
+
+
+@pytest.fixture(scope="module")
+def kept(prepared: tuple[Path, dict[str, float]]) -> Path:
+    return prepared[0]
 
 
 @pytest.fixture(params=MINE)
@@ -57,6 +62,16 @@ def assert_ends_in_one_line(folder: Path, status: int, *words: str) -> None:
     assert all(word in said(folder) for word in words), said(folder)
     assert not interruptions.problems_after(folder)
     assert not [name for name in interruptions.files(folder) if "partial" in name]
+
+
+def test_an_interrupted_stage_leaves_whole_files_and_the_next_run_ends_as_if_nothing_had_happened(
+    runner: Server, prepared: tuple[Path, dict[str, float]], stage: str
+) -> None:
+    # once in each way; `uv run python tests/interruptions.py` tries all stages often
+    seed = random.randrange(1 << 30)  # other moments every time
+    counts, wrong = interruptions.try_stage(runner, prepared[0], stage, prepared[1][stage], 1, seed)
+    assert not wrong, (seed, wrong)
+    assert counts["survived"] == len(interruptions.KINDS)
 
 
 def test_a_folder_with_spaces_and_accents_one_core_and_no_output_at_all(
