@@ -466,7 +466,8 @@ def measure_projections(
         0 where the filter does not fire, which costs no projection.
     """
     projector = Projector(checkpoint.net, len(LAYERS) - 1, precision)
-    found = []
+    names = ("nonzero_count", "mean", "max", "variance")
+    found, done = np.empty((len(names), len(chosen), positions.shape[1]), np.float32), 0
     # On a CPU each thread takes chunks that stay in its own cache; that beats sharing each operation.
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = ThreadPoolExecutor(threads, initializer=set_threads, initargs=(device,))
@@ -481,14 +482,15 @@ def measure_projections(
                 return magnitude_statistics(projector.project(masks, units.take(group)), IMAGE_SIZE**2)
 
             groups = list(projector.groups(units, chunk))
-            statistics = torch.zeros(rows.numel(), 4, device=device)
+            statistics = torch.zeros(rows.numel(), len(names), device=device)
             if groups:
                 statistics[fires[torch.cat(groups)]] = torch.cat(list(workers.map(measure, groups)))
-            found.append(statistics.view(*rows.shape, 4).cpu().numpy())
+            measured = statistics.view(*rows.shape, -1).permute(2, 0, 1).cpu().numpy()
+            found[:, done : done + len(which)] = measured
+            done += len(which)
     finally:
         workers.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is queued
-    names = ("nonzero_count", "mean", "max", "variance")
-    return {name: np.concatenate([part[:, :, k] for part in found]) for k, name in enumerate(names)}
+    return dict(zip(names, found, strict=True))
 
 
 def set_threads(device: torch.device) -> None:

@@ -9,11 +9,9 @@ An interrupted run goes on from the last finished epoch, kept in outputs/trainin
 is started again with the same settings.
 """
 
-import io
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +28,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from CNN import CNN, IMAGE_SIZE, choose_device, save_checkpoint, save_whole
+from CNN import CNN, IMAGE_SIZE, choose_device, read_whole, save_checkpoint, save_whole
 from load_data import (
     Augmentation,
     Split,
@@ -39,6 +37,7 @@ from load_data import (
     find_dataset,
     load_split,
     mean_and_std,
+    no_memory,
     normalise,
     plain_errors,
     save_figure,
@@ -310,20 +309,17 @@ def resume(
         start: Makes the trainer.
     """
     if path.is_file():
-        content = io.BytesIO(path.read_bytes())
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the file's pickle protocol; the line below says enough
-                state = torch.load(content, weights_only=True)
+            state, _ = read_whole(path)
             if state["settings"] == json.dumps(settings):
                 trainer, rows = start(), [dict(row) for row in state["rows"]]
                 trainer.restore(state)
                 print(f"going on after epoch {int(rows[-1]['epoch'])} of an interrupted run")
                 return trainer, rows
             print("an interrupted run had other settings: starting anew")
-        except MemoryError:
-            raise
-        except Exception:  # in a damaged, foreign or older file torch can stumble over nearly anything
+        except Exception as error:  # what does not fit can be found in as many ways as there are entries
+            if isinstance(error, OSError) or no_memory(error):
+                raise
             print(f"{path} cannot be read: starting anew")
     return start(), []
 
