@@ -84,27 +84,25 @@ CHANGES = {  # arguments of `change`, and what figures call them
 
 
 def load_activations(
-    path: Path, checkpoint: Checkpoint, labels: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-    """Read the strongest activations of conv4 (images, filters) and where they are (images, filters, 2).
+    path: Path, checkpoint: Checkpoint
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int16]]:
+    """Read labels, strongest activations of conv4 (images, filters) and their places (images, filters, 2).
 
     Raises:
-        SystemExit: If the file is missing, damaged, or made from another checkpoint, data set or labels.
+        SystemExit: If the file is missing, damaged, or made from another checkpoint or data set.
     """
     dtypes = {"labels": "int64", f"{LAYER}_max": "float32", f"{LAYER}_position": "int16"}
     found, again = load_arrays(path, "deconv_full.py", dtypes), "run `uv run deconv_full.py` again"
     check_origin(path, found, checkpoint)
-    if not np.array_equal(found.arrays["labels"], labels):
-        raise SystemExit(f"{path} has other labels: {again}")
-    values, positions = found.arrays[f"{LAYER}_max"], found.arrays[f"{LAYER}_position"]
-    shape = len(labels), checkpoint.net.config["filters"][-1]
-    if (values.shape, positions.shape) != (shape, (*shape, 2)):
-        raise SystemExit(f"{path} does not fit the network and the test images: {again}")
+    labels, values, positions = (found.arrays[key] for key in dtypes)
+    shape = labels.size, checkpoint.net.config["filters"][-1]
+    if (labels.ndim, values.shape, positions.shape) != (1, shape, (*shape, 2)):
+        raise SystemExit(f"{path} does not fit the network or itself: {again}")
     side = frame_sizes(checkpoint.net)[1][-1] // checkpoint.net.blocks[-1].pool_size
     possible = (values >= 0) & np.isfinite(values) & ((positions >= 0) & (positions < side)).all(axis=2)
     if not possible.all():
         raise SystemExit(f"{path} holds impossible values: {again}")
-    return values, positions
+    return labels, values, positions
 
 
 def read_tables(
@@ -795,9 +793,11 @@ def main() -> None:
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     names, folder = checkpoint.class_names, OUTPUTS / "heatmaps"
-    images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
-    values, positions = load_activations(OUTPUTS / "activations.npz", checkpoint, labels)
+    labels, values, positions = load_activations(OUTPUTS / "activations.npz", checkpoint)
     filter_metrics, class_metrics = read_tables(OUTPUTS, values, labels, names)
+    images, expected = load_split(checkpoint.dataset, DATA_DIR, "test")
+    if not np.array_equal(labels, expected):
+        raise SystemExit(f"{OUTPUTS / 'activations.npz'} has other labels: run `uv run deconv_full.py` again")
     living = sort_filters(filter_metrics, names)
     if living.empty:
         raise SystemExit(f"no filter of {LAYER} fires on any test image: run `uv run train_CNN.py` again")

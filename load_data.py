@@ -14,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import signal
 import sys
 import tarfile
 import time
@@ -219,6 +220,7 @@ def plain_errors() -> Iterator[None]:
         if sys.stdout:
             sys.stdout.flush()  # here rather than at the end, where nobody would catch what it raises
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending: a second one would only add a traceback
         raise SystemExit("interrupted: what was written is whole; run again") from None
     except BrokenPipeError:
         raise SystemExit("the output was closed before the end; run again with all of it shown") from None

@@ -3,6 +3,7 @@ import os
 os.environ["MPLBACKEND"] = "Agg"  # before matplotlib is imported
 
 import hashlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ WriteSplit = Callable[[str, NDArray[Any], NDArray[Any]], None]
 @pytest.fixture(autouse=True)
 def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # plain_errors ignores what follows a first one
 
 
 @pytest.fixture

@@ -127,6 +127,7 @@ def serve() -> None:
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
             continue
         os.chdir(folder)
+        atexit.unregister(shutil.rmtree)  # a temporary folder of matplotlib's is the server's
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have let it be ignored
         for number, name in ((0, os.devnull), (1, "stdout.txt"), (2, "stderr.txt")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)

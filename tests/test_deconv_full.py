@@ -232,7 +232,7 @@ def test_evolution_ends_in_the_top_projection_of_the_last_snapshot(make_net: Mak
 
 
 def test_snapshots_of_another_training_are_not_taken(make_net: MakeNet) -> None:
-    info: dict[str, Any] = {"dataset": "stl10", "class_names": ["a"] * 10, "mean": [0.4] * 3}
+    info: dict[str, Any] = {"dataset": "stl10", "class_names": list("abcdefghij"), "mean": [0.4] * 3}
     info |= {"std": [0.25] * 3, "seed": 0, "metrics": {"test_accuracy": 0.1}}
     folder = Path("outputs/snapshots")
     checkpoint = make_checkpoint(make_net(seed=2))

@@ -265,7 +265,7 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 FIRST = Path("outputs/activations.npz")
-OTHER, IMPOSSIBLE = "does not fit the network and the test images", "holds impossible values"
+OTHER, IMPOSSIBLE = "does not fit the network or itself", "holds impossible values"
 
 
 @pytest.mark.parametrize(
@@ -281,8 +281,8 @@ OTHER, IMPOSSIBLE = "does not fit the network and the test images", "holds impos
         ("conv4_position", lambda values: values[:, 1:], OTHER),
         ("conv4_position", lambda values: values * 0 + 6, IMPOSSIBLE),  # the map has 6 rows
         ("conv4_position", lambda values: values * 0 - 1, IMPOSSIBLE),
-        ("labels", lambda values: values[1:], "has other labels"),
-        ("labels", lambda values: values[:, None], "has other labels"),
+        ("labels", lambda values: values[1:], OTHER),
+        ("labels", lambda values: values[:, None], OTHER),
     ],
 )
 def test_activations_that_cannot_be_right_are_refused(
