@@ -382,7 +382,7 @@ def test_ctrl_c_does_not_wait_for_queued_work(
         return torch.zeros(len(projections), 4)
 
     class Interrupted(ThreadPoolExecutor):
-        def map(self, function: Any, *iterables: Any, **_: Any) -> Any:
+        def map(self, function: Any, *iterables: Any, **_: Any) -> Any:  # type: ignore[override]
             for arguments in zip(*iterables, strict=True):
                 self.submit(function, *arguments)
             raise KeyboardInterrupt
