@@ -212,10 +212,10 @@ def plain_errors() -> Iterator[None]:
     Raises:
         SystemExit: With that line.
     """
-    plt.switch_backend("agg")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     try:
+        plt.switch_backend("agg")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         yield
         if sys.stdout:
             sys.stdout.flush()  # here rather than at the end, where nobody would catch what it raises
