@@ -721,7 +721,7 @@ def test_only_left_over_partial_files_of_the_same_file_are_removed() -> None:
         "b.txt.999999999.partial",
         "a.txt.mine.partial",
         "a.txt.1",
-        "a.txt.1.partial",
+        *(["a.txt.1.partial"] if parent != 1 else []),  # in a container the parent may be process 1
     ]
     gone = ["a.txt.999999999.partial", "a.txt.99999999999999999999.partial"]
     for name in kept + gone:
