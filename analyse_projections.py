@@ -498,6 +498,13 @@ def tabulate_classes(activations: Arrays, statistics: Arrays) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def mean_table(class_metrics: pd.DataFrame, layer: str, names: Sequence[str]) -> NDArray[np.float64]:
+    """Return a layer's mean activations (classes, filters); nan for a class without images."""
+    rows = class_metrics[class_metrics["layer"] == layer]
+    table = rows.pivot(index="class", columns="filter", values="activation_mean")
+    return table.loc[list(names)].to_numpy(np.float64)
+
+
 def rank_filters(
     filter_metrics: pd.DataFrame, class_metrics: pd.DataFrame, layer: str, class_name: str
 ) -> pd.DataFrame:
@@ -1559,9 +1566,7 @@ def main() -> None:
     net, (_, tested) = checkpoint.net, features["trained"]
     silenced = contributions(net, tested[-1]), net.classifier.bias, test.labels
     changes, overall = silence_each(*silenced, len(names))
-    rows = classes[classes["layer"] == PROJECTED]
-    means = rows.pivot(index="class", columns="filter", values="activation_mean").loc[names]
-    selectivity = class_selectivity(means.to_numpy(np.float64))
+    selectivity = class_selectivity(mean_table(classes, PROJECTED, names))
     strongest = pd.DataFrame(selectivity).max().to_numpy(np.float64)  # for the preferred class, nan if dead
     rng, everyone = np.random.default_rng(SEED), np.arange(len(overall))
     orders = {

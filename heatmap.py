@@ -41,6 +41,7 @@ from analyse_projections import (
     check_numbers,
     check_origin,
     check_paths,
+    mean_table,
     median_interval,
     rank_filters,
     spearman,
@@ -134,7 +135,7 @@ def read_tables(
         fits = (
             np.array_equal(filters["filter"], np.arange(values.shape[1]))
             and np.allclose(filters["activation_mean"], values.mean(axis=0, dtype=np.float64), rtol=1e-3)
-            and np.allclose(mean_table(classes, names), means, rtol=1e-3, equal_nan=True)
+            and np.allclose(mean_table(classes, LAYER, names), means, rtol=1e-3, equal_nan=True)
             and np.array_equal(filters["dead"], (values == 0).all(axis=0))
             and set(filters.loc[~filters["dead"], "preferred_class"]) <= set(names)
             and filters["activation_nonzero"].between(0, 1).all()
@@ -146,12 +147,6 @@ def read_tables(
         again = "run `uv run analyse_projections.py` again"
         raise SystemExit(f"{paths[0]} and {paths[1].name} do not belong to activations.npz: {again}")
     return filters, classes
-
-
-def mean_table(class_metrics: pd.DataFrame, names: list[str]) -> NDArray[np.float64]:
-    """Return the mean activations (classes, filters); nan for a class without images."""
-    table = class_metrics.pivot(index="class", columns="filter", values="activation_mean")
-    return table.loc[names].to_numpy(np.float64)
 
 
 def sort_filters(filter_metrics: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -816,7 +811,7 @@ def main() -> None:
 
     # over all classes
     heading = f"{LAYER} on {source}; {len(filter_metrics) - len(living)} dead filters left out"
-    means = mean_table(class_metrics, names)
+    means = mean_table(class_metrics, LAYER, names)
     save(draw_class_filters(means, living, names, heading), "class_filter_heatmap.png")
 
     # in each class
