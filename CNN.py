@@ -111,6 +111,8 @@ class CNN(nn.Module):
             raise ValueError(f"kernel_sizes is {kernel_sizes}; expected odd numbers")
         if not (is_number(dropout) and 0 <= dropout <= 1):
             raise ValueError(f"dropout is {dropout}; expected 0 to 1")
+        if not isinstance(partial_identity, bool):
+            raise ValueError(f"partial_identity is {partial_identity}; expected True or False")
         self.config: dict[str, Any] = {
             "filters": list(filters),
             "kernel_sizes": list(kernel_sizes),

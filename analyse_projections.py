@@ -1018,6 +1018,19 @@ def randomised(
     return settle_batch_norm(net, first, checkpoint, images, device)
 
 
+def without_copies(table: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame | None:
+    """Return the rows of filters that did not start as copies of one below; None if none did, see CNN.py.
+
+    Args:
+        table: What `tabulate_filters` returned for an untrained network.
+        config: Of the network.
+    """
+    if not config["partial_identity"]:
+        return None
+    below = dict(zip(LAYERS, (0, *config["filters"]), strict=False))  # conv1 has no layer below
+    return table[table["filter"] >= table["layer"].map(below)]
+
+
 Comparison = dict[tuple[str, str, str], tuple[float, float, float]]
 
 
@@ -1027,11 +1040,11 @@ def compare_networks(tables: Mapping[str, pd.DataFrame], resamplings: int, seed:
     The untrained network is no blank: edges and colours of random filters differ between classes, too. What
     training added is what the trained network has beyond it.
 
-    Its conv2 to conv4 start as partial identity (see CNN.py). Their first filters, as many as the layer below
-    has, are copies of that layer, pooled further; only the rest are random. A copy's strongest activation is
-    that of the filter below less a constant, batch norm's mean, times another. So its AUC is that of the
-    filter below, and its omega squared, unless the constant cuts some activations off at 0. Its selectivity
-    is not: an index over means grows when something is taken off all of them. That is why all three are
+    By default its conv2 to conv4 start as partial identity (see CNN.py). Their first filters, as many as the
+    layer below has, are copies of that layer, pooled further; only the rest are random. A copy's strongest
+    activation is that of the filter below less a constant, batch norm's mean, times another. So its AUC is
+    that of the filter below, and its omega squared, unless the constant cuts some activations off at 0. Its
+    selectivity is not: an index over means grows when something is taken off all of them. That is why all three are
     compared, and why the untrained network is counted without its copies as well.
 
     Args:
@@ -1557,9 +1570,9 @@ def main() -> None:
 
     before = activations._replace(arrays=maxima["untrained"] | {"labels": test.labels})
     tables = {"trained": filters, "untrained": tabulate_filters(before, None, RESAMPLINGS, SEED)}
-    below = dict(zip(LAYERS, (0, *checkpoint.net.config["filters"]), strict=False))
-    copied = tables["untrained"]["filter"] < tables["untrained"]["layer"].map(below)
-    tables["untrained, without copies of the layer below"] = tables["untrained"][~copied]
+    own = without_copies(tables["untrained"], checkpoint.net.config)
+    if own is not None:
+        tables["untrained, without copies of the layer below"] = own
     compared = compare_networks(tables, RESAMPLINGS, SEED)
     print_comparison(compared)
 

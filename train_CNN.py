@@ -442,6 +442,8 @@ def check_settings(settings: dict[str, Any], snapshots: object) -> None:
             check_number(f"{name.upper()}[{layer}]", size, 1, highest)
     if any(kernel % 2 == 0 for kernel in config["kernel_sizes"]):
         raise SystemExit(f"KERNEL_SIZES is {config['kernel_sizes']}; expected odd numbers")
+    if not isinstance(config["partial_identity"], bool):  # any other text would be taken for True
+        raise SystemExit(f"PARTIAL_IDENTITY is {config['partial_identity']!r}; expected True or False")
     if not isinstance(augmentation, Augmentation):
         raise SystemExit(f"AUGMENTATION is {augmentation!r}; expected Augmentation(...)")
     highest_of = Augmentation(shift=IMAGE_SIZE, zoom=9.0, rotation=180.0, colour=1.0, cutout=IMAGE_SIZE)

@@ -1133,3 +1133,15 @@ def test_strange_class_names_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None
         analyse_projections.main()
     assert pd.read_csv(OUTPUTS / "class_metrics.csv")["class"].tolist() == STRANGE * 22
     assert all(path.parent == OUTPUTS for path in Path().rglob("*.*"))
+
+
+def test_filters_that_start_as_copies_are_left_out_only_where_there_are_any() -> None:
+    filters = (1, 3, 3, 4)
+    layer = np.repeat(np.array(LAYERS), filters)
+    number = np.concatenate([np.arange(count) for count in filters])
+    table = pd.DataFrame({"layer": layer, "filter": number})
+    own = analyse_projections.without_copies(table, {"filters": filters, "partial_identity": True})
+    assert own is not None
+    kept = list(own.itertuples(index=False, name=None))
+    assert kept == [("conv1", 0), ("conv2", 1), ("conv2", 2), ("conv4", 3)]
+    assert analyse_projections.without_copies(table, {"filters": filters, "partial_identity": False}) is None

@@ -195,6 +195,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
         ("BATCH_SIZE", 41, "BATCH_SIZE is 41; there are only 40 training images"),
         ("BATCH_SIZE", 1, "BATCH_SIZE is 1; expected at least 2"),
         ("DROPOUT", 2, "DROPOUT is 2; expected 0 to 1"),
+        ("PARTIAL_IDENTITY", "no", "PARTIAL_IDENTITY is 'no'; expected True or False"),
         ("LEARNING_RATE", -1.0, "LEARNING_RATE is -1.0; expected at least 1e-09"),
         ("KERNEL_SIZES", (5, 4, 3, 3), r"KERNEL_SIZES is \(5, 4, 3, 3\); expected odd numbers"),
         ("FILTERS", (8, 8, 8), r"FILTERS is \(8, 8, 8\); expected four numbers"),
