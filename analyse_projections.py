@@ -1044,8 +1044,8 @@ def compare_networks(tables: Mapping[str, pd.DataFrame], resamplings: int, seed:
     layer below has, are copies of that layer, pooled further; only the rest are random. A copy's strongest
     activation is that of the filter below less a constant, batch norm's mean, times another. So its AUC is
     that of the filter below, and its omega squared, unless the constant cuts some activations off at 0. Its
-    selectivity is not: an index over means grows when something is taken off all of them. That is why all three are
-    compared, and why the untrained network is counted without its copies as well.
+    selectivity is not: an index over means grows when something is taken off all of them. That is why all
+    three are compared, and why the untrained network is counted without its copies as well.
 
     Args:
         tables: What `tabulate_filters` returned, by network: "trained", "untrained" and others.
