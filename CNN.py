@@ -105,14 +105,14 @@ class CNN(nn.Module):
         check_sizes("kernel_sizes", kernel_sizes, IMAGE_SIZE)
         check_sizes("strides", strides, IMAGE_SIZE)
         check_sizes("pool_sizes", pool_sizes, IMAGE_SIZE)
-        check_sizes("head_size", [head_size], IMAGE_SIZE, 1)
-        check_sizes("classes", [classes], 10_000, 1)
+        check_sizes("head_size", head_size, IMAGE_SIZE, 1)
+        check_sizes("classes", classes, 10_000, 1)
         if any(kernel % 2 == 0 for kernel in kernel_sizes):
-            raise ValueError(f"kernel_sizes is {kernel_sizes}; expected odd numbers")
+            raise ValueError(f"kernel_sizes is {kernel_sizes!r}; expected odd numbers")
         if not (is_number(dropout) and 0 <= dropout <= 1):
-            raise ValueError(f"dropout is {dropout}; expected 0 to 1")
+            raise ValueError(f"dropout is {dropout!r}; expected a number from 0 to 1")
         if not isinstance(partial_identity, bool):
-            raise ValueError(f"partial_identity is {partial_identity}; expected True or False")
+            raise ValueError(f"partial_identity is {partial_identity!r}; expected True or False")
         self.config: dict[str, Any] = {
             "filters": list(filters),
             "kernel_sizes": list(kernel_sizes),
@@ -162,11 +162,11 @@ def is_number(value: object) -> bool:
 
 
 def check_sizes(name: str, sizes: object, highest: int, count: int = len(LAYERS)) -> None:
-    """Raise ValueError unless `sizes` are `count` whole numbers from 1 to `highest`."""
-    fits = isinstance(sizes, list | tuple) and len(sizes) == count
-    if not fits or not all(type(size) is int and 1 <= size <= highest for size in cast(list[Any], sizes)):
-        numbers = "one whole number" if count == 1 else f"{count} whole numbers"
-        raise ValueError(f"{name} is {sizes}; expected {numbers} from 1 to {highest:,}")
+    """Raise ValueError unless `sizes` are `count` whole numbers, a bare one if one, from 1 to `highest`."""
+    numbers = sizes if isinstance(sizes, list | tuple) and count > 1 else [sizes]
+    if len(numbers) != count or not all(type(size) is int and 1 <= size <= highest for size in numbers):
+        expected = "a whole number" if count == 1 else f"{count} whole numbers"
+        raise ValueError(f"{name} is {sizes!r}; expected {expected} from 1 to {highest:,}")
 
 
 class ReceptiveField(NamedTuple):

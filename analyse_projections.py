@@ -52,6 +52,9 @@ from deconv_full import Projector, Units, batches
 from load_data import (
     Arrays,
     Split,
+    check_lists,
+    check_numbers,
+    check_paths,
     load_arrays,
     load_split,
     normalise,
@@ -101,46 +104,6 @@ AXES = {  # what figures call the columns of filter_metrics.csv
     "variance": "projection: variance\nof all pixels\n(normalised pixels²)",
     "max": "projection: largest\nin any image\n(normalised pixels)",
 }
-
-
-def check_numbers(
-    low: float, high: float = 1_000_000, *, whole: bool = True, several: bool = False, **settings: object
-) -> None:
-    """Refuse settings that are no number from `low` to `high`.
-
-    Args:
-        low: Smallest value; unless they must be whole, numbers must be above it.
-        high: Largest value.
-        whole: Whether only whole numbers will do.
-        several: Whether a setting is a list of numbers, at least one.
-        settings: By name.
-
-    Raises:
-        SystemExit: If one is out of range or no number.
-    """
-    for name, value in settings.items():
-        numbers = [value] if not several else list(value) if isinstance(value, list | tuple | range) else []
-        right = [
-            isinstance(number, int if whole else int | float)
-            and not isinstance(number, bool)
-            and (low <= number <= high if whole else low < number <= high)
-            for number in numbers
-        ]
-        if not right or not all(right):
-            kind, least = ("whole number", "of at least") if whole else ("number", "above")
-            what = f"a list of one or more {kind}s, each" if several else f"a {kind}"
-            raise SystemExit(f"{name} is {value!r}; expected {what} {least} {low:,} and at most {high:,}")
-
-
-def check_paths(**settings: object) -> None:
-    """Refuse settings that are no Path.
-
-    Raises:
-        SystemExit: If one is something else.
-    """
-    for name, value in settings.items():
-        if not isinstance(value, Path):
-            raise SystemExit(f'{name} is {value!r}; expected a path, such as Path("outputs")')
 
 
 def read_measurements(folder: Path) -> tuple[Arrays, Arrays]:
@@ -1521,19 +1484,21 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
 def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
+    outputs, checkpoint_path, data_dir = check_paths(
+        OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR
+    )
     check_numbers(1, RESAMPLINGS=RESAMPLINGS, RANDOM_ORDERS=RANDOM_ORDERS, RANDOMISED_UNITS=RANDOMISED_UNITS)
     check_numbers(1, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK, NORM_IMAGES=NORM_IMAGES)
     check_numbers(1, PROBE_INPUTS=PROBE_INPUTS, PROBE_STEPS=PROBE_STEPS)
     check_numbers(1, 100, TOP_FILTERS=TOP_FILTERS)
-    check_numbers(0, 2**63 - 1, SEED=SEED)
-    check_numbers(0, 1, whole=False, KEPT_SHARE=KEPT_SHARE)
-    check_numbers(0, whole=False, several=True, PROBE_DECAYS=PROBE_DECAYS)
-    activations, statistics = read_measurements(OUTPUTS)
+    check_numbers(0, 2**32 - 1, SEED=SEED)
+    check_numbers(0.001, 1, KEPT_SHARE=KEPT_SHARE)
+    check_lists(1e-9, PROBE_DECAYS=PROBE_DECAYS)
+    activations, statistics = read_measurements(outputs)
     device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(CHECKPOINT, device)
-    train, test = (load_split(checkpoint.dataset, DATA_DIR, split) for split in ("train", "test"))
-    units = read_top_units(OUTPUTS, activations, checkpoint, test)
+    checkpoint = load_checkpoint(checkpoint_path, device)
+    train, test = (load_split(checkpoint.dataset, data_dir, split) for split in ("train", "test"))
+    units = read_top_units(outputs, activations, checkpoint, test)
     data = f"{title(activations.dataset)}, {len(activations.arrays['labels']):,} test images"
     source = f"{data}, {checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
     projected = f"projections of {len(statistics.arrays['labels']):,}"
@@ -1547,9 +1512,9 @@ def main() -> None:
     print_summary(summary, rankings, TOP_FILTERS)
 
     for name, table in (("filter_metrics.csv", filters), ("class_metrics.csv", classes)):
-        with whole_file(OUTPUTS / name) as partial:
+        with whole_file(outputs / name) as partial:
             table.to_csv(partial, index=False, lineterminator="\n")
-        print(f"wrote {OUTPUTS / name}")
+        print(f"wrote {outputs / name}")
     heading = f"Distribution of each metric over the living filters\n{source}, {projected}"
     figures = {"metric_distributions.png": draw_distributions(filters, heading)}
     heading = f"Class selectivity of filters: 0 all classes alike, 1 one class only\n{source}"
@@ -1557,8 +1522,8 @@ def main() -> None:
     heading = f"Top filters of {PROJECTED} for each class\n{source}"
     figures["top_filters.png"] = draw_top_filters(rankings, TOP_FILTERS, heading)
     for name, figure in figures.items():
-        save_figure(figure, OUTPUTS / name)
-        print(f"wrote {OUTPUTS / name}")
+        save_figure(figure, outputs / name)
+        print(f"wrote {outputs / name}")
 
     # how far all this can be trusted
     batch, some = (device, BATCH_SIZE), train.images[:NORM_IMAGES]
@@ -1606,9 +1571,9 @@ def main() -> None:
 
     written = {"filter_metrics_untrained.csv": tables["untrained"], "trust.csv": trust, "probes.csv": probes}
     for name, table in (written | {"ablation.csv": tabulate_ablation(changes, selectivity, names)}).items():
-        with whole_file(OUTPUTS / name) as partial:
+        with whole_file(outputs / name) as partial:
             table.to_csv(partial, index=False, lineterminator="\n")
-        print(f"wrote {OUTPUTS / name}")
+        print(f"wrote {outputs / name}")
     heading = "How much of the specialisation was learned: the filters of each layer,"
     heading += f" median and 95 % interval\n{source}"
     figures = {"specialisation.png": draw_specialisation(tables, compared, heading)}
@@ -1620,8 +1585,8 @@ def main() -> None:
     accuracy = checkpoint.metrics["test_accuracy"]
     figures["probes.png"] = draw_probes(probes, accuracy, 1 / len(names), heading)
     for name, figure in figures.items():
-        save_figure(figure, OUTPUTS / name)
-        print(f"wrote {OUTPUTS / name}")
+        save_figure(figure, outputs / name)
+        print(f"wrote {outputs / name}")
     print("next: uv run heatmap.py")
 
 

@@ -37,7 +37,16 @@ from CNN import (
     load_checkpoint,
     receptive_fields,
 )
-from load_data import load_split, no_memory, normalise, plain_errors, save_figure, title
+from load_data import (
+    check_numbers,
+    check_paths,
+    load_split,
+    no_memory,
+    normalise,
+    plain_errors,
+    save_figure,
+    title,
+)
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (resized and cropped to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
@@ -310,17 +319,17 @@ def main() -> None:
     """Project one image's strongest units of each layer and draw them."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
     chosen = LAYERS if LAYER == "all" else (LAYERS[layer_index(LAYER)],)
-    if type(N_FILTERS) is not int or not 1 <= N_FILTERS <= 30:
-        raise SystemExit(f"N_FILTERS is {N_FILTERS!r}; expected a whole number from 1 to 30")
+    check_numbers(1, 30, N_FILTERS=N_FILTERS)
+    checkpoint_path, data_dir, figure = check_paths(CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR, FIGURE=FIGURE)
     wanted = check_image(IMAGE)
     device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(CHECKPOINT, device)
+    checkpoint = load_checkpoint(checkpoint_path, device)
     if isinstance(wanted, int):
-        split = load_split(checkpoint.dataset, DATA_DIR, "test")
+        split = load_split(checkpoint.dataset, data_dir, "test")
         if not 0 <= wanted < len(split.images):
             raise SystemExit(f"IMAGE is {wanted}; the test split has images 0 to {len(split.images) - 1}")
         if split.labels.max() >= len(checkpoint.class_names):
-            classes = f"{CHECKPOINT} names {len(checkpoint.class_names)} classes, the data have more"
+            classes = f"{checkpoint_path} names {len(checkpoint.class_names)} classes, the data have more"
             raise SystemExit(f"{classes}: run `uv run train_CNN.py` again")
         image = split.images[wanted]
         name = f"test image {wanted} of {title(checkpoint.dataset)}"
@@ -341,8 +350,8 @@ def main() -> None:
     heading = f"{name}{truth}, predicted {guess} ({float(probabilities.max()):.0%}); network trained on "
     heading += f"{title(checkpoint.dataset)}\nabove: projections of the strongest filters, with number and "
     heading += "activation; grey is zero. below: the image there, white outside"
-    save_figure(draw(image, found, N_FILTERS, heading), FIGURE)
-    print(f"wrote {FIGURE}\nnext: uv run deconv_full.py")
+    save_figure(draw(image, found, N_FILTERS, heading), figure)
+    print(f"wrote {figure}\nnext: uv run deconv_full.py")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,17 @@ from CNN import (
     receptive_fields,
 )
 from deconv import displayed, gain_filters, unpool, window_of
-from load_data import Split, load_split, normalise, plain_errors, save_arrays, save_figure, title
+from load_data import (
+    Split,
+    check_numbers,
+    check_paths,
+    load_split,
+    normalise,
+    plain_errors,
+    save_arrays,
+    save_figure,
+    title,
+)
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = None  # test images of each class in projection_statistics.npz; None: all
@@ -676,51 +686,19 @@ def draw_evolution(
     return fig
 
 
-def check_settings(
-    numbers: Mapping[str, object], images_per_class: object, precision: object, paths: Mapping[str, object]
-) -> None:
-    """Refuse settings that make no sense.
-
-    Args:
-        numbers: Settings that are whole numbers, by name.
-        images_per_class: The setting IMAGES_PER_CLASS.
-        precision: The setting PRECISION.
-        paths: Settings that are paths, by name.
-
-    Raises:
-        SystemExit: If one is of the wrong type or out of range.
-    """
-    lowest = {"EVOLUTION_FILTERS": 0}  # 0: none
-    highest = {"FILTERS_PER_PAGE": 256}  # a larger page would hardly be a picture any more
-    for name, value in numbers.items():
-        least, most = lowest.get(name, 1), highest.get(name, math.inf)
-        if type(value) is not int or not least <= value <= most:
-            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise SystemExit(f"{name} is {value!r}; expected a whole number, {expected}")
-    if images_per_class is not None and (type(images_per_class) is not int or images_per_class < 1):
-        expected = "expected None (all) or a whole number, at least 1"
-        raise SystemExit(f"IMAGES_PER_CLASS is {images_per_class!r}; {expected}")
-    if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise SystemExit(f"PRECISION is {precision!r}; expected {' or '.join(PRECISIONS)}")
-    for name, path in paths.items():
-        if not isinstance(path, str | Path):
-            raise SystemExit(f'{name} is {path!r}; expected a path, as Path("{name.lower()}")')
-
-
 def main() -> None:
     """Measure activations, project the top images of every filter, then measure all projections of conv4."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    numbers = {
-        "N_TOP": N_TOP,
-        "BATCH_SIZE": BATCH_SIZE,
-        "CHUNK": CHUNK,
-        "FILTERS_PER_PAGE": FILTERS_PER_PAGE,
-        "EVOLUTION_FILTERS": EVOLUTION_FILTERS,
-        "EVOLUTION_IMAGES": EVOLUTION_IMAGES,
-    }
-    paths = {"CHECKPOINT": CHECKPOINT, "DATA_DIR": DATA_DIR, "OUTPUTS": OUTPUTS}
-    check_settings(numbers, IMAGES_PER_CLASS, PRECISION, paths)
-    checkpoint_path, data_dir, outputs = map(Path, paths.values())
+    outputs, checkpoint_path, data_dir = check_paths(
+        OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR
+    )
+    check_numbers(1, N_TOP=N_TOP, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK, EVOLUTION_IMAGES=EVOLUTION_IMAGES)
+    check_numbers(0, EVOLUTION_FILTERS=EVOLUTION_FILTERS)  # 0: none
+    check_numbers(1, 256, FILTERS_PER_PAGE=FILTERS_PER_PAGE)  # a larger page would hardly be a picture
+    if IMAGES_PER_CLASS is not None:  # None: all
+        check_numbers(1, IMAGES_PER_CLASS=IMAGES_PER_CLASS)
+    if not isinstance(PRECISION, str) or PRECISION not in PRECISIONS:
+        raise SystemExit(f"PRECISION is {PRECISION!r}; expected {' or '.join(PRECISIONS)}")
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(checkpoint_path, device)
     split = load_split(checkpoint.dataset, data_dir, "test")

@@ -38,9 +38,7 @@ from tqdm import tqdm
 
 from analyse_projections import (
     by_class,
-    check_numbers,
     check_origin,
-    check_paths,
     mean_table,
     median_interval,
     rank_filters,
@@ -49,7 +47,17 @@ from analyse_projections import (
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, frame_sizes, load_checkpoint
 from deconv import displayed, robust_scale
 from deconv_full import Projector, batches
-from load_data import load_arrays, load_split, normalise, plain_errors, save_figure, title
+from load_data import (
+    check_lists,
+    check_numbers,
+    check_paths,
+    load_arrays,
+    load_split,
+    normalise,
+    plain_errors,
+    save_figure,
+    title,
+)
 
 TOP_FILTERS = 4  # filters drawn of each class
 TOP_IMAGES = 3  # images drawn of each filter: those of the class that drive it most
@@ -775,7 +783,9 @@ def draw_invariance(
 def main() -> None:
     """Draw filters over all classes, in each class, in single images, in occluded and in changed ones."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
+    outputs, checkpoint_path, data_dir = check_paths(
+        OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR
+    )
     check_numbers(1, 30, TOP_FILTERS=TOP_FILTERS)
     check_numbers(1, 12, TOP_IMAGES=TOP_IMAGES)
     check_numbers(1, SUMMED_FILTERS=SUMMED_FILTERS, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK)
@@ -783,16 +793,16 @@ def main() -> None:
     check_numbers(1, INVARIANCE_IMAGES=INVARIANCE_IMAGES, RESAMPLINGS=RESAMPLINGS)
     check_numbers(1, IMAGE_SIZE, OCCLUDER=OCCLUDER, OCCLUSION_STRIDE=OCCLUSION_STRIDE)
     check_numbers(1, IMAGE_SIZE, OCCLUSION_STRIDE_MANY=OCCLUSION_STRIDE_MANY)
-    check_numbers(-1000, 1000, whole=False, several=True, SHIFTS=SHIFTS, ANGLES=ANGLES)
-    check_numbers(0, 100, whole=False, several=True, ZOOMS=ZOOMS)
+    check_lists(-1000.0, 1000, SHIFTS=SHIFTS, ANGLES=ANGLES)
+    check_lists(0.01, 100, ZOOMS=ZOOMS)
     device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(CHECKPOINT, device)
-    names, folder = checkpoint.class_names, OUTPUTS / "heatmaps"
-    labels, values, positions = load_activations(OUTPUTS / "activations.npz", checkpoint)
-    filter_metrics, class_metrics = read_tables(OUTPUTS, values, labels, names)
-    images, expected = load_split(checkpoint.dataset, DATA_DIR, "test")
+    checkpoint = load_checkpoint(checkpoint_path, device)
+    names, folder = checkpoint.class_names, outputs / "heatmaps"
+    labels, values, positions = load_activations(outputs / "activations.npz", checkpoint)
+    filter_metrics, class_metrics = read_tables(outputs, values, labels, names)
+    images, expected = load_split(checkpoint.dataset, data_dir, "test")
     if not np.array_equal(labels, expected):
-        raise SystemExit(f"{OUTPUTS / 'activations.npz'} has other labels: run `uv run deconv_full.py` again")
+        raise SystemExit(f"{outputs / 'activations.npz'} has other labels: run `uv run deconv_full.py` again")
     living = sort_filters(filter_metrics, names)
     if living.empty:
         raise SystemExit(f"no filter of {LAYER} fires on any test image: run `uv run train_CNN.py` again")

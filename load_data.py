@@ -99,6 +99,48 @@ class DownloadError(Exception):
     """STL-10 could not be downloaded; the text says why in one line."""
 
 
+def check_numbers(lowest: float, highest: float = 1_000_000, **settings: Any) -> None:
+    """Refuse settings, given by name, that are no number from `lowest` to `highest`.
+
+    A whole `lowest`, 1, asks for whole numbers; 1.0 for any finite ones.
+
+    Raises:
+        SystemExit: If one is of another type or out of range.
+    """
+    whole = isinstance(lowest, int)
+    kind = "a whole number" if whole else "a number"
+    bounded = highest < math.inf
+    limits = f"from {lowest:,.10g} to {highest:,.10g}" if bounded else f"of at least {lowest:,.10g}"
+    for name, value in settings.items():
+        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not (fits and lowest <= value <= highest and value < math.inf):
+            raise SystemExit(f"{name} is {value!r}; expected {kind} {limits}")
+
+
+def check_lists(lowest: float, highest: float = 1_000_000, **settings: Any) -> None:
+    """Refuse settings, given by name, that are no list of one or more such numbers as `check_numbers` takes.
+
+    Raises:
+        SystemExit: If one is no list, or a number in it is refused.
+    """
+    for name, values in settings.items():
+        if not isinstance(values, list | tuple | range) or not values:
+            raise SystemExit(f"{name} is {values!r}; expected one or more numbers, as [1, 2] or [1]")
+        check_numbers(lowest, highest, **{f"{name}[{place}]": value for place, value in enumerate(values)})
+
+
+def check_paths(**settings: Any) -> list[Path]:
+    """Return settings, given by name, as paths.
+
+    Raises:
+        SystemExit: If one is neither a path nor text.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, str | Path):
+            raise SystemExit(f'{name} is {value!r}; expected a path, as Path("{name.lower()}")')
+    return [Path(value) for value in settings.values()]
+
+
 def check_choice(dataset: str, *allowed: str) -> None:
     """Raise SystemExit if `dataset` is not one of those allowed."""
     if dataset not in allowed:
@@ -577,8 +619,9 @@ def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
 def main() -> None:
     """Say what is there and draw ten images of each class."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    dataset = find_dataset(DATASET, DATA_DIR)
-    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
+    (data_dir,) = check_paths(DATA_DIR=DATA_DIR)
+    dataset = find_dataset(DATASET, data_dir)
+    train, test = (load_split(dataset, data_dir, split) for split in ("train", "test"))
     print(
         f"{title(dataset)}: {len(train.images):,} training and {len(test.images):,} test images, 3 x 96 x 96"
     )

@@ -33,6 +33,8 @@ from load_data import (
     Augmentation,
     Split,
     augment,
+    check_numbers,
+    check_paths,
     class_names,
     find_dataset,
     load_split,
@@ -389,20 +391,6 @@ def report(counts: NDArray[np.int64], names: list[str]) -> None:
     print(f"accuracy {accuracy:.2%}, 95 % interval {accuracy - half:.2%} to {accuracy + half:.2%}")
 
 
-def check_number(name: str, value: Any, lowest: float, highest: float = math.inf) -> None:
-    """Refuse a setting that is no finite number from `lowest` to `highest`, or no whole one if `lowest` is.
-
-    Raises:
-        SystemExit: With what is expected.
-    """
-    whole = isinstance(lowest, int)
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not fits or not (lowest <= value <= highest and value < math.inf):
-        kind = "" if fits else "a whole number, " if whole else "a number, "
-        limits = f"at least {lowest:.10g}" if highest == math.inf else f"{lowest:.10g} to {highest:.10g}"
-        raise SystemExit(f"{name} is {value!r}; expected {kind}{limits}")
-
-
 def check_settings(settings: dict[str, Any], snapshots: object) -> None:
     """Refuse settings that make no sense, before anything is downloaded or computed.
 
@@ -414,57 +402,41 @@ def check_settings(settings: dict[str, Any], snapshots: object) -> None:
         SystemExit: If one is of the wrong type or out of range, or the network cannot be built.
     """
     config, augmentation = settings["config"], settings["augmentation"]
-    limits: dict[str, tuple[float, float]] = {  # a whole number first: the setting is one, too
-        "epochs": (1, math.inf),
-        "shapes_epochs": (1, math.inf),
-        "measure_every": (1, math.inf),
-        "batch_size": (2, math.inf),  # batch norm needs two
-        "seed": (0, 2**32 - 1),
-        "head_size": (1, IMAGE_SIZE),
-        "learning_rate": (1e-9, math.inf),
-        "warm_up": (0.0, 1.0),
-        "weight_decay": (0.0, math.inf),
-        "label_smoothing": (0.0, 1.0),
-        "dropout": (0.0, 1.0),
-    }
-    for name, (lowest, highest) in limits.items():
-        check_number(name.upper(), (settings | config)[name], lowest, highest)
-    for name, highest in {
-        "filters": 10_000,
-        "kernel_sizes": IMAGE_SIZE,
-        "strides": IMAGE_SIZE,
-        "pool_sizes": IMAGE_SIZE,
-    }.items():
-        sizes = config[name]
-        if not isinstance(sizes, tuple | list) or len(sizes) != 4:
-            raise SystemExit(f"{name.upper()} is {sizes!r}; expected four numbers, for conv1 to conv4")
-        for layer, size in enumerate(sizes):
-            check_number(f"{name.upper()}[{layer}]", size, 1, highest)
-    if any(kernel % 2 == 0 for kernel in config["kernel_sizes"]):
-        raise SystemExit(f"KERNEL_SIZES is {config['kernel_sizes']}; expected odd numbers")
-    if not isinstance(config["partial_identity"], bool):  # any other text would be taken for True
-        raise SystemExit(f"PARTIAL_IDENTITY is {config['partial_identity']!r}; expected True or False")
+    for lowest, highest, *names in (  # a whole number first: the setting is one, too
+        (1, 1_000_000, "epochs", "shapes_epochs", "measure_every"),
+        (2, 1_000_000, "batch_size"),  # batch norm needs two
+        (0, 2**32 - 1, "seed"),
+        (1e-9, math.inf, "learning_rate"),
+        (0.0, math.inf, "weight_decay"),
+        (0.0, 1, "warm_up", "label_smoothing"),
+    ):
+        check_numbers(lowest, highest, **{name.upper(): settings[name] for name in names})
     if not isinstance(augmentation, Augmentation):
         raise SystemExit(f"AUGMENTATION is {augmentation!r}; expected Augmentation(...)")
-    highest_of = Augmentation(shift=IMAGE_SIZE, zoom=9.0, rotation=180.0, colour=1.0, cutout=IMAGE_SIZE)
-    for name, highest in highest_of._asdict().items():
+    most = Augmentation(shift=IMAGE_SIZE, zoom=9, rotation=180, colour=1, cutout=IMAGE_SIZE)
+    for name, highest in most._asdict().items():
         lowest = 0 if name == "cutout" else 0.0
-        check_number(f"AUGMENTATION.{name}", getattr(augmentation, name), lowest, highest)
+        check_numbers(lowest, highest, **{f"AUGMENTATION.{name}": getattr(augmentation, name)})
     if settings["train_on"] not in ("all", "validation", *FOLDS):
         expected = 'expected "all", "validation" or "fold 0" to "fold 9"'
         raise SystemExit(f"TRAIN_ON is {settings['train_on']!r}; {expected}")
     if not isinstance(snapshots, tuple | list | set | range):
         raise SystemExit(f"SNAPSHOTS is {snapshots!r}; expected epochs in brackets, as (10, 20) or (10,)")
     for epoch in snapshots:
-        check_number("an epoch in SNAPSHOTS", epoch, 1)
-    try:
-        with torch.device("meta"):  # shapes only
-            CNN(**config).eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(
-            f"KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
-            f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]}"
-        ) from None
+        check_numbers(1, **{"an epoch in SNAPSHOTS": epoch})
+    with torch.device("meta"):  # shapes only
+        try:
+            net = CNN(**config).eval()
+        except ValueError as error:  # begins with the argument's name, the setting's in small letters
+            name, problem = str(error).split(" ", 1)
+            raise SystemExit(f"{name.upper()} {problem}") from None
+        try:
+            net(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(
+                f"KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
+                f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]}"
+            ) from None
 
 
 def main() -> None:
@@ -493,10 +465,7 @@ def main() -> None:
         "seed": SEED,
     }
     check_settings(settings, SNAPSHOTS)
-    for name, path in (("CHECKPOINT", CHECKPOINT), ("DATA_DIR", DATA_DIR)):
-        if not isinstance(path, str | Path):
-            raise SystemExit(f'{name} is {path!r}; expected a path, as Path("{name.lower()}")')
-    checkpoint, data_dir = Path(CHECKPOINT), Path(DATA_DIR)
+    checkpoint, data_dir = check_paths(CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
     if checkpoint.is_dir():
         raise SystemExit(f"CHECKPOINT is {str(CHECKPOINT)!r}, a folder; expected a file, as outputs/CNN.pth")
     device = choose_device(DEVICE)

@@ -1097,27 +1097,31 @@ NUMBERS += ["PROBE_INPUTS", "PROBE_STEPS", "TOP_FILTERS"]
         *((name, value) for name in NUMBERS for value in (0, -1, 2.5, "many", None, True, 10**400)),
         *(("SEED", value) for value in (-1, 0.5, "zero", 2**63)),
         *(("KEPT_SHARE", value) for value in (0, 2, -0.1, float("nan"), "a quarter", [0.25])),
-        *(("PROBE_DECAYS", value) for value in ((), (0,), (0.1, -1), ("a",), 0.1, float("inf"), "0.1", None)),
-        *((name, value) for name in ("OUTPUTS", "CHECKPOINT", "DATA_DIR") for value in ("outputs", None, 3)),
+        *(("PROBE_DECAYS", value) for value in ((), (0,), (-1,), ("a",), 0.1, float("inf"), "0.1", None)),
+        *((name, value) for name in ("OUTPUTS", "CHECKPOINT", "DATA_DIR") for value in (None, 3)),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
     monkeypatch: pytest.MonkeyPatch, setting: str, value: object
 ) -> None:
     monkeypatch.setattr(analyse_projections, setting, value)
-    assert refusal().startswith(f"{setting} is {value!r}; expected ")
+    shown = f"{setting} is {value!r}"
+    if isinstance(value, tuple | list) and len(value) == 1 and setting == "PROBE_DECAYS":
+        shown = f"{setting}[0] is {value[0]!r}"
+    assert refusal().startswith(f"{shown}; expected ")
 
 
 def test_settings_say_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(analyse_projections, "KEPT_SHARE", 2)
-    assert refusal() == "KEPT_SHARE is 2; expected a number above 0 and at most 1"
+    assert refusal() == "KEPT_SHARE is 2; expected a number from 0.001 to 1"
     monkeypatch.setattr(analyse_projections, "KEPT_SHARE", 1)
     monkeypatch.setattr(analyse_projections, "BATCH_SIZE", 0)
-    assert refusal() == "BATCH_SIZE is 0; expected a whole number of at least 1 and at most 1,000,000"
+    assert refusal() == "BATCH_SIZE is 0; expected a whole number from 1 to 1,000,000"
     monkeypatch.setattr(analyse_projections, "BATCH_SIZE", 1)
     monkeypatch.setattr(analyse_projections, "PROBE_DECAYS", [])
-    expected = "a list of one or more numbers, each above 0 and at most 1,000,000"
-    assert refusal() == f"PROBE_DECAYS is []; expected {expected}"
+    assert refusal() == "PROBE_DECAYS is []; expected one or more numbers, as [1, 2] or [1]"
+    monkeypatch.setattr(analyse_projections, "PROBE_DECAYS", [0.1, -1])
+    assert refusal() == "PROBE_DECAYS[1] is -1; expected a number from 1e-09 to 1,000,000"
 
 
 STRANGE = ["=cmd()|' /C calc'!A0", "$\\frac{$ ../../x", "x" * 300]
