@@ -66,7 +66,7 @@ from load_data import (
 
 OUTPUTS = Path("outputs")
 RESAMPLINGS = 1000  # bootstrap samples behind an interval, and shuffled label sets behind a p-value
-SEED = 0  # of resampling, shuffling and all else that is drawn at random
+SEED = 0  # of all that is drawn at random here; random weights follow the training's seed
 TOP_FILTERS = 10  # filters of conv4 shown for each class
 
 # how far the numbers and pictures can be trusted
@@ -1481,6 +1481,17 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
     return fig
 
 
+def write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Figure]) -> None:
+    """Write tables as csv, and figures, by file name, and say so."""
+    for name, table in tables.items():
+        with whole_file(folder / name) as partial:
+            table.to_csv(partial, index=False, lineterminator="\n")
+        print(f"wrote {folder / name}")
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+        print(f"wrote {folder / name}", flush=True)
+
+
 def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
@@ -1511,19 +1522,13 @@ def main() -> None:
     print(f"{len(filters)} filters, {data}, {projected}, checkpoint {activations.checkpoint_sha256[:12]}")
     print_summary(summary, rankings, TOP_FILTERS)
 
-    for name, table in (("filter_metrics.csv", filters), ("class_metrics.csv", classes)):
-        with whole_file(outputs / name) as partial:
-            table.to_csv(partial, index=False, lineterminator="\n")
-        print(f"wrote {outputs / name}")
     heading = f"Distribution of each metric over the living filters\n{source}, {projected}"
     figures = {"metric_distributions.png": draw_distributions(filters, heading)}
     heading = f"Class selectivity of filters: 0 all classes alike, 1 one class only\n{source}"
     figures["selectivity.png"] = draw_selectivity(filters, summary, heading)
     heading = f"Top filters of {PROJECTED} for each class\n{source}"
     figures["top_filters.png"] = draw_top_filters(rankings, TOP_FILTERS, heading)
-    for name, figure in figures.items():
-        save_figure(figure, outputs / name)
-        print(f"wrote {outputs / name}")
+    write(outputs, {"filter_metrics.csv": filters, "class_metrics.csv": classes}, figures)
 
     # how far all this can be trusted
     batch, some = (device, BATCH_SIZE), train.images[:NORM_IMAGES]
@@ -1570,10 +1575,7 @@ def main() -> None:
     probes = tabulate_probes(features, train.labels, test.labels, len(names), PROBE_DECAYS, PROBE_STEPS, SEED)
 
     written = {"filter_metrics_untrained.csv": tables["untrained"], "trust.csv": trust, "probes.csv": probes}
-    for name, table in (written | {"ablation.csv": tabulate_ablation(changes, selectivity, names)}).items():
-        with whole_file(outputs / name) as partial:
-            table.to_csv(partial, index=False, lineterminator="\n")
-        print(f"wrote {outputs / name}")
+    written["ablation.csv"] = tabulate_ablation(changes, selectivity, names)
     heading = "How much of the specialisation was learned: the filters of each layer,"
     heading += f" median and 95 % interval\n{source}"
     figures = {"specialisation.png": draw_specialisation(tables, compared, heading)}
@@ -1584,9 +1586,7 @@ def main() -> None:
     heading = f"What a linear classifier reads from each layer\n{source}"
     accuracy = checkpoint.metrics["test_accuracy"]
     figures["probes.png"] = draw_probes(probes, accuracy, 1 / len(names), heading)
-    for name, figure in figures.items():
-        save_figure(figure, outputs / name)
-        print(f"wrote {outputs / name}")
+    write(outputs, written, figures)
     print("next: uv run heatmap.py")
 
 

@@ -909,8 +909,8 @@ def main() -> None:
         kind: change_images(images[moved], labels[moved], checkpoint, device, kind, list(degrees))
         for kind, degrees in (("shift", SHIFTS), ("zoom", ZOOMS), ("angle", ANGLES))
     }
-    heading = f"Features of {len(moved)} moved, enlarged and turned images: distance from those of the\n"
-    heading += f"unchanged image, as a share of their norm; {source}"
+    heading = f"Features of {len(moved)} moved, enlarged and turned images, of the {source}:\n"
+    heading += "distance from those of the unchanged image, as a share of their norm"
     save(draw_invariance(changes, labels[moved].tolist(), names, heading), "invariance.png")
     print(last_line)
 

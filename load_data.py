@@ -2,7 +2,7 @@
 
 Run:    uv run load_data.py
 Reads:  data/stl10_binary/{train,test}_{X,y}.bin, downloaded if they are missing
-Writes: outputs/sample_images.png
+Writes: outputs/sample_images.png, what it downloads, and verified.txt beside the data
 
 Every later stage takes its images from here, and the functions that write a file whole or not at all.
 """
@@ -53,7 +53,7 @@ FILES = {  # name: (bytes, md5 sum)
     "test_X.bin": (8_000 * 3 * SIZE * SIZE, MD5["test_X.bin"]),
     "test_y.bin": (8_000, MD5["test_y.bin"]),
 }
-EXTRAS = ("class_names.txt", "fold_indices.txt")  # kept if the archive brings them in time; not needed
+EXTRAS = ("class_names.txt", "fold_indices.txt")  # kept if the archive brings them in time; folds need one
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 AGAIN = "delete it and run again to download it anew"
 

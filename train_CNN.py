@@ -1,7 +1,8 @@
 """Train the network on the 5,000 labelled images of STL-10 and test it on the other 8,000.
 
 Run:    uv run train_CNN.py
-Reads:  data/stl10_binary/{train,test}_{X,y}.bin, which it downloads if they are missing
+Reads:  data/stl10_binary/{train,test}_{X,y}.bin, which it downloads if they are missing; fold_indices.txt
+        beside them for a fold
 Writes: outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/training_log.csv,
         outputs/training_curves.png, outputs/confusion_matrix.png
 
@@ -61,14 +62,14 @@ DROPOUT = 0.3  # of the classifier's inputs
 PARTIAL_IDENTITY = True  # conv2 to conv4 start with filters that hand their inputs on; False: all at random
 # training
 EPOCHS = 50  # passes over the training images
-SHAPES_EPOCHS = 8  # passes over the generated images, if there are only those
+SHAPES_EPOCHS = 8  # passes over the generated images, at most EPOCHS
 BATCH_SIZE = 64  # images a step
 LEARNING_RATE = 3e-3  # of AdamW; largest, after the warm-up
 WARM_UP = 0.15  # share of the training in which the learning rate rises; then it falls along a cosine
-WEIGHT_DECAY = 0.05  # of filters and classifier, not of batch norm
+WEIGHT_DECAY = 0.05  # of filters and the classifier's weights, not of batch norm
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes
 AUGMENTATION = Augmentation(shift=12, zoom=0.25, rotation=10, colour=0.3, cutout=16)  # load_data.py says what
-MEASURE_EVERY = 5  # epochs between measurements on the test images, which take half an epoch each
+MEASURE_EVERY = 5  # epochs between measurements on the test images, also made at snapshots and at the end
 SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # files
@@ -331,7 +332,8 @@ def draw_curves(log: pd.DataFrame, measured: str, heading: str) -> Figure:
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), dpi=200, layout="constrained")
     for ax, quantity, label in zip(axes, ("loss", "accuracy"), ("loss (nats)", "accuracy (%)"), strict=False):
         scale = 100 if quantity == "accuracy" else 1
-        for part, name in (("train", "training images, augmented"), ("test", f"{measured} images")):
+        training = "training images, augmented" + (", smoothed labels" if quantity == "loss" else "")
+        for part, name in (("train", training), ("test", f"{measured} images")):
             values = log[["epoch", f"{part}_{quantity}"]].dropna()  # not every epoch is measured
             marker = "." if part == "test" or len(values) < 3 else ""
             ax.plot(values["epoch"], scale * values[f"{part}_{quantity}"], label=name, marker=marker)
