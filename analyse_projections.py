@@ -48,6 +48,7 @@ from CNN import (
     load_checkpoint,
     receptive_fields,
 )
+from deconv import window_of
 from deconv_full import Projector, Units, batches
 from load_data import (
     Arrays,
@@ -171,23 +172,17 @@ def class_selectivity(means: NDArray[np.float64]) -> NDArray[np.float64]:
     present = np.count_nonzero(~np.isnan(means), axis=-2, keepdims=True)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is promised
         rest = (np.nansum(means, axis=-2, keepdims=True) - means) / (present - 1)
-        index: NDArray[np.float64] = (means - rest) / (means + rest)
-    return index
+        return np.asarray((means - rest) / (means + rest))
 
 
 def halves(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return 0 or 1 for each image, in turn within each class, so that both halves hold all classes alike."""
-    half = np.zeros(len(labels), np.int64)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        half[members] = np.arange(len(members)) % 2
-    return half
+    return np.asarray(pd.Series(labels).groupby(labels).cumcount() % 2, np.int64)
 
 
 def prefer(means: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the class of the largest mean, ties to the lower: (..., classes, filters) to (..., filters)."""
-    preferred: NDArray[np.int64] = np.where(np.isnan(means), -1, means).argmax(axis=-2)
-    return preferred
+    return np.asarray(np.where(np.isnan(means), -1, means).argmax(axis=-2))
 
 
 def crossed_selectivity(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -211,11 +206,7 @@ def crossed_selectivity(first: NDArray[np.float64], second: NDArray[np.float64])
 
 
 def bootstrap_means(
-    values: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    classes: int,
-    count: int,
-    rng: np.random.Generator,
+    values: NDArray[np.float64], labels: NDArray[np.int64], classes: int, count: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Return class means (count, classes, filters) over images drawn with replacement within each class."""
     means = np.full((count, classes, values.shape[1]), np.nan)
@@ -227,11 +218,7 @@ def bootstrap_means(
 
 
 def shuffled_means(
-    values: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    classes: int,
-    count: int,
-    rng: np.random.Generator,
+    values: NDArray[np.float64], labels: NDArray[np.int64], classes: int, count: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Return class means (count, classes, filters) after shuffling the labels: how chance looks."""
     sizes = np.bincount(labels, minlength=classes)[:, None]
@@ -285,13 +272,10 @@ def best_threshold(values: NDArray[np.float64], members: NDArray[np.bool_]) -> N
     hits, alarms = inside.cumsum(axis=0), (~inside).cumsum(axis=0)
     gain = hits / hits[-1].clip(min=1) - alarms / alarms[-1].clip(min=1)
     gain[:-1][ordered[:-1] == ordered[1:]] = -1  # a threshold cannot part equal values
-    best: NDArray[np.float64] = np.take_along_axis(ordered, gain.argmax(axis=0)[None], 0)[0]
-    return best
+    return np.asarray(np.take_along_axis(ordered, gain.argmax(axis=0)[None], 0)[0])
 
 
-def detection(
-    values: NDArray[np.float64], labels: NDArray[np.int64], classes: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def detection(values: NDArray[np.float64], labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     """Return area under the ROC curve, hit rate and false-alarm rate of each filter as a detector of a class.
 
     Class and threshold are chosen on one half of the images and applied to the other; the two ways round are
@@ -299,18 +283,16 @@ def detection(
     """
     half, found = halves(labels), []
     if not half.any():  # no class has two images
-        return (np.full(values.shape[1], np.nan),) * 3
+        return np.full((3, values.shape[1]), np.nan)
     for chosen in (half == 0, half == 1):
-        preferred = prefer(by_class(np.mean, values[chosen], labels[chosen], classes))
-        member = labels[:, None] == preferred
+        member = labels[:, None] == prefer(by_class(np.mean, values[chosen], labels[chosen], classes))
         fires = values[~chosen] >= best_threshold(values[chosen], member[chosen])
         inside = member[~chosen]
         with np.errstate(invalid="ignore"):
             hits = (fires & inside).sum(axis=0) / inside.sum(axis=0)
             alarms = (fires & ~inside).sum(axis=0) / (~inside).sum(axis=0)
         found.append((area_under_roc(values[~chosen], inside), hits, alarms))
-    auc, hit_rate, alarm_rate = np.mean(found, axis=0)
-    return auc, hit_rate, alarm_rate
+    return np.asarray(np.mean(found, axis=0))
 
 
 def omega_squared(
@@ -329,8 +311,7 @@ def omega_squared(
     between = np.nansum(sizes * (means - values.mean(axis=0)) ** 2, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         within = (total - between) / (len(values) - k)
-        share: NDArray[np.float64] = (between - (k - 1) * within) / (total + within)
-    return share
+        return np.asarray((between - (k - 1) * within) / (total + within))
 
 
 def lifetime_sparseness(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -341,8 +322,7 @@ def lifetime_sparseness(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     n = len(values)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share: NDArray[np.float64] = (1 - values.mean(axis=0) ** 2 / (values**2).mean(axis=0)) / (1 - 1 / n)
-    return share
+        return np.asarray((1 - values.mean(axis=0) ** 2 / (values**2).mean(axis=0)) / (1 - 1 / n))
 
 
 def top_precision(
@@ -353,8 +333,7 @@ def top_precision(
     Pitfall (Gale et al. 2020): nine images of 8,000 say nothing about the other thousands.
     """
     strongest = np.argsort(-values, axis=0, kind="stable")[:count]
-    precision: NDArray[np.float64] = np.take_along_axis(members, strongest, 0).mean(axis=0)
-    return precision
+    return np.asarray(np.take_along_axis(members, strongest, 0).mean(axis=0))
 
 
 def specialisation(
@@ -416,12 +395,11 @@ def tabulate_filters(
     follows. A dead filter has neither preferred_class nor selectivity; with images of one class only, no
     filter has a selectivity.
     """
-    tables, names = [], activations.class_names
+    tables, names, labels = [], activations.class_names, activations.arrays["labels"]
     for layer in LAYERS:
         values = activations.arrays[f"{layer}_max"]
-        means = by_class(np.mean, values, activations.arrays["labels"], len(names))
-        preferred, number = prefer(means), np.arange(values.shape[1])
-        columns: dict[str, Any] = {"layer": layer, "filter": number, "dead": (values == 0).all(axis=0)}
+        preferred, dead = prefer(by_class(np.mean, values, labels, len(names))), (values == 0).all(axis=0)
+        columns: dict[str, Any] = {"layer": layer, "filter": np.arange(values.shape[1]), "dead": dead}
         columns["activation_mean"] = values.mean(axis=0)
         columns["activation_variance"] = values.var(axis=0)
         columns["activation_nonzero"] = (values > 0).mean(axis=0)
@@ -429,12 +407,8 @@ def tabulate_filters(
             for key in STATISTICS:
                 reduce = np.max if key == "max" else np.mean
                 columns[key] = reduce(statistics.arrays[key], axis=0) if layer == PROJECTED else np.nan
-        names_or_none = [
-            None if dead else names[k] for dead, k in zip(columns["dead"], preferred, strict=True)
-        ]
-        columns["preferred_class"] = names_or_none
-        rng = np.random.default_rng(seed)
-        columns |= specialisation(values, activations.arrays["labels"], len(names), resamplings, rng)
+        columns["preferred_class"] = [None if d else names[k] for d, k in zip(dead, preferred, strict=True)]
+        columns |= specialisation(values, labels, len(names), resamplings, np.random.default_rng(seed))
         columns["significant"] = columns["p_adjusted"] < FALSE_DISCOVERIES  # never for nan
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
@@ -504,21 +478,18 @@ def summarise_layers(filter_metrics: pd.DataFrame) -> pd.DataFrame:
     living = filter_metrics[~filter_metrics["dead"]]
     summary = pd.DataFrame(filter_metrics.groupby("layer")["dead"].agg(filters="size", dead="sum"))
     few = living[living["activation_nonzero"] < NEARLY_DEAD].groupby("layer").size()
-    medians = living.groupby("layer")[
-        ["selectivity", "selectivity_same", "auc", "activation_nonzero"]
-    ].median()
-    shares = living.groupby("layer")["significant"].mean()
     summary = summary.assign(nearly_dead=few.reindex(summary.index, fill_value=0))
-    return summary.join(medians).join(shares)
+    groups = living.groupby("layer")
+    medians = groups[["selectivity", "selectivity_same", "auc", "activation_nonzero"]].median()
+    return summary.join(medians).join(groups["significant"].mean())
 
 
 def print_summary(summary: pd.DataFrame, rankings: Mapping[str, pd.DataFrame], count: int) -> None:
     """Print a line a layer of `summarise_layers` and, for each class, the first `count` of `rank_filters`."""
     print(
-        f"{'layer':<8}{'filters':>8}{'dead':>6}{'nearly dead':>13}{'selectivity':>13}{'same images':>13}",
-        end="",
+        f"{'layer':<8}{'filters':>8}{'dead':>6}{'nearly dead':>13}{'selectivity':>13}{'same images':>13}"
+        f"{'AUC':>7}{'significant':>13}{'fires on':>10}"
     )
-    print(f"{'AUC':>7}{'significant':>13}{'fires on':>10}")
     for row in summary.itertuples():
         counts = f"{row.Index:<8}{row.filters:>8}{row.dead:>6}{row.nearly_dead:>13}"
         index = f"{row.selectivity:>13.3f}{row.selectivity_same:>13.3f}{row.auc:>7.3f}"
@@ -580,9 +551,8 @@ def draw_selectivity(filter_metrics: pd.DataFrame, summary: pd.DataFrame, headin
     black = {"color": "black", "linewidth": 2}
     ax.boxplot(groups, positions=range(len(LAYERS)), widths=0.7, medianprops=black, showfliers=False)
     counts = summary[["filters", "dead", "nearly_dead"]].itertuples(name=None)
-    ax.set_xticks(
-        range(len(LAYERS)), ["{}\n{} filters, {} dead,\n{} nearly dead (x)".format(*row) for row in counts]
-    )
+    ticks = ["{}\n{} filters, {} dead,\n{} nearly dead (x)".format(*row) for row in counts]
+    ax.set_xticks(range(len(LAYERS)), ticks)
     ax.set(ylim=(0, None), ylabel="class selectivity")
     ax.set_title(heading, parse_math=False)
     sns.despine(fig)
@@ -615,25 +585,15 @@ def draw_top_filters(rankings: Mapping[str, pd.DataFrame], count: int, heading: 
 
 
 class TopUnits(NamedTuple):
-    """The units of conv4 whose projections were drawn: those of each filter in its strongest images.
+    """The units of conv4 whose projections were drawn: those of each filter in its strongest images."""
 
-    Attributes:
-        filter: Index of the filter, int64 (units,).
-        image: Index of the test image, int64 (units,).
-        value: Activation, float32 (units,).
-        position: Row and column in the pooled map, int64 (units, 2).
-        origin: Row and column of the window's top left pixel, negative beyond the border, int64 (units, 2).
-        magnitude: Of the projection, in the full frame, float32 (units, 96, 96).
-        size: Rows and columns of the window, int64 (units,).
-    """
-
-    filter: NDArray[Any]
-    image: NDArray[Any]
-    value: NDArray[Any]
-    position: NDArray[Any]
-    origin: NDArray[Any]
-    magnitude: NDArray[Any]
-    size: NDArray[Any]
+    filter: NDArray[Any]  # its number, int64 (units,)
+    image: NDArray[Any]  # index of the test image, int64 (units,)
+    value: NDArray[Any]  # activation, float32 (units,)
+    position: NDArray[Any]  # row and column in the pooled map, int64 (units, 2)
+    origin: NDArray[Any]  # of the window: its top left pixel, negative beyond the border, int64 (units, 2)
+    magnitude: NDArray[Any]  # of the projection, in the full frame, float32 (units, 96, 96)
+    size: NDArray[Any]  # rows and columns of the window, int64 (units,)
 
     def take(self, which: NDArray[np.int64]) -> "TopUnits":
         """Return the units at the places `which`."""
@@ -697,13 +657,10 @@ def read_top_units(folder: Path, activations: Arrays, checkpoint: Checkpoint, te
         raise SystemExit(f"{path} holds impossible values or those of other activations: {again}")
     numbers, where, corner = (array[filter_, rank].astype(np.int64) for array in (image, position, origin))
     frames = np.zeros((len(filter_), IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for whole, f, r, (top, left) in zip(frames, filter_, rank, corner.tolist(), strict=True):
+        whole[:] = np.abs(window_of(projection[f, r], -top, -left, IMAGE_SIZE, 0)).sum(axis=0)
     sizes = np.full(len(filter_), size)
-    units = TopUnits(filter_, numbers, value[filter_, rank], where, corner, frames, sizes)
-    for k, (top, left) in enumerate(corner.tolist()):
-        frame, magnitude = frames[k][units.window(k)], np.abs(projection[filter_[k], rank[k]]).sum(axis=0)
-        height, width = frame.shape
-        frame[:] = magnitude[max(-top, 0) :, max(-left, 0) :][:height, :width]
-    return units
+    return TopUnits(filter_, numbers, value[filter_, rank], where, corner, frames, sizes)
 
 
 def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
@@ -768,19 +725,13 @@ def pool_features(
     everything = np.arange(len(images))
     for _, features in batches(images, everything, checkpoint, device, batch_size, "features"):
         maps = [pooled for pooled, _ in features]
-        averages.append(
-            [
-                F.adaptive_avg_pool2d(pooled, min(side, pooled.shape[-1])).flatten(1)
-                for pooled, side in zip(maps, sides, strict=True)
-            ]
-        )
-        averages[-1].append(net.average(maps[-1]).flatten(1))
+        small = [F.adaptive_avg_pool2d(m, min(s, m.shape[-1])) for m, s in zip(maps, sides, strict=True)]
+        averages.append([part.flatten(1) for part in (*small, net.average(maps[-1]))])
         maxima.append([pooled.amax(dim=(2, 3)).cpu() for pooled in maps])
-    strongest = [torch.cat(parts).numpy().astype(np.float64) + 0.0 for parts in zip(*maxima, strict=True)]
-    keys = [f"{layer}_max" for layer in LAYERS]
-    return [torch.cat(parts) for parts in zip(*averages, strict=True)], dict(
-        zip(keys, strongest, strict=True)
-    )
+    strongest = {}
+    for layer, parts in zip(LAYERS, zip(*maxima, strict=True), strict=True):
+        strongest[f"{layer}_max"] = torch.cat(parts).numpy().astype(np.float64) + 0.0
+    return [torch.cat(parts) for parts in zip(*averages, strict=True)], strongest
 
 
 def contributions(net: CNN, averages: Tensor) -> Tensor:
@@ -1113,10 +1064,8 @@ def project_magnitudes(
     """
     projector = Projector(checkpoint.net, LAYERS.index(PROJECTED))
     frames, side = np.zeros_like(units.magnitude), projector.conv_sizes[-1]
-    forward = checkpoint._replace(net=switches)
-    for which, features in batches(
-        images, np.unique(units.image), forward, device, batch_size, "projections"
-    ):
+    needed, forward = np.unique(units.image), checkpoint._replace(net=switches)
+    for which, features in batches(images, needed, forward, device, batch_size, "projections"):
         entries = np.flatnonzero(np.isin(units.image, which))
         local = torch.from_numpy(np.searchsorted(which, units.image[entries])).to(device)
         filter_ = torch.from_numpy(units.filter[entries]).to(device)
@@ -1140,11 +1089,8 @@ def similarities(
     The window is that of the trained network. Another network's switch may lie elsewhere in the pooling
     region; where its window does not reach, its projection is 0.
     """
-    found = [
-        spearman(a[units.window(k)], b[units.window(k)])
-        for k, (a, b) in enumerate(zip(first, second, strict=True))
-    ]
-    return np.array(found, np.float64)
+    windows = [units.window(k) for k in range(len(first))]
+    return np.array([spearman(a[w], b[w]) for a, b, w in zip(first, second, windows, strict=True)])
 
 
 def randomise_weights(
@@ -1262,16 +1208,6 @@ def probe(
     return accuracy(train, truth, best, test, test_truth), best
 
 
-def tabulate_ablation(
-    changes: NDArray[np.float64], selectivity: NDArray[np.float64], names: Sequence[str]
-) -> pd.DataFrame:
-    """Return ablation.csv: a row a filter of conv4 and class; both arrays are (classes, filters)."""
-    filters = changes.shape[1]
-    columns: dict[str, Any] = {"filter": np.repeat(np.arange(filters), len(names))}
-    columns |= {"class": list(names) * filters, "accuracy_change": changes.T.ravel()}
-    return pd.DataFrame({**columns, "selectivity": selectivity.T.ravel()})
-
-
 def print_correlations(
     changes: NDArray[np.float64],
     overall: NDArray[np.float64],
@@ -1363,13 +1299,11 @@ def draw_ablation(
     fig, (ax, below) = plt.subplots(
         2, 1, figsize=(7, 6), dpi=200, height_ratios=[1.15, 1], layout="constrained"
     )
-    top = float(np.nanpercentile(np.abs(shown), 99)) if shown.size else 0
-    scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -(top or 1), "vmax": top or 1}
     if shown.size:
-        extent = (0, shown.shape[1], len(names), 0)
-        drawn = ax.imshow(shown, aspect="auto", interpolation="nearest", extent=extent, **scale)
-        bar = fig.colorbar(drawn, ax=ax, pad=0.01, extend="both")
-        bar.set_label("accuracy lost (percentage points)")
+        top = float(np.nanpercentile(np.abs(shown), 99)) or 1
+        options: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -top, "vmax": top, "interpolation": "nearest"}
+        drawn = ax.imshow(shown, aspect="auto", extent=(0, shown.shape[1], len(names), 0), **options)
+        fig.colorbar(drawn, ax=ax, pad=0.01, extend="both", label="accuracy lost (percentage points)")
     edges = np.searchsorted(preferred[order], np.arange(len(names) + 1))
     for number, (left, right) in enumerate(pairwise(edges.tolist())):
         ax.add_patch(Rectangle((left, number), right - left, 1, fill=False, edgecolor="0.2", linewidth=0.9))
@@ -1400,15 +1334,8 @@ def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
     masks = trust[trust["test"] == "faithfulness"].set_index("condition")
     for k, kind in enumerate(("kept", "deleted")):
         rows = masks.reindex([f"{name} {kind}" for name in ("projection", "other unit", "centre", "random")])
-        places = np.arange(4.0) + 0.16 * k - 0.08
-        draw_medians(
-            left,
-            places,
-            rows,
-            f"C{k}",
-            "os"[k],
-            ("these kept, the rest grey", "these grey, the rest kept")[k],
-        )
+        label = ("these kept, the rest grey", "these grey, the rest kept")[k]
+        draw_medians(left, np.arange(4.0) + 0.16 * k - 0.08, rows, f"C{k}", "os"[k], label)
     for text in ("window kept", "nothing kept"):
         height = masks["median"].get(text, np.nan)
         left.axhline(height, color="0.5", linestyle=":", linewidth=1)
@@ -1460,20 +1387,12 @@ def draw_probes(probes: pd.DataFrame, test_accuracy: float, chance: float, headi
     for k, (network, rows) in enumerate(probes.groupby("network", sort=False)):
         scaled = 100 * rows[["accuracy", "low", "high"]].rename(columns={"accuracy": "median"})
         draw_medians(ax, np.arange(4.0), scaled, f"C{k}", "os"[k], str(network), line=("-", "--")[k])
-    ax.axhline(100 * test_accuracy, color="0.3", linestyle=":", linewidth=1)
-    ax.annotate(
-        "the network itself",
-        (0, 100 * test_accuracy),
-        xytext=(-12, 3),
-        textcoords="offset points",
-        fontsize=8,
-    )
-    ax.axhline(100 * chance, color="0.3", linestyle=":", linewidth=1)
-    ax.annotate("chance", (0, 100 * chance), xytext=(-12, 3), textcoords="offset points", fontsize=8)
+    for text, share in (("the network itself", test_accuracy), ("chance", chance)):
+        ax.axhline(100 * share, color="0.3", linestyle=":", linewidth=1)
+        ax.annotate(text, (0, 100 * share), xytext=(-12, 3), textcoords="offset points", fontsize=8)
     inputs = probes.drop_duplicates("layer")["inputs"]
-    ax.set_xticks(
-        range(4), [f"{layer}\n{count:,} inputs" for layer, count in zip(LAYERS, inputs, strict=True)]
-    )
+    ticks = [f"{layer}\n{count:,} inputs" for layer, count in zip(LAYERS, inputs, strict=True)]
+    ax.set_xticks(range(4), ticks)
     ax.set(ylabel="test accuracy of a linear softmax (%)", ylim=(0, 100), xlim=(-0.3, 3.3))
     ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
     ax.set_title(heading, fontsize=9, parse_math=False)
@@ -1495,9 +1414,7 @@ def write(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str
 def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    outputs, checkpoint_path, data_dir = check_paths(
-        OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR
-    )
+    outputs, network, data_dir = check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
     check_numbers(1, RESAMPLINGS=RESAMPLINGS, RANDOM_ORDERS=RANDOM_ORDERS, RANDOMISED_UNITS=RANDOMISED_UNITS)
     check_numbers(1, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK, NORM_IMAGES=NORM_IMAGES)
     check_numbers(1, PROBE_INPUTS=PROBE_INPUTS, PROBE_STEPS=PROBE_STEPS)
@@ -1507,16 +1424,14 @@ def main() -> None:
     check_lists(1e-9, PROBE_DECAYS=PROBE_DECAYS)
     activations, statistics = read_measurements(outputs)
     device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(checkpoint_path, device)
+    checkpoint = load_checkpoint(network, device)
     train, test = (load_split(checkpoint.dataset, data_dir, split) for split in ("train", "test"))
     units = read_top_units(outputs, activations, checkpoint, test)
     data = f"{title(activations.dataset)}, {len(activations.arrays['labels']):,} test images"
     source = f"{data}, {checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
     projected = f"projections of {len(statistics.arrays['labels']):,}"
-    filters, classes = (
-        tabulate_filters(activations, statistics, RESAMPLINGS, SEED),
-        tabulate_classes(activations, statistics),
-    )
+    filters = tabulate_filters(activations, statistics, RESAMPLINGS, SEED)
+    classes = tabulate_classes(activations, statistics)
     summary, names = summarise_layers(filters), activations.class_names
     rankings = {name: rank_filters(filters, classes, PROJECTED, name) for name in names}
     print(f"{len(filters)} filters, {data}, {projected}, checkpoint {activations.checkpoint_sha256[:12]}")
@@ -1552,12 +1467,11 @@ def main() -> None:
     selectivity = class_selectivity(mean_table(classes, PROJECTED, names))
     strongest = pd.DataFrame(selectivity).max().to_numpy(np.float64)  # for the preferred class, nan if dead
     rng, everyone = np.random.default_rng(SEED), np.arange(len(overall))
+    shuffled = [rng.permutation(everyone) for _ in range(RANDOM_ORDERS)]
     orders = {
         "most selective": [np.argsort(-strongest, kind="stable")],
         "least selective": [np.argsort(strongest, kind="stable")],
-        f"at random (mean and range of {RANDOM_ORDERS})": [
-            rng.permutation(everyone) for _ in range(RANDOM_ORDERS)
-        ],
+        f"at random (mean and range of {RANDOM_ORDERS})": shuffled,
     }
     curves = {
         name: np.stack([silence_in_order(*silenced, order) for order in every])
@@ -1575,7 +1489,9 @@ def main() -> None:
     probes = tabulate_probes(features, train.labels, test.labels, len(names), PROBE_DECAYS, PROBE_STEPS, SEED)
 
     written = {"filter_metrics_untrained.csv": tables["untrained"], "trust.csv": trust, "probes.csv": probes}
-    written["ablation.csv"] = tabulate_ablation(changes, selectivity, names)
+    rows = classes.loc[classes["layer"] == PROJECTED, ["filter", "class"]]  # a filter's classes in turn
+    ablation = rows.assign(accuracy_change=changes.T.ravel(), selectivity=selectivity.T.ravel())
+    written["ablation.csv"] = ablation
     heading = "How much of the specialisation was learned: the filters of each layer,"
     heading += f" median and 95 % interval\n{source}"
     figures = {"specialisation.png": draw_specialisation(tables, compared, heading)}
@@ -1584,8 +1500,7 @@ def main() -> None:
     heading = f"Do projections of {PROJECTED} show what drives a filter, and what was learned?\n{source}"
     figures["trust.png"] = draw_trust(trust, KEPT_SHARE, heading)
     heading = f"What a linear classifier reads from each layer\n{source}"
-    accuracy = checkpoint.metrics["test_accuracy"]
-    figures["probes.png"] = draw_probes(probes, accuracy, 1 / len(names), heading)
+    figures["probes.png"] = draw_probes(probes, checkpoint.metrics["test_accuracy"], 1 / len(names), heading)
     write(outputs, written, figures)
     print("next: uv run heatmap.py")
 

@@ -87,21 +87,13 @@ class Span(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Some units of one layer, one entry each.
+    """Some units of one layer, one entry each: (units,), int64 except the value."""
 
-    Attributes:
-        image: Index into the images whose masks are at hand, int64 (units,).
-        filter: Index of the filter, int64 (units,).
-        value: Activation, float32 (units,).
-        row: Row of the unit in the map before pooling: where the switch points, int64 (units,).
-        column: Column likewise.
-    """
-
-    image: Tensor
-    filter: Tensor
-    value: Tensor
-    row: Tensor
-    column: Tensor
+    image: Tensor  # index into the images whose masks are at hand
+    filter: Tensor  # its number
+    value: Tensor  # activation, float32
+    row: Tensor  # of the unit in the map before pooling: where the switch points
+    column: Tensor  # likewise
 
     def take(self, which: Tensor) -> "Units":
         """Return the units at the places `which`."""
@@ -250,20 +242,13 @@ class Projector:
         for k, row, column in zip(reversed(range(self.layer)), rows, columns, strict=False):
             pool = self.blocks[k].pool_size
             step *= self.blocks[k + 1].sizes()[1] * pool
-            mask = gather(
-                masks[k],
-                units.image,
-                row.start * pool + below * step,
-                column.start * pool + right * step,
-                (row.stop - row.start) * pool,
-                (column.stop - column.start) * pool,
-            )
-            _, height, width, filters = mask.shape
+            height, width = row.stop - row.start, column.stop - column.start  # of pooled values
+            top, left = row.start * pool + below * step, column.start * pool + right * step
+            mask = gather(masks[k], units.image, top, left, height * pool, width * pool)
             # unpool: (units, rows, 1, columns, 1, filters) over the rows and columns of its pooling region
-            regions = mask.view(n, height // pool, pool, width // pool, pool, filters)
+            regions = mask.view(n, height, pool, width, pool, mask.shape[-1])
             regions *= signal.clamp_(min=0)[:, :, None, :, None]  # rectified on the way
-            stride = self.blocks[k].sizes()[1]
-            taps = self.turned[k].shape[-1]
+            stride, taps = self.blocks[k].sizes()[1], self.turned[k].shape[-1]
             signal = F.conv2d(mask.permute(0, 3, 1, 2), self.turned[k], padding=taps - 1)
             signal = signal.permute(0, 2, 3, 1)
             signal = interleave(signal, stride) if stride > 1 else signal
@@ -385,10 +370,8 @@ def project_top(
         filter_ = np.arange(len(image))[:, None]
         fires, size = image >= 0, projector.field.size
         found[f"{layer}_image"] = image
-        found[f"{layer}_value"] = np.where(fires, activations[f"{layer}_max"][image, filter_], 0).astype(
-            np.float32
-        )
-        position = activations[f"{layer}_position"][image, filter_]
+        strongest, position = (activations[f"{layer}_{key}"][image, filter_] for key in ("max", "position"))
+        found[f"{layer}_value"] = np.where(fires, strongest, 0).astype(np.float32)
         found[f"{layer}_position"] = np.where(fires[:, :, None], position, 0).astype(np.int16)
         found[f"{layer}_origin"] = np.zeros((*image.shape, 2), np.int16)
         found[f"{layer}_projection"] = np.zeros((*image.shape, 3, size, size), np.float32)
@@ -399,28 +382,25 @@ def project_top(
     for which, features in batches(split.images, needed, checkpoint, device, batch_size, "top images"):
         for layer, projector in zip(LAYERS, projectors, strict=True):
             image = found[f"{layer}_image"]
-            entries = np.argwhere(np.isin(image, which))  # (units, 2): filter and rank of each unit
-            filter_, rank = entries.T
+            filter_, rank = np.nonzero(np.isin(image, which))  # of each unit
             local = torch.from_numpy(np.searchsorted(which, image[filter_, rank])).to(device)
+            index = torch.from_numpy(filter_).to(device)
             row, column = torch.from_numpy(found[f"{layer}_position"][filter_, rank]).long().to(device).T
-            switches = features[projector.layer][1]
-            switch = switches[local, torch.from_numpy(filter_).to(device), row, column]
-            side = projector.conv_sizes[projector.layer]
             value = torch.from_numpy(found[f"{layer}_value"][filter_, rank]).to(device)
-            units = Units(local, torch.from_numpy(filter_).to(device), value, switch // side, switch % side)
+            switch = features[projector.layer][1][local, index, row, column]
+            side = projector.conv_sizes[projector.layer]
+            units = Units(local, index, value, switch // side, switch % side)
             masks = projector.masks(features)
             for group in projector.groups(units, chunk):
                 some = units.take(group)
                 signal = projector.project(masks, some).permute(0, 3, 1, 2).cpu().numpy()
-                at = zip(some.row.tolist(), some.column.tolist(), strict=True)
-                for number, places, window in zip(group.tolist(), at, signal, strict=True):
+                where = some.row.tolist(), some.column.tolist()
+                for number, r, c, window in zip(group.tolist(), *where, signal, strict=True):
                     entry = filter_[number], rank[number]
-                    origin = projector.origin(places[0]), projector.origin(places[1])
+                    origin = projector.origin(r), projector.origin(c)
                     found[f"{layer}_origin"][entry] = origin
-                    rows, columns = (
-                        slice(seen.start - o, seen.stop - o)
-                        for seen, o in zip(projector.inside(*places), origin, strict=True)
-                    )
+                    seen = zip(projector.inside(r, c), origin, strict=True)
+                    rows, columns = (slice(part.start - o, part.stop - o) for part, o in seen)
                     found[f"{layer}_projection"][entry][:, rows, columns] = window
                     pixels = split.images[image[entry]]
                     found[f"{layer}_patch"][entry] = window_of(pixels, *origin, projector.field.size, 0)
@@ -480,7 +460,7 @@ def measure_projections(
     found, done = np.empty((len(names), len(chosen), positions.shape[1]), np.float32), 0
     # On a CPU each thread takes chunks that stay in its own cache; that beats sharing each operation.
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    workers = ThreadPoolExecutor(threads, initializer=set_threads, initargs=(device,))
+    workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         for which, features in batches(images, chosen, checkpoint, device, batch_size, "projections"):
             rows, columns = torch.from_numpy(positions[which]).long().to(device).unbind(dim=2)
@@ -501,12 +481,6 @@ def measure_projections(
     finally:
         workers.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what is queued
     return dict(zip(names, found, strict=True))
-
-
-def set_threads(device: torch.device) -> None:
-    """Keep a worker thread's operations on its own core."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
 
 
 def first_of_each_class(labels: NDArray[np.int64], count: int | None) -> NDArray[np.int64]:
@@ -585,20 +559,15 @@ def draw_pages(found: dict[str, NDArray[Any]], heading: str, per_page: int, fold
     """
     for page in folder.glob("conv*_filters_*.png"):
         page.unlink(missing_ok=True)
-    paths = []
+    paths, keys = [], ("projection", "patch", "origin", "value")
     for layer in LAYERS:
         count, window = len(found[f"{layer}_value"]), found[f"{layer}_patch"].shape[-1]
         for start in range(0, count, per_page):
             stop = min(start + per_page, count)
-            figure = draw_page(
-                found[f"{layer}_projection"][start:stop],
-                found[f"{layer}_patch"][start:stop],
-                found[f"{layer}_origin"][start:stop],
-                found[f"{layer}_value"][start:stop],
-                range(start, stop),
-                f"{layer}, filters {start} to {stop - 1}, windows of {window} x {window} pixels\n{heading}",
-            )
+            projections, patches, origins, values = (found[f"{layer}_{key}"][start:stop] for key in keys)
+            text = f"{layer}, filters {start} to {stop - 1}, windows of {window} x {window} pixels\n{heading}"
             paths.append(folder / f"{layer}_filters_{start:03d}_to_{stop - 1:03d}.png")
+            figure = draw_page(projections, patches, origins, values, range(start, stop), text)
             save_figure(figure, paths[-1])
     return paths
 
@@ -613,13 +582,10 @@ def read_snapshots(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     except SystemExit as damage:
         print(f"going on without snapshots: {damage}")
         return []
-    if not snapshots:
+    if not snapshots or snapshots[-1].net.config != checkpoint.net.config:
         return []
     last, final = snapshots[-1].net.state_dict(), checkpoint.net.state_dict()
-    same = snapshots[-1].net.config == checkpoint.net.config and all(
-        torch.equal(last[name], final[name]) for name in final
-    )
-    return snapshots if same else []
+    return snapshots if all(torch.equal(last[name], final[name]) for name in final) else []
 
 
 def project_evolution(
@@ -643,10 +609,8 @@ def project_evolution(
     Returns:
         For each layer numbers of filters (filters,) and projections (filters, snapshots, 3, rows, columns).
     """
-    numbers = [
-        np.unique(np.linspace(0, filters - 1, count).astype(np.int64))
-        for filters in snapshots[0].net.config["filters"]
-    ]
+    every = [np.linspace(0, filters - 1, count) for filters in snapshots[0].net.config["filters"]]
+    numbers = [np.unique(places.astype(np.int64)) for places in every]
     parts: dict[str, list[NDArray[np.float32]]] = {layer: [] for layer in LAYERS}
     for snapshot in snapshots:
         activations = measure_activations(split.images, snapshot, device, batch_size)
@@ -669,12 +633,10 @@ def draw_evolution(
     for ax, (layer, (numbers, projections)) in zip(axes.flat, found.items(), strict=True):
         rows, columns, _, size, _ = projections.shape
         step = size + max(1, size // 12)  # panel and gap
-        sheet = np.ones((rows * step, columns * step, 3), np.float32)
-        for row in range(rows):
-            for column in range(columns):
-                place = slice(row * step, row * step + size), slice(column * step, column * step + size)
-                sheet[place] = displayed(projections[row, column])
-        ax.imshow(sheet, interpolation="nearest")
+        sheet = np.ones((rows, step, columns, step, 3), np.float32)
+        for row, column in np.ndindex(rows, columns):
+            sheet[row, :size, column, :size] = displayed(projections[row, column])
+        ax.imshow(sheet.reshape(rows * step, columns * step, 3), interpolation="nearest")
         ax.set_xticks(np.arange(columns) * step + size / 2 - 0.5, [str(epoch) for epoch in epochs])
         ax.set_yticks(np.arange(rows) * step + size / 2 - 0.5, [str(number) for number in numbers])
         ax.tick_params(length=0)
@@ -689,9 +651,7 @@ def draw_evolution(
 def main() -> None:
     """Measure activations, project the top images of every filter, then measure all projections of conv4."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    outputs, checkpoint_path, data_dir = check_paths(
-        OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR
-    )
+    outputs, network, data_dir = check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
     check_numbers(1, N_TOP=N_TOP, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK, EVOLUTION_IMAGES=EVOLUTION_IMAGES)
     check_numbers(0, EVOLUTION_FILTERS=EVOLUTION_FILTERS)  # 0: none
     check_numbers(1, 256, FILTERS_PER_PAGE=FILTERS_PER_PAGE)  # a larger page would hardly be a picture
@@ -700,11 +660,11 @@ def main() -> None:
     if not isinstance(PRECISION, str) or PRECISION not in PRECISIONS:
         raise SystemExit(f"PRECISION is {PRECISION!r}; expected {' or '.join(PRECISIONS)}")
     device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(checkpoint_path, device)
+    checkpoint = load_checkpoint(network, device)
     split = load_split(checkpoint.dataset, data_dir, "test")
     if len(split.images) < N_TOP:
         raise SystemExit(f"N_TOP is {N_TOP}; expected 1 to {len(split.images):,}, the number of test images")
-    snapshots = read_snapshots(checkpoint_path.parent / "snapshots", checkpoint, device)
+    snapshots = read_snapshots(network.parent / "snapshots", checkpoint, device)
     filters = sum(checkpoint.net.config["filters"])
     print(
         f"projecting {filters} filters over {len(split.images):,} test images of {title(checkpoint.dataset)} "
@@ -757,14 +717,7 @@ def main() -> None:
     chosen = first_of_each_class(split.labels, IMAGES_PER_CLASS)
     start = time.perf_counter()
     statistics = measure_projections(
-        split.images,
-        chosen,
-        positions,
-        checkpoint,
-        device,
-        BATCH_SIZE,
-        CHUNK,
-        PRECISIONS[PRECISION],
+        split.images, chosen, positions, checkpoint, device, BATCH_SIZE, CHUNK, PRECISIONS[PRECISION]
     )
     seconds = time.perf_counter() - start
     count = int(fires[chosen].sum())

@@ -36,14 +36,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import (
-    by_class,
-    check_origin,
-    mean_table,
-    median_interval,
-    rank_filters,
-    spearman,
-)
+from analyse_projections import by_class, check_origin, mean_table, median_interval, rank_filters, spearman
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, frame_sizes, load_checkpoint
 from deconv import displayed, robust_scale
 from deconv_full import Projector, batches
@@ -295,16 +288,11 @@ class Occlusion(NamedTuple):
     """What the network makes of images with a grey square at each position (section 4.2 of the paper).
 
     The activity of a filter is the sum over its pooled map.
-
-    Attributes:
-        whole: Activity without a square, float32 (images,).
-        activity: Activity with the square there, float32 (images, positions down, positions across).
-        probability: Of each class likewise, float32 (images, positions down, positions across, classes).
     """
 
-    whole: NDArray[np.float32]
-    activity: NDArray[np.float32]
-    probability: NDArray[np.float32]
+    whole: NDArray[np.float32]  # activity without a square, (images,)
+    activity: NDArray[np.float32]  # with the square there, (images, positions down, positions across)
+    probability: NDArray[np.float32]  # of each class, (images, positions down, positions across, classes)
 
     def drop(self) -> NDArray[np.float32]:
         """Return the activity that is lost to the square, (images, positions down, positions across).
@@ -449,19 +437,12 @@ def measure_invariance(
 
 
 class Change(NamedTuple):
-    """What one kind of `change` does to some images.
+    """What one kind of `change` does to some images."""
 
-    Attributes:
-        degrees: How far they are changed.
-        curves: What `measure_invariance` finds, (images, 3, degrees).
-        shown: Five of the degrees.
-        examples: The images after these, for display, (images, 5, 3, 96, 96) from 0 to 1.
-    """
-
-    degrees: Sequence[float]
-    curves: NDArray[np.float64]
-    shown: Sequence[float]
-    examples: NDArray[np.float32]
+    degrees: Sequence[float]  # how far they are changed
+    curves: NDArray[np.float64]  # what `measure_invariance` finds, (images, 3, degrees)
+    shown: Sequence[float]  # five of the degrees
+    examples: NDArray[np.float32]  # the images after these, for display: (images, 5, 3, 96, 96), 0 to 1
 
 
 def change_images(
@@ -515,8 +496,7 @@ def draw_class_filters(
     texts = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True)]
     ax.set_yticks(np.arange(len(names)) + 0.5, texts, parse_math=False)
     ax.set(xlabel="living filters, by preferred class (how many prefer it), then falling selectivity")
-    bar = fig.colorbar(drawn, ax=ax, pad=0.01)
-    bar.set_label("mean activation on the class /\nfilter's largest class mean")
+    fig.colorbar(drawn, ax=ax, pad=0.01, label="mean activation on the class /\nfilter's largest class mean")
     fig.suptitle(heading, parse_math=False)
     return fig
 
@@ -548,9 +528,8 @@ def draw_class(
     """
     filters, count = images.shape[:2]
     size = 2.4 + 2.5 * count, 1.4 + 1.4 * filters
-    fig, axes = plt.subplots(
-        filters, 1 + 2 * count, figsize=size, dpi=200, squeeze=False, layout="constrained"
-    )
+    panels = 1 + 2 * count  # in a row
+    fig, axes = plt.subplots(filters, panels, figsize=size, dpi=200, squeeze=False, layout="constrained")
     top = robust_scale(magnitudes)  # one for all: a few bright pixels shall not hide the others
     colours = sns.color_palette("rocket", as_cmap=True)(np.linspace(0.3, 1, 256))
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
@@ -669,24 +648,15 @@ def draw_occlusion(
         (projection, "magnitude\n(normalised pixels)", "max"),
         (probability, "probability", "neither"),
     )
+    below: dict[str, Any] = {"location": "bottom", "aspect": 12, "pad": 0.01, "shrink": 0.9}
     for column, (drawn, text, extend) in enumerate(bars, start=1):
-        bar = fig.colorbar(
-            drawn, ax=axes[:, column], location="bottom", aspect=12, pad=0.01, shrink=0.9, extend=extend
-        )
+        bar = fig.colorbar(drawn, ax=axes[:, column], extend=extend, **below)
         bar.ax.tick_params(labelsize=7)
         bar.set_label(text, fontsize=8)
     handles = [Patch(color=colours(int(label)), label=names[label]) for label in np.unique(best)]
-    legend = axes[-1, 4].legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.02),
-        ncols=2 if len(handles) > 5 else 1,
-        fontsize=7,
-        frameon=False,
-        handlelength=1,
-        columnspacing=1,
-        labelspacing=0.3,
-    )
+    style: dict[str, Any] = {"frameon": False, "handlelength": 1, "columnspacing": 1, "labelspacing": 0.3}
+    style |= {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "ncols": 2 if len(handles) > 5 else 1}
+    legend = axes[-1, 4].legend(handles=handles, fontsize=7, **style)
     legend.set_in_layout(False)  # it stands beside the colour bars, which make room for it
     for entry in legend.get_texts():
         entry.set_parse_math(False)
@@ -713,9 +683,8 @@ def draw_correlations(
         # neighbours in rank lie on different heights, so that few points hide each other
         heights = row - 0.3 + 0.07 * (np.arange(known.size) * 2 % 5)
         ax.plot(known, heights, "o", color=colour, markersize=3.5, markeredgewidth=0, alpha=0.8)
-        ax.errorbar(
-            median, row + 0.16, xerr=[[median - low], [high - median]], fmt="D", color="0.15", capsize=3
-        )
+        reach = [[median - low], [high - median]]
+        ax.errorbar(median, row + 0.16, xerr=reach, fmt="D", color="0.15", capsize=3)
         note = f"median {median:.2f} ({low:.2f} to {high:.2f}), {known.size} images"
         place = min(max(median, -0.65), 0.65) if known.size else 0.0
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -754,24 +723,22 @@ def draw_invariance(
         row[0].imshow(sheet, interpolation="nearest", extent=(0, columns, images, 0), aspect="equal")
         row[0].set_xticks(np.arange(columns) + 0.5, [f"{degree:g}" for degree in found.shown])
         row[0].set_yticks([])
-        row[0].set_xlabel(CHANGES[kind])
         for k, colour in enumerate(colours):
             row[0].add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=colour, clip_on=False))
             options = {"color": colour, "linestyle": styles[k % len(styles)], "label": names[labels[k]]}
             for ax, curve in zip(row[1:], found.curves[k], strict=True):
                 ax.plot(found.degrees, curve, **options)
         for ax, text in zip(row, above, strict=True):
+            ax.set(xlabel=CHANGES[kind])
             ax.set_title("" if number else text, fontsize=9)
             ax.tick_params(labelsize=7)
         for ax in row[1:]:
-            ax.set(xlabel=CHANGES[kind])
             ax.margins(x=0)
             sns.despine(ax=ax)
     for ax in axes[:, 1:3].flat:
         ax.set_ylim(bottom=0)
         ax.set_ylabel("share of the norm", fontsize=8)
-    for ax in axes[:, 3]:
-        ax.set(ylim=(0, 1.02))
+    axes[0, 3].set(ylim=(0, 1.02))  # shared, as all of a column
     handles = axes[0, 1].get_lines()
     legend = fig.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3)
     for entry in legend.get_texts():
@@ -783,9 +750,7 @@ def draw_invariance(
 def main() -> None:
     """Draw filters over all classes, in each class, in single images, in occluded and in changed ones."""
     sns.set_theme(context="paper", style="white", palette="colorblind")
-    outputs, checkpoint_path, data_dir = check_paths(
-        OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR
-    )
+    outputs, network, data_dir = check_paths(OUTPUTS=OUTPUTS, CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
     check_numbers(1, 30, TOP_FILTERS=TOP_FILTERS)
     check_numbers(1, 12, TOP_IMAGES=TOP_IMAGES)
     check_numbers(1, SUMMED_FILTERS=SUMMED_FILTERS, BATCH_SIZE=BATCH_SIZE, CHUNK=CHUNK)
@@ -796,7 +761,7 @@ def main() -> None:
     check_lists(-1000.0, 1000, SHIFTS=SHIFTS, ANGLES=ANGLES)
     check_lists(0.01, 100, ZOOMS=ZOOMS)
     device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(checkpoint_path, device)
+    checkpoint = load_checkpoint(network, device)
     names, folder = checkpoint.class_names, outputs / "heatmaps"
     labels, values, positions = load_activations(outputs / "activations.npz", checkpoint)
     filter_metrics, class_metrics = read_tables(outputs, values, labels, names)
@@ -895,11 +860,9 @@ def main() -> None:
         print(f"  {text:<16}" + "{:6.2f}  (95 % interval {:.2f} to {:.2f})".format(*median))
         if missing := int(np.isnan(some).sum()):
             print(f"  {'':<16}without {missing} of {len(some)} images: nothing drops or nothing is projected")
-    heading = (
-        f"Does a filter's activity drop where its projection shows structure? {len(many)} of the\n{source}"
-    )
-    heading += f"; square of {OCCLUDER} x {OCCLUDER} pixels,\n{len(covered)} x {len(covered)} positions; "
-    heading += f"strongest filter of {LAYER}; a point is an image, the bar a 95 % interval"
+    heading = f"Does a filter's activity drop where its projection shows structure? {len(many)} of the\n"
+    heading += f"{source}; square of {OCCLUDER} x {OCCLUDER} pixels,\n{len(covered)} x {len(covered)} "
+    heading += f"positions; strongest filter of {LAYER}; a point is an image, the bar a 95 % interval"
     beside = {"the image's\nown projection": own, "the same filter's\nprojection of\nanother image": control}
     save(draw_correlations(beside, medians[:2], heading), "occlusion_correlation.png")
 
@@ -909,8 +872,8 @@ def main() -> None:
         kind: change_images(images[moved], labels[moved], checkpoint, device, kind, list(degrees))
         for kind, degrees in (("shift", SHIFTS), ("zoom", ZOOMS), ("angle", ANGLES))
     }
-    heading = f"Features of {len(moved)} moved, enlarged and turned images, of the {source}:\n"
-    heading += "distance from those of the unchanged image, as a share of their norm"
+    heading = f"{len(moved)} of the {source},\nmoved, enlarged and turned: distance of their features from "
+    heading += "those of\nthe unchanged image, as a share of the norm"
     save(draw_invariance(changes, labels[moved].tolist(), names, heading), "invariance.png")
     print(last_line)
 

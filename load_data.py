@@ -262,7 +262,6 @@ def plain_errors() -> Iterator[None]:
         if sys.stdout:
             sys.stdout.flush()  # here rather than at the end, where nobody would catch what it raises
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending: a second one would only add a traceback
         raise SystemExit("interrupted: what was written is whole; run again") from None
     except BrokenPipeError:
         raise SystemExit("the output was closed before the end; run again with all of it shown") from None
@@ -275,6 +274,7 @@ def plain_errors() -> Iterator[None]:
             raise
         raise SystemExit("out of memory: close other programs or lower BATCH_SIZE, and run again") from None
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending: Ctrl-C would only add a traceback
         try:
             if sys.stdout:
                 sys.stdout.flush()
