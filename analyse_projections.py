@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -514,22 +514,30 @@ def print_summary(summary: pd.DataFrame, rankings: Mapping[str, pd.DataFrame], c
 
 
 def draw_distributions(filter_metrics: pd.DataFrame, heading: str) -> Figure:
-    """Draw how each metric is distributed over a layer's living filters; logarithmic axes leave zeros out."""
+    """Draw how each metric is distributed over a layer's living filters; logarithmic axes leave zeros out.
+
+    Selectivity, counts and shares have linear axes, the rest logarithmic ones where the values differ enough.
+    """
     living = filter_metrics[~filter_metrics["dead"]]
     fig, axes = plt.subplots(2, 4, figsize=(8, 5), sharey=True, dpi=200, layout="constrained")
     for ax, (key, label) in zip(axes.flat, AXES.items(), strict=True):
         linear = key in ("activation_nonzero", "selectivity", "nonzero_count")
+        spans = []
         for place, layer in enumerate(LAYERS):
             values = living.loc[living["layer"] == layer, key]
-            values = values[values >= 0] if linear else values[values > 0]
+            values = values.dropna() if linear else values[values > 0]
             if len(values):
                 ax.ecdf(values, color=f"C{place}", label=layer)
+                spans.append((values.min(), values.max()))
         ax.set(xlabel=label, ylim=(0, 1.02))
-        if ax.lines and not linear:
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        low, high = np.reshape(spans or [(1, 1)], (-1, 2)).T
+        decades = 0 if linear else math.log10(high.max() / low.min())
+        if decades > 0.7:  # five times; over less, a logarithmic axis may hold no round number
             ax.set_xscale("log")
-            low, high = ax.get_xlim()
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 12 * low else (1, 3)))
-            ax.xaxis.set_major_formatter("{x:g}")
+            subs = (1, 2, 5) if decades < 1.1 else (1, 3) if decades < 2.2 else (1,)
+            ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=4 if len(subs) == 1 else 9))
+            ax.xaxis.set_major_formatter(LogFormatterMathtext() if decades >= 3.5 else "{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
     fig.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=len(LAYERS))
     fig.supylabel("share of filters up to this value", size="medium")
@@ -553,7 +561,8 @@ def draw_selectivity(filter_metrics: pd.DataFrame, summary: pd.DataFrame, headin
     counts = summary[["filters", "dead", "nearly_dead"]].itertuples(name=None)
     ticks = ["{}\n{} filters, {} dead,\n{} nearly dead (x)".format(*row) for row in counts]
     ax.set_xticks(range(len(LAYERS)), ticks)
-    ax.set(ylim=(0, None), ylabel="class selectivity")
+    lowest = living["selectivity"].min()  # below 0: fires less on the class chosen on the other half
+    ax.set(ylim=(None if lowest < 0 else 0, None), ylabel="class selectivity")
     ax.set_title(heading, parse_math=False)
     sns.despine(fig)
     return fig
@@ -1316,7 +1325,8 @@ def draw_ablation(
             low, high = 100 * curve.min(axis=0), 100 * curve.max(axis=0)
             below.fill_between(steps, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
     below.set(xlabel="number of filters silenced", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0, None))
-    below.legend(title="silenced first", frameon=False)
+    outside: dict[str, Any] = {"loc": "outside lower center", "ncols": len(curves), "frameon": False}
+    fig.legend(*below.get_legend_handles_labels(), title="silenced first", **outside)
     sns.despine(ax=below)
     fig.suptitle(heading, fontsize=9, parse_math=False)
     return fig
@@ -1330,7 +1340,7 @@ def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
         share: Of the window's pixels, how many were kept or deleted.
         heading: Title.
     """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.9), dpi=200, layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 4.2), dpi=200, layout="constrained")
     masks = trust[trust["test"] == "faithfulness"].set_index("condition")
     for k, kind in enumerate(("kept", "deleted")):
         rows = masks.reindex([f"{name} {kind}" for name in ("projection", "other unit", "centre", "random")])
@@ -1343,7 +1353,8 @@ def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
     left.set_xticks(range(4), ["its own\nprojection", "another\nunit's", "nearness\nto centre", "chance"])
     left.set(xlim=(-0.5, 3.5), ylim=(0, 1.1), ylabel="share of the activation that survives")
     left.set(xlabel=f"what chooses {share:.0%} of the window's pixels", title="masked pixels")
-    left.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
+    options: dict[str, Any] = {"frameon": False, "fontsize": 8}
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower left", **options)
 
     alike = trust[trust["test"] == "randomisation"].set_index("condition")
     steps = [LAYERS[-1], *(f"{LAYERS[-1]} to {layer}" for layer in reversed(LAYERS[:-1]))]
@@ -1358,7 +1369,7 @@ def draw_trust(trust: pd.DataFrame, share: float, heading: str) -> Figure:
     right.set_xticks(range(5), ["none", *(step.replace(" to ", "\nto ") for step in steps)])
     right.set(xlabel="blocks with random weights", ylim=(0, 1.1), title="random weights")
     right.set(ylabel="rank correlation with\nthe trained projection")
-    right.legend(frameon=False, fontsize=8, loc="upper right")
+    fig.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, **options)
     right.tick_params(axis="x", labelsize=8)
     sns.despine(fig)
     fig.suptitle(heading, fontsize=9, parse_math=False)

@@ -329,19 +329,19 @@ def resume(
 
 def draw_curves(log: pd.DataFrame, measured: str, heading: str) -> Figure:
     """Draw loss, accuracy and learning rate of each epoch; `measured` says on which images."""
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3), dpi=200, layout="constrained")
+    training = "training images, augmented (the loss: with smoothed labels)"
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), dpi=200, layout="constrained")
     for ax, quantity, label in zip(axes, ("loss", "accuracy"), ("loss (nats)", "accuracy (%)"), strict=False):
         scale = 100 if quantity == "accuracy" else 1
-        training = "training images, augmented" + (", smoothed labels" if quantity == "loss" else "")
         for part, name in (("train", training), ("test", f"{measured} images")):
             values = log[["epoch", f"{part}_{quantity}"]].dropna()  # not every epoch is measured
             marker = "." if part == "test" or len(values) < 3 else ""
             ax.plot(values["epoch"], scale * values[f"{part}_{quantity}"], label=name, marker=marker)
         ax.set(xlabel="epoch", ylabel=label)
-        ax.legend(frameon=False)
     axes[2].plot(log["epoch"], log["learning_rate"], color="0.3", marker="." if len(log) < 3 else "")
     axes[2].set(xlabel="epoch", ylabel="learning rate at the end")
     axes[2].ticklabel_format(axis="y", scilimits=(0, 0))
+    fig.legend(handles=axes[0].lines, loc="outside lower center", ncols=2, frameon=False)
     sns.despine(fig)
     fig.suptitle(heading)
     return fig

@@ -22,6 +22,8 @@ from analyse_projections import (
     compare_networks,
     contributions,
     crossed_selectivity,
+    draw_distributions,
+    draw_selectivity,
     draw_top_filters,
     halves,
     lifetime_sparseness,
@@ -477,6 +479,39 @@ def test_class_names_are_drawn_as_they_are_written() -> None:
     assert [label.get_text() for label in labels] == NAMES
     assert not any(label.get_parse_math() for label in labels)
     assert len(figure.axes[0].texts) == 3 * 6  # six living filters, four places stay empty
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("decades", [0.01, 0.3, 0.69, 0.71, 1.2, 2.5, 4.0, 5.0, 9.0, 20.0])
+@pytest.mark.parametrize("lowest", [0.7, 9.3, 2.2e-7])
+def test_axes_of_distributions_have_numbers_that_do_not_touch(decades: float, lowest: float) -> None:
+    first = activations()
+    save(first, statistics(first))
+    filters = tabulate_filters(*read_measurements(OUTPUTS), 20, 0)
+    for key in ("activation_variance", "mean", "variance"):
+        filters[key] = lowest * 10 ** (decades * np.linspace(0, 1, len(filters)))
+    figure = draw_distributions(filters, "heading")
+    figure.canvas.draw()
+    for ax in figure.axes:
+        low, high = sorted(ax.get_xlim())
+        ticks = [tick for tick in ax.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [tick.label1.get_window_extent() for tick in ticks]
+        assert len(boxes) >= 2, ax.get_xlabel()
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes)), ax.get_xlabel()
+    plt.close(figure)
+
+
+def test_filters_below_zero_are_shown_in_the_figures_of_selectivity() -> None:
+    first = activations()
+    save(first, statistics(first))
+    filters = tabulate_filters(*read_measurements(OUTPUTS), 20, 0)
+    filters.loc[filters["layer"] == "conv1", "selectivity"] = -0.25
+    figure = draw_selectivity(filters, summarise_layers(filters), "heading")
+    assert figure.axes[0].get_ylim()[0] < -0.25
+    plt.close(figure)
+    figure = draw_distributions(filters, "heading")
+    drawn = next(ax for ax in figure.axes if "selectivity" in ax.get_xlabel())
+    assert np.min(drawn.lines[0].get_xdata()) == -0.25
     plt.close(figure)
 
 
