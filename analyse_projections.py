@@ -60,6 +60,7 @@ from load_data import (
     load_split,
     normalise,
     plain_errors,
+    prepare_folders,
     save_figure,
     title,
     whole_file,
@@ -1438,6 +1439,7 @@ def main() -> None:
     checkpoint = load_checkpoint(network, device)
     train, test = (load_split(checkpoint.dataset, data_dir, split) for split in ("train", "test"))
     units = read_top_units(outputs, activations, checkpoint, test)
+    prepare_folders("OUTPUTS", outputs)
     data = f"{title(activations.dataset)}, {len(activations.arrays['labels']):,} test images"
     source = f"{data}, {checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%}"
     projected = f"projections of {len(statistics.arrays['labels']):,}"

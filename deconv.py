@@ -38,12 +38,14 @@ from CNN import (
     receptive_fields,
 )
 from load_data import (
+    check_file_name,
     check_numbers,
     check_paths,
     load_split,
     no_memory,
     normalise,
     plain_errors,
+    prepare_folders,
     save_figure,
     title,
 )
@@ -321,6 +323,7 @@ def main() -> None:
     chosen = LAYERS if LAYER == "all" else (LAYERS[layer_index(LAYER)],)
     check_numbers(1, 30, N_FILTERS=N_FILTERS)
     checkpoint_path, data_dir, figure = check_paths(CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR, FIGURE=FIGURE)
+    check_file_name(".png", FIGURE=figure)
     wanted = check_image(IMAGE)
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(checkpoint_path, device)
@@ -336,6 +339,7 @@ def main() -> None:
         truth = f", class {checkpoint.class_names[split.labels[wanted]]}"
     else:
         image, name, truth = load_picture(wanted), wanted.name, ""
+    prepare_folders("FIGURE", figure.parent)
     print(f"projecting {name}, {', '.join(chosen)}, on {device}, torch {torch.__version__}")
     net = checkpoint.net
     batch = normalise(torch.from_numpy(image[None]).to(device), checkpoint.mean, checkpoint.std)

@@ -53,6 +53,7 @@ from load_data import (
     load_split,
     normalise,
     plain_errors,
+    prepare_folders,
     save_arrays,
     save_figure,
     title,
@@ -664,6 +665,7 @@ def main() -> None:
     split = load_split(checkpoint.dataset, data_dir, "test")
     if len(split.images) < N_TOP:
         raise SystemExit(f"N_TOP is {N_TOP}; expected 1 to {len(split.images):,}, the number of test images")
+    prepare_folders("OUTPUTS", outputs, outputs / "deconv")
     snapshots = read_snapshots(network.parent / "snapshots", checkpoint, device)
     filters = sum(checkpoint.net.config["filters"])
     print(

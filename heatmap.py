@@ -48,6 +48,7 @@ from load_data import (
     load_split,
     normalise,
     plain_errors,
+    prepare_folders,
     save_figure,
     title,
 )
@@ -771,6 +772,7 @@ def main() -> None:
     living = sort_filters(filter_metrics, names)
     if living.empty:
         raise SystemExit(f"no filter of {LAYER} fires on any test image: run `uv run train_CNN.py` again")
+    prepare_folders("OUTPUTS", outputs, folder)
     source = f"{len(images):,} test images of {title(checkpoint.dataset)}"
     print(f"drawing {LAYER} on {source} on {device}, torch {torch.__version__}")
     source += f" ({checkpoint.measured_on} accuracy {checkpoint.metrics['test_accuracy']:.1%})"

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -55,6 +56,7 @@ FILES = {  # name: (bytes, md5 sum)
 }
 EXTRAS = ("class_names.txt", "fold_indices.txt")  # kept if the archive brings them in time; folds need one
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+SUFFIXES = (".csv", ".npz", ".png", ".pth")  # of the files that the scripts write
 AGAIN = "delete it and run again to download it anew"
 
 # The generated stand-in: signed distance to the outline of a shape, negative inside, in units of its radius,
@@ -139,6 +141,31 @@ def check_paths(**settings: Any) -> list[Path]:
         if not isinstance(value, str | Path):
             raise SystemExit(f'{name} is {value!r}; expected a path, as Path("{name.lower()}")')
     return [Path(value) for value in settings.values()]
+
+
+def prepare_folders(setting: str, *folders: Path) -> None:
+    """Make folders for results, and see before the work that files can be written there.
+
+    Raises:
+        SystemExit: If they cannot, or a folder has the name of a file; names the setting.
+    """
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problem = f"needs the folder {folder}, but no file can be written there: {error.strerror}"
+            raise SystemExit(f"{setting} {problem}; mend that and run again") from None
+        for path in folder.iterdir():
+            if path.suffix in SUFFIXES and path.is_dir():
+                raise SystemExit(f"{path} is a folder, expected a file or nothing: remove it and run again")
+
+
+def check_file_name(suffix: str, **settings: Path) -> None:
+    """Raise SystemExit if a setting, given by name, is no name for the kind of file that is written there."""
+    for name, path in settings.items():
+        if path.suffix != suffix:
+            raise SystemExit(f"{name} is {str(path)!r}; expected a file name that ends in {suffix}")
 
 
 def check_choice(dataset: str, *allowed: str) -> None:
@@ -467,11 +494,11 @@ class Augmentation(NamedTuple):
         cutout: Side in pixels of a square that is set to the mean colour; 0 for none (DeVries & Taylor 2017).
     """
 
-    shift: float
-    zoom: float
-    rotation: float
-    colour: float
-    cutout: int
+    shift: float = 0
+    zoom: float = 0
+    rotation: float = 0
+    colour: float = 0
+    cutout: int = 0
 
 
 def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) -> Tensor:
@@ -622,6 +649,8 @@ def main() -> None:
     (data_dir,) = check_paths(DATA_DIR=DATA_DIR)
     dataset = find_dataset(DATASET, data_dir)
     train, test = (load_split(dataset, data_dir, split) for split in ("train", "test"))
+    path = Path("outputs/sample_images.png")
+    prepare_folders(path.name, path.parent)
     print(
         f"{title(dataset)}: {len(train.images):,} training and {len(test.images):,} test images, 3 x 96 x 96"
     )
@@ -632,7 +661,6 @@ def main() -> None:
     for name, values in zip(("mean", "std"), mean_and_std(train.images), strict=True):
         print(f"{name:<12}{''.join(f'{value:10.4f}' for value in values)}  RGB, training images, 0 to 1")
     figure = draw_samples(train, class_names(dataset), f"{title(dataset)}: training images of each class")
-    path = Path("outputs/sample_images.png")
     save_figure(figure, path)
     print(f"wrote {path}\nnext: uv run train_CNN.py")
 

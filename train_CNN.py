@@ -34,6 +34,7 @@ from load_data import (
     Augmentation,
     Split,
     augment,
+    check_file_name,
     check_numbers,
     check_paths,
     class_names,
@@ -43,6 +44,7 @@ from load_data import (
     no_memory,
     normalise,
     plain_errors,
+    prepare_folders,
     save_figure,
     title,
     whole_file,
@@ -468,8 +470,7 @@ def main() -> None:
     }
     check_settings(settings, SNAPSHOTS)
     checkpoint, data_dir = check_paths(CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
-    if checkpoint.is_dir():
-        raise SystemExit(f"CHECKPOINT is {str(CHECKPOINT)!r}, a folder; expected a file, as outputs/CNN.pth")
+    check_file_name(".pth", CHECKPOINT=checkpoint)
     device = choose_device(DEVICE)
     dataset = find_dataset(DATASET, data_dir)
     epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
@@ -496,7 +497,7 @@ def main() -> None:
     )
     steps = epochs * (len(images) // BATCH_SIZE)
     state_path, snapshots = checkpoint.with_name("training_state.pth"), checkpoint.parent / "snapshots"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)  # rather than fail after the first epoch
+    prepare_folders("CHECKPOINT", checkpoint.parent, snapshots)
     trainer, rows = resume(
         state_path, settings, lambda: Trainer(settings["config"], device, precision, steps, settings)
     )

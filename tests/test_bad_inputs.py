@@ -460,6 +460,14 @@ def float_picture() -> bytes:
     return stream.getvalue()
 
 
+def folder(make: Callable[[Path], object]) -> Make:
+    def prepare(_: WriteSplit) -> Read:
+        make(Path("results"))
+        return lambda: load_data.prepare_folders("OUTPUTS", Path("results"), Path("results/deconv"))
+
+    return prepare
+
+
 def calls(function: Callable[..., object], *arguments: Any) -> Make:
     return lambda _: lambda: function(*arguments)
 
@@ -485,6 +493,30 @@ SETTINGS: dict[str, tuple[Make, str]] = {
             "has fractions": (float_picture, "more than 16 bits a channel"),
         }.items()
     },
+    "folder of results is a file": (
+        folder(Path.touch),
+        "OUTPUTS needs the folder results, but no file can be",
+    ),
+    "folder of results is a dangling link": (
+        folder(lambda path: path.symlink_to("gone")),
+        "OUTPUTS needs the folder results, but no file can be written there: File exists; mend that and run",
+    ),
+    "folder of results is no place for files": (
+        folder(lambda path: path.symlink_to("/proc/self")),
+        "OUTPUTS needs the folder results, but no file can be written there",
+    ),
+    "folder of pages is a file": (
+        folder(lambda path: [path.mkdir(), (path / "deconv").touch()]),  # type: ignore[func-returns-value]
+        "OUTPUTS needs the folder results/deconv, but no file can be written there: File exists",
+    ),
+    "folder of results has a folder that is called like a table": (
+        folder(lambda path: (path / "deconv" / "probes.csv").mkdir(parents=True)),
+        "results/deconv/probes.csv is a folder, expected a file or nothing: remove it",
+    ),
+    "FIGURE is a checkpoint": (
+        lambda _: lambda: load_data.check_file_name(".png", FIGURE=CHECKPOINT),
+        "FIGURE is 'outputs/CNN.pth'; expected a file name that ends in .png",
+    ),
     "picture is not there": (no_file(PICTURE, read_picture), "IMAGE is 'picture.png'; no such file"),
     "picture is a folder": (no_file(PICTURE, read_picture, folder=True), "IMAGE is 'picture.png'; no such"),
     "picture has no name": (calls(deconv.load_picture, Path()), "no such file"),

@@ -99,6 +99,18 @@ def test_outputs_that_is_a_file_is_named(runner: Server, kept: Path, tmp_path: P
     assert (tmp_path / "outputs").read_text() == "a file"
 
 
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(
+    runner: Server, stage: str, folder: Path
+) -> None:
+    name = {"train_CNN": "snapshots", "deconv_full": "deconv"}[stage]
+    shutil.rmtree(folder / "outputs" / name)
+    (folder / "outputs" / name).write_text("a file")
+    before = contents(folder)
+    assert runner.run(stage, folder) == 1 and len(said(folder).splitlines()) == 1
+    assert f"outputs/{name}, but no file can be written there" in said(folder)
+    assert contents(folder) == before and "wrote" not in (folder / "stdout.txt").read_text()
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_what_was_there(
     runner: Server, stage: str, folder: Path
 ) -> None:

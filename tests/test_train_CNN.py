@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
         ("SNAPSHOTS", 40, "SNAPSHOTS is 40; expected epochs in brackets"),
         ("SNAPSHOTS", "12", "SNAPSHOTS is '12'; expected epochs in brackets"),
         ("SNAPSHOTS", (1, "2"), "an epoch in SNAPSHOTS is '2'; expected a whole number from 1 to"),
-        ("CHECKPOINT", Path(), "CHECKPOINT is '.', a folder; expected a file"),
+        ("CHECKPOINT", Path(), "CHECKPOINT is '.'; expected a file name that ends in .pth"),
         ("CHECKPOINT", 5, "CHECKPOINT is 5; expected a path"),
         ("DATA_DIR", None, "DATA_DIR is None; expected a path"),
     ],
