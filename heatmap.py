@@ -127,7 +127,8 @@ def read_tables(
     paths = folder / "filter_metrics.csv", folder / "class_metrics.csv"
     for path in paths:
         if not path.is_file():
-            raise SystemExit(f"{path} not found: run `uv run analyse_projections.py` first")
+            found = "is no file: remove it and" if path.exists() else "not found:"
+            raise SystemExit(f"{path} {found} run `uv run analyse_projections.py` first")
     means = by_class(np.mean, values.astype(np.float64), labels, len(names))
     types = dict.fromkeys(("layer", "class", "preferred_class"), str) | {"dead": bool, "filter": int}
     types |= dict.fromkeys(("activation_mean", "activation_nonzero", "selectivity"), float)

@@ -337,6 +337,10 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG):  # a full disk, which the system reports without a name
+            error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -368,8 +372,9 @@ def open_archive(file: IO[bytes]) -> zipfile.ZipFile:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and close it."""
-    with whole_file(path) as partial:
+    """Write a figure as PNG, whole or not at all, and close it; a character that the font lacks is a box."""
+    with whole_file(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(partial, format="png")
     plt.close(figure)
 

@@ -269,7 +269,7 @@ class Trainer:
                 epoch = self.schedule.last_epoch // (len(order) // batch_size) + 1
                 raise SystemExit(
                     f"the loss is {loss.item()} in epoch {epoch}, step {step}, learning rate "
-                    f"{self.schedule.get_last_lr()[0]:.3g}: lower LEARNING_RATE"
+                    f"{self.schedule.get_last_lr()[0]:.3g}: lower LEARNING_RATE or WEIGHT_DECAY"
                 )
             self.optimizer.zero_grad()
             loss.backward()

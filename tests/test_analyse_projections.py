@@ -809,6 +809,14 @@ def test_the_untrained_network_is_the_one_of_the_seed_and_the_same_every_time(ma
         assert torch.equal(value, first.get_parameter(name)), name
 
 
+def test_a_last_batch_of_one_image_whose_map_is_a_point_is_left_out(make_net: MakeNet) -> None:
+    net = make_net(pool_sizes=(4, 4, 3, 1), classes=3)
+    assert frame_sizes(net)[1][-1] == 1
+    checkpoint, images = checkpoint_of(net), some_images(101)
+    first, second = (untrained(checkpoint, some, CPU).state_dict() for some in (images, images[:100]))
+    assert all(map(torch.equal, first.values(), second.values()))
+
+
 def test_magnitudes_are_those_of_the_plain_projection(make_net: MakeNet) -> None:
     checkpoint, images = checkpoint_of(make_net(classes=3)), some_images(3)
     units, other = units_of(checkpoint, images), make_net(seed=7, classes=3)
@@ -1130,6 +1138,7 @@ NUMBERS += ["PROBE_INPUTS", "PROBE_STEPS", "TOP_FILTERS"]
     ("setting", "value"),
     [
         *((name, value) for name in NUMBERS for value in (0, -1, 2.5, "many", None, True, 10**400)),
+        ("NORM_IMAGES", 1),
         *(("SEED", value) for value in (-1, 0.5, "zero", 2**63)),
         *(("KEPT_SHARE", value) for value in (0, 2, -0.1, float("nan"), "a quarter", [0.25])),
         *(("PROBE_DECAYS", value) for value in ((), (0,), (-1,), ("a",), 0.1, float("inf"), "0.1", None)),

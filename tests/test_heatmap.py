@@ -215,8 +215,11 @@ def test_the_run_says_what_is_skipped_and_that_it_is_the_last_stage(
     ],
 )
 def test_a_missing_file_names_the_command_to_run(inputs: Inputs, name: str, command: str) -> None:
-    (Path("outputs") / name).unlink()
-    assert refusal() == f"outputs/{name} not found: run `uv run {command}` first"
+    path = Path("outputs") / name
+    path.unlink()
+    assert refusal() == f"{path} not found: run `uv run {command}` first"
+    path.mkdir()
+    assert refusal() == f"{path} is no file: remove it and run `uv run {command}` first"
 
 
 def test_activations_of_another_checkpoint_are_refused(inputs: Inputs) -> None:

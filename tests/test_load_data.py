@@ -759,6 +759,22 @@ def test_a_file_in_the_place_of_a_folder_and_a_folder_in_that_of_a_file_end_in_o
     assert no_half_files()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(number: int) -> None:
+    line = f"outputs/a.txt: {os.strerror(number)}; mend that and run again"
+    with plain_errors_end_in(line), load_data.whole_file("outputs/a.txt") as partial:
+        partial.write_text("half")
+        raise OSError(number, os.strerror(number))
+    assert contents(Path("outputs")) == {}
+
+
+def test_a_figure_with_characters_that_the_font_lacks_is_written_without_a_warning() -> None:
+    figure = plt.figure(figsize=(1, 1))
+    figure.suptitle("日本")
+    load_data.save_figure(figure, Path("outputs/a.png"))  # a warning would fail the test
+    assert contents(Path("outputs"))["a.png"].startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("closed", "line"),
     [
