@@ -70,6 +70,24 @@ class ConvBlock(nn.Module):
         return cast(int, self.pool.kernel_size)
 
 
+class RegionAverage(nn.AdaptiveAvgPool2d):
+    """Average square maps over side x side regions, also on Apple GPUs.
+
+    Args:
+        side: Regions a row and column; they overlap where the map's size is no multiple.
+    """
+
+    def __init__(self, side: int):
+        super().__init__(side)
+        self.side = side
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return (images, filters, side, side) for maps (images, filters, rows, columns)."""
+        if maps.device.type == "mps" and maps.shape[-1] % self.side:  # torch cannot do that there
+            return super().forward(maps.cpu()).to(maps.device)
+        return super().forward(maps)
+
+
 class CNN(nn.Module):
     """Four `ConvBlock`s, dropout and a linear classifier on the average of `head_size` x `head_size` regions.
 
@@ -131,7 +149,7 @@ class CNN(nn.Module):
         self.blocks = cast(Sequence[ConvBlock], blocks)  # a ModuleList does not say what it holds
         for block in self.blocks[1:] if partial_identity else ():
             nn.init.dirac_(block.conv.weight.detach()[: block.conv.in_channels])
-        self.average = nn.AdaptiveAvgPool2d(head_size)
+        self.average = RegionAverage(head_size)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(filters[-1] * head_size**2, classes)
 

@@ -43,6 +43,7 @@ from CNN import (
     IMAGE_SIZE,
     LAYERS,
     Checkpoint,
+    RegionAverage,
     choose_device,
     frame_sizes,
     load_checkpoint,
@@ -735,7 +736,7 @@ def pool_features(
     everything = np.arange(len(images))
     for _, features in batches(images, everything, checkpoint, device, batch_size, "features"):
         maps = [pooled for pooled, _ in features]
-        small = [F.adaptive_avg_pool2d(m, min(s, m.shape[-1])) for m, s in zip(maps, sides, strict=True)]
+        small = [RegionAverage(min(s, m.shape[-1]))(m) for m, s in zip(maps, sides, strict=True)]
         averages.append([part.flatten(1) for part in (*small, net.average(maps[-1]))])
         maxima.append([pooled.amax(dim=(2, 3)).cpu() for pooled in maps])
     strongest = {}

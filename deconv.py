@@ -340,7 +340,10 @@ def main() -> None:
     else:
         image, name, truth = load_picture(wanted), wanted.name, ""
     prepare_folders("FIGURE", figure.parent)
-    print(f"projecting {name}, {', '.join(chosen)}, on {device}, torch {torch.__version__}")
+    print(
+        f"projecting {name}, {', '.join(chosen)}, network trained on {title(checkpoint.dataset)}, "
+        f"on {device}, torch {torch.__version__}"
+    )
     net = checkpoint.net
     batch = normalise(torch.from_numpy(image[None]).to(device), checkpoint.mean, checkpoint.std)
     features = net.features(batch)

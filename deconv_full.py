@@ -583,6 +583,7 @@ def read_snapshots(folder: Path, checkpoint: Checkpoint, device: torch.device) -
     except SystemExit as damage:
         print(f"going on without snapshots: {damage}")
         return []
+    snapshots.sort(key=lambda snapshot: snapshot.epochs)  # by name, 1000 comes before 200
     if not snapshots or snapshots[-1].net.config != checkpoint.net.config:
         return []
     last, final = snapshots[-1].net.state_dict(), checkpoint.net.state_dict()

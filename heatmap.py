@@ -431,10 +431,10 @@ def measure_invariance(
     features = net.features(copies)
     rows = []
     for pooled in (features[0][0], features[-1][0]):
-        flat = pooled.flatten(1).double()
+        flat = pooled.flatten(1).cpu().double()  # an Apple GPU knows no float64
         norm = flat[0].norm()
         rows.append((flat[1:] - flat[0]).norm(dim=1) / torch.where(norm > 0, norm, torch.nan))
-    rows.append(net.classify(features[-1][0]).softmax(dim=1)[1:, label].double())
+    rows.append(net.classify(features[-1][0]).softmax(dim=1)[1:, label].cpu().double())
     return torch.stack(rows).cpu().numpy()
 
 
@@ -520,6 +520,8 @@ def draw_class(
 ) -> Figure:
     """Draw a class's top filters, one a row: mean magnitude, then pairs of image and projection laid over it.
 
+    Each filter has a scale of its own, written above: a filter's gain, not what it shows, makes it weak.
+
     Args:
         ranking: What `rank_filters` says of these filters.
         means: Magnitude averaged over all images of the class, (filters, 96, 96).
@@ -532,12 +534,12 @@ def draw_class(
     size = 2.4 + 2.5 * count, 1.4 + 1.4 * filters
     panels = 1 + 2 * count  # in a row
     fig, axes = plt.subplots(filters, panels, figsize=size, dpi=200, squeeze=False, layout="constrained")
-    top = robust_scale(magnitudes)  # one for all: a few bright pixels shall not hide the others
     colours = sns.color_palette("rocket", as_cmap=True)(np.linspace(0.3, 1, 256))
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
     for k, (row, of_filter) in enumerate(zip(axes, ranking.itertuples(), strict=True)):
-        text = "" if k else "mean over the class"
-        mean = show(row[0], means[k], text, cmap="mako", vmin=0, vmax=float(means.max()) or 1.0)
+        largest, top = float(means[k].max()) or 1.0, robust_scale(magnitudes[k])
+        text = f"{'' if k else 'mean over the class'}\nwhite: {largest:.2g}"
+        mean = show(row[0], means[k] / largest, text, cmap="mako", vmin=0, vmax=1)
         text = f"filter {of_filter.filter}\nselectivity {of_filter.selectivity:.2f}\n"
         text += f"mean activation {of_filter.activation_mean:.2f}"
         text += "" if of_filter.prefers else "\nprefers another class"
@@ -546,12 +548,13 @@ def draw_class(
             picture = np.moveaxis(images[k, i], 0, 2)
             show(left, picture, f"activation {values[k, i]:.2f}")
             show(right, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)  # 255 is the brightest: dimmed
-            over = show(right, magnitudes[k, i], cmap=ListedColormap(colours), vmin=0, vmax=top)
+            relative, text = magnitudes[k, i] / top, "" if i else f"white: {top:.2g}"
+            over = show(right, relative, text, cmap=ListedColormap(colours), vmin=0, vmax=1)
     bar = fig.colorbar(mean, ax=axes[:, 0], location="bottom", aspect=10, pad=0.02)
-    bar.set_label("mean magnitude\n(normalised pixels)")
+    bar.set_label("mean magnitude\n(share of white)")
     bar = fig.colorbar(over, ax=axes[:, 1:], location="bottom", aspect=40, pad=0.02, shrink=0.6, extend="max")
     bar.ax.set_facecolor("0.3")
-    bar.set_label("magnitude of one projection (normalised pixels)")
+    bar.set_label("magnitude of one projection (share of white, which is written above in normalised pixels)")
     fig.suptitle(heading, parse_math=False)
     return fig
 
@@ -728,6 +731,7 @@ def draw_invariance(
         for k, colour in enumerate(colours):
             row[0].add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=colour, clip_on=False))
             options = {"color": colour, "linestyle": styles[k % len(styles)], "label": names[labels[k]]}
+            options["marker"] = "." if len(found.degrees) == 1 else ""
             for ax, curve in zip(row[1:], found.curves[k], strict=True):
                 ax.plot(found.degrees, curve, **options)
         for ax, text in zip(row, above, strict=True):
@@ -759,7 +763,7 @@ def main() -> None:
     check_numbers(1, OCCLUDED_IMAGES=OCCLUDED_IMAGES, OCCLUSION_BATCH=OCCLUSION_BATCH)
     check_numbers(1, INVARIANCE_IMAGES=INVARIANCE_IMAGES, RESAMPLINGS=RESAMPLINGS)
     check_numbers(1, IMAGE_SIZE, OCCLUDER=OCCLUDER, OCCLUSION_STRIDE=OCCLUSION_STRIDE)
-    check_numbers(1, IMAGE_SIZE, OCCLUSION_STRIDE_MANY=OCCLUSION_STRIDE_MANY)
+    check_numbers(1, IMAGE_SIZE // 2, OCCLUSION_STRIDE_MANY=OCCLUSION_STRIDE_MANY)  # over one place: no rank
     check_lists(-1000.0, 1000, SHIFTS=SHIFTS, ANGLES=ANGLES)
     check_lists(0.01, 100, ZOOMS=ZOOMS)
     device = choose_device(DEVICE)

@@ -321,7 +321,11 @@ def resume(
                 trainer.restore(state)
                 print(f"going on after epoch {int(rows[-1]['epoch'])} of an interrupted run")
                 return trainer, rows
-            print("an interrupted run had other settings: starting anew")
+            kept = path.with_name("training_state_before.pth")
+            count = len(state["rows"])
+            path.replace(kept)
+            print(f"an interrupted run of {count} epochs had other settings: starting anew; to go on with it")
+            print(f"later, set its settings again and rename {kept} to {path.name}")
         except Exception as error:  # what does not fit can be found in as many ways as there are entries
             if isinstance(error, OSError) or no_memory(error):
                 raise

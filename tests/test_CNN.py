@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeNet
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_CNN
 from CNN import (
@@ -40,6 +43,32 @@ def test_pooling_records_where_each_maximum_was() -> None:
     rows, columns = switches // 96, switches % 96
     assert torch.equal(rows // 2, torch.arange(48)[:, None].expand_as(rows))
     assert torch.equal(columns // 2, torch.arange(48).expand_as(columns))
+
+
+def test_the_network_does_nothing_that_an_apple_gpu_cannot(make_net: MakeNet) -> None:
+    # Tensors without numbers; torch lists both in torch/testing/_internal/common_mps.py as failing there.
+    class Checker(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            name = func.__name__.split(".")[0]
+            if isinstance(result, torch.Tensor) and result.device.type == "mps":
+                seen.add(name)
+                assert result.dtype != torch.float64
+                if name in ("adaptive_avg_pool2d", "_adaptive_avg_pool2d"):
+                    assert not args[0].shape[-1] % result.shape[-1]
+            return result
+
+    seen = set[str]()
+    for head_size in (1, 2, 3):  # of maps of 3 x 3
+        net = make_net(head_size=head_size)
+        assert frame_sizes(net)[1][-1] // net.blocks[-1].pool_size == 3
+        shapes = {name: (value.shape, value.dtype) for name, value in net.state_dict().items()}
+        with FakeTensorMode(), torch.no_grad():
+            there = {name: torch.empty(n, dtype=kind, device="mps") for name, (n, kind) in shapes.items()}
+            with Checker():  # type: ignore[no-untyped-call]
+                logits = functional_call(net, there, torch.empty(4, 3, 96, 96, device="mps"))
+            assert logits.device.type == "mps" and logits.shape == (4, 10)
+    assert {"convolution", "_adaptive_avg_pool2d"} <= seen
 
 
 def test_features_and_logits_come_from_the_same_pass(make_net: MakeNet) -> None:

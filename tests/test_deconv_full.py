@@ -237,11 +237,11 @@ def test_snapshots_of_another_training_are_not_taken(make_net: MakeNet) -> None:
     folder = Path("outputs/snapshots")
     checkpoint = make_checkpoint(make_net(seed=2))
     assert deconv_full.read_snapshots(folder, checkpoint, CPU) == []
-    for epoch in (10, 9, 2):
+    for epoch in (1000, 200, 9):  # in the order of names 009, 1000, 200
         save_checkpoint(folder / f"epoch_{epoch:03d}.pth", make_net(seed=epoch), epochs=epoch, **info)
     assert deconv_full.read_snapshots(folder, checkpoint, CPU) == []
-    ended = make_checkpoint(make_net(seed=10))
-    assert [s.epochs for s in deconv_full.read_snapshots(folder, ended, CPU)] == [2, 9, 10]
+    ended = make_checkpoint(make_net(seed=1000))
+    assert [s.epochs for s in deconv_full.read_snapshots(folder, ended, CPU)] == [9, 200, 1000]
 
 
 def test_a_dead_filter_has_no_top_images_and_empty_statistics(make_net: MakeNet, split: Split) -> None:

@@ -252,6 +252,7 @@ NUMBERS += ["INVARIANCE_IMAGES"]
     ("setting", "value"),
     [
         *((name, value) for name in NUMBERS for value in (0, -1, 2.5, "many", None, True)),
+        ("OCCLUSION_STRIDE_MANY", 49),
         *((name, 97) for name in ("OCCLUDER", "OCCLUSION_STRIDE", "OCCLUSION_STRIDE_MANY", "TOP_FILTERS")),
         ("TOP_IMAGES", 13),
         *((name, value) for name in ("SHIFTS", "ZOOMS", "ANGLES") for value in ([], "up", ["a"], 1.5, None)),
@@ -408,6 +409,26 @@ def test_classes_whose_names_end_alike_in_a_file_name_have_files_of_their_own(
         "images.png",
     ]
     assert {path.parent for path in Path().rglob("*.png")} == {Path("outputs/heatmaps")}
+
+
+def test_a_single_degree_is_drawn_as_a_point() -> None:
+    curves, examples = np.full((1, 3, 1), 0.5), np.zeros((1, 5, 3, 96, 96), np.float32)
+    changes = dict.fromkeys(heatmap.CHANGES, heatmap.Change([5], curves, [5] * 5, examples))
+    figure = heatmap.draw_invariance(changes, [0], NAMES, "")
+    assert [line.get_marker() for ax in figure.axes for line in ax.lines] == ["."] * 9
+    plt.close(figure)
+
+
+def test_filters_of_a_class_are_drawn_on_scales_of_their_own() -> None:
+    faint = np.random.default_rng(0).random((2, 96, 96)) * np.array([1, 1e-3])[:, None, None]
+    ranking = pd.DataFrame({"filter": [0, 1], "selectivity": 0.5, "activation_mean": 0.1, "prefers": True})
+    images, value = np.zeros((2, 1, 3, 96, 96), np.uint8), np.zeros((2, 1), np.float32)
+    figure = heatmap.draw_class(ranking, faint, images, faint[:, None], value, "")
+    for first, second in ((0, 3), (2, 5)):  # of three panels a row: the mean and what is laid over the image
+        drawn = [np.asarray(figure.axes[p].get_images()[-1].get_array()) for p in (first, second)]
+        assert np.allclose(np.median(drawn[0]), np.median(drawn[1]), rtol=0.05)
+    assert [figure.axes[place].get_title().split()[-1] for place in (0, 3)] == ["1", "0.001"]
+    plt.close(figure)
 
 
 def test_a_filter_that_projects_nothing_is_drawn_without_a_warning() -> None:

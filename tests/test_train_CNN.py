@@ -152,9 +152,16 @@ def test_changed_settings_start_anew(
         interrupt_after(patch, 1)
         with pytest.raises(SystemExit):
             train_CNN.main()
+    state, kept = Path("outputs/training_state.pth"), Path("outputs/training_state_before.pth")
+    before, rate = state.read_bytes(), train_CNN.LEARNING_RATE
     monkeypatch.setattr(train_CNN, "LEARNING_RATE", 1e-3)
     train_CNN.main()
-    assert "an interrupted run had other settings: starting anew" in capsys.readouterr().out
+    assert "an interrupted run of 1 epochs had other settings: starting anew" in capsys.readouterr().out
+    assert kept.read_bytes() == before and not state.exists()
+    monkeypatch.setattr(train_CNN, "LEARNING_RATE", rate)
+    kept.rename(state)
+    train_CNN.main()
+    assert "going on after epoch 1 of an interrupted run" in capsys.readouterr().out
     Path("outputs/training_state.pth").write_bytes(b"damaged")
     train_CNN.main()
     assert "cannot be read: starting anew" in capsys.readouterr().out
