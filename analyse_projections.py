@@ -535,11 +535,13 @@ def draw_distributions(filter_metrics: pd.DataFrame, heading: str) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         low, high = np.reshape(spans or [(1, 1)], (-1, 2)).T
         decades = 0 if linear else math.log10(high.max() / low.min())
-        if decades > 0.7:  # five times; over less, a logarithmic axis may hold no round number
+        small = low.min() < 1e-4  # then only powers of ten have short names
+        if decades > (2 if small else 0.7):  # over less, a logarithmic axis may hold no number to name
             ax.set_xscale("log")
-            subs = (1, 2, 5) if decades < 1.1 else (1, 3) if decades < 2.2 else (1,)
+            subs = (1,) if small or decades >= 2.2 else (1, 3) if decades >= 1.1 else (1, 2, 5)
             ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=4 if len(subs) == 1 else 9))
-            ax.xaxis.set_major_formatter(LogFormatterMathtext() if decades >= 3.5 else "{x:g}")
+            powers = small or decades >= 3.5
+            ax.xaxis.set_major_formatter(LogFormatterMathtext() if powers else "{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
     fig.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=len(LAYERS))
     fig.supylabel("share of filters up to this value", size="medium")

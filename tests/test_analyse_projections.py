@@ -482,7 +482,7 @@ def test_class_names_are_drawn_as_they_are_written() -> None:
     plt.close(figure)
 
 
-@pytest.mark.parametrize("decades", [0.01, 0.3, 0.69, 0.71, 1.2, 2.5, 4.0, 5.0, 9.0, 20.0])
+@pytest.mark.parametrize("decades", [0.01, 0.3, 0.69, 0.71, 1.2, 1.9, 2.05, 2.5, 4.0, 5.0, 9.0, 20.0])
 @pytest.mark.parametrize("lowest", [0.7, 9.3, 2.2e-7])
 def test_axes_of_distributions_have_numbers_that_do_not_touch(decades: float, lowest: float) -> None:
     first = activations()
