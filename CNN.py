@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from load_data import no_memory, open_archive, plain_errors, whole_file
+from load_data import no_memory, open_archive, plain_errors, require_file, whole_file
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
 IMAGE_SIZE = 96  # rows and columns of an STL-10 image
@@ -71,19 +71,12 @@ class ConvBlock(nn.Module):
 
 
 class RegionAverage(nn.AdaptiveAvgPool2d):
-    """Average square maps over side x side regions, also on Apple GPUs.
-
-    Args:
-        side: Regions a row and column; they overlap where the map's size is no multiple.
-    """
-
-    def __init__(self, side: int):
-        super().__init__(side)
-        self.side = side
+    """Average square maps over side x side regions, which overlap where the map's size is no multiple."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return (images, filters, side, side) for maps (images, filters, rows, columns)."""
-        if maps.device.type == "mps" and maps.shape[-1] % self.side:  # torch cannot do that there
+        uneven = maps.shape[-1] % cast(int, self.output_size) > 0
+        if uneven and maps.device.type == "mps":  # torch cannot do that on an Apple GPU
             return super().forward(maps.cpu()).to(maps.device)
         return super().forward(maps)
 
@@ -393,9 +386,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> Che
         SystemExit: If the file is missing, damaged, foreign, or its weights do not fit the network it names.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is no file: remove it and" if path.exists() else "not found:"
-        raise SystemExit(f"{path} {found} run `uv run train_CNN.py` first")
+    require_file(path, "train_CNN.py")
     again = "delete it and run `uv run train_CNN.py` again"
     try:
         content, sha256 = read_whole(path)

@@ -524,18 +524,15 @@ def draw_distributions(filter_metrics: pd.DataFrame, heading: str) -> Figure:
     fig, axes = plt.subplots(2, 4, figsize=(8, 5), sharey=True, dpi=200, layout="constrained")
     for ax, (key, label) in zip(axes.flat, AXES.items(), strict=True):
         linear = key in ("activation_nonzero", "selectivity", "nonzero_count")
-        spans = []
+        shown = living.loc[living[key].notna() if linear else living[key] > 0, ["layer", key]]
         for place, layer in enumerate(LAYERS):
-            values = living.loc[living["layer"] == layer, key]
-            values = values.dropna() if linear else values[values > 0]
+            values = shown.loc[shown["layer"] == layer, key]
             if len(values):
                 ax.ecdf(values, color=f"C{place}", label=layer)
-                spans.append((values.min(), values.max()))
         ax.set(xlabel=label, ylim=(0, 1.02))
         ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        low, high = np.reshape(spans or [(1, 1)], (-1, 2)).T
-        decades = 0 if linear else math.log10(high.max() / low.min())
-        small = low.min() < 1e-4  # then only powers of ten have short names
+        decades = 0 if linear or shown.empty else math.log10(shown[key].max() / shown[key].min())
+        small = shown[key].min() < 1e-4  # then only powers of ten have short names
         if decades > (2 if small else 0.7):  # over less, a logarithmic axis may hold no number to name
             ax.set_xscale("log")
             subs = (1,) if small or decades >= 2.2 else (1, 3) if decades >= 1.1 else (1, 2, 5)
@@ -1330,8 +1327,8 @@ def draw_ablation(
             low, high = 100 * curve.min(axis=0), 100 * curve.max(axis=0)
             below.fill_between(steps, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
     below.set(xlabel="number of filters silenced", ylabel="test accuracy (%)", ylim=(0, None), xlim=(0, None))
-    outside: dict[str, Any] = {"loc": "outside lower center", "ncols": len(curves), "frameon": False}
-    fig.legend(*below.get_legend_handles_labels(), title="silenced first", **outside)
+    entries = below.get_legend_handles_labels()
+    fig.legend(*entries, title="silenced first", loc="outside lower center", ncols=len(curves), frameon=False)
     sns.despine(ax=below)
     fig.suptitle(heading, fontsize=9, parse_math=False)
     return fig

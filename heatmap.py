@@ -49,6 +49,7 @@ from load_data import (
     normalise,
     plain_errors,
     prepare_folders,
+    require_file,
     save_figure,
     title,
 )
@@ -126,9 +127,7 @@ def read_tables(
     """
     paths = folder / "filter_metrics.csv", folder / "class_metrics.csv"
     for path in paths:
-        if not path.is_file():
-            found = "is no file: remove it and" if path.exists() else "not found:"
-            raise SystemExit(f"{path} {found} run `uv run analyse_projections.py` first")
+        require_file(path, "analyse_projections.py")
     means = by_class(np.mean, values.astype(np.float64), labels, len(names))
     types = dict.fromkeys(("layer", "class", "preferred_class"), str) | {"dead": bool, "filter": int}
     types |= dict.fromkeys(("activation_mean", "activation_nonzero", "selectivity"), float)
@@ -435,7 +434,7 @@ def measure_invariance(
         norm = flat[0].norm()
         rows.append((flat[1:] - flat[0]).norm(dim=1) / torch.where(norm > 0, norm, torch.nan))
     rows.append(net.classify(features[-1][0]).softmax(dim=1)[1:, label].cpu().double())
-    return torch.stack(rows).cpu().numpy()
+    return torch.stack(rows).numpy()
 
 
 class Change(NamedTuple):

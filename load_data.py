@@ -143,6 +143,13 @@ def check_paths(**settings: Any) -> list[Path]:
     return [Path(value) for value in settings.values()]
 
 
+def require_file(path: Path, made_by: str) -> None:
+    """Raise SystemExit if there is no such file; names `made_by`, the script that writes it."""
+    if not path.is_file():
+        found = "is no file: remove it and" if path.exists() else "not found:"
+        raise SystemExit(f"{path} {found} run `uv run {made_by}` first")
+
+
 def prepare_folders(setting: str, *folders: Path) -> None:
     """Make folders for results, and see before the work that files can be written there.
 
@@ -253,9 +260,7 @@ def check_file(path: Path) -> None:
 
     The sum is computed once: verified.txt beside the data tells of files unchanged since.
     """
-    if not path.is_file():
-        found = "is no file: remove it and" if path.exists() else "not found:"
-        raise SystemExit(f"{path} {found} run `uv run load_data.py` first")
+    require_file(path, "load_data.py")
     (size, md5), stat = FILES[path.name], path.stat()
     if stat.st_size != size:
         raise SystemExit(f"{path} has {stat.st_size:,} bytes, expected {size:,}: {AGAIN}")
@@ -578,9 +583,7 @@ def load_arrays(path: Path, made_by: str, dtypes: Mapping[str, str]) -> Arrays:
         SystemExit: If the file is missing, damaged or foreign; names `made_by`, the script that writes it.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is no file: remove it and" if path.exists() else "not found:"
-        raise SystemExit(f"{path} {found} run `uv run {made_by}` first")
+    require_file(path, made_by)
     again = f"run `uv run {made_by}` again"
     made_from = ("checkpoint_sha256", "dataset", "class_names")
     arrays: dict[str, NDArray[Any]] = {}
