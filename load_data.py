@@ -2,34 +2,25 @@
 
 Run:    uv run load_data.py
 Reads:  data/stl10_binary/{train,test}_{X,y}.bin, downloaded if they are missing
-Writes: outputs/sample_images.png, what it downloads, and verified.txt beside the data
+Writes: outputs/sample_images.png, and what it downloads
 
 Every later stage takes its images from here, and the functions that write a file whole or not at all.
 """
 
 import cmath
-import errno
-import glob
 import hashlib
-import io
 import math
-import os
-import signal
-import sys
 import tarfile
-import tempfile
-import time
-import urllib.error
 import urllib.request
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
@@ -37,27 +28,31 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets import STL10
+from torchvision.utils import make_grid
 from tqdm import tqdm
+
+Array = NDArray[Any]  # docstrings say shape and type
+
+if TYPE_CHECKING:
+    from CNN import Checkpoint  # only its name: this file does not know the network
 
 DATASET = "auto"  # "stl10", "shapes" (generated) or "auto": STL-10 if it can be had, else shapes
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 
 # STL-10 as published
-URL: str = STL10.url  # 2.6 GB, labelled files first
+URL: str = STL10.url  # 2.6 GB; the labelled files are the first eighth
 TIMEOUT = 15.0  # seconds without an answer after which the download is given up
 FOLDER = "stl10_binary"
-SIZE = 96  # rows and columns of an image
+IMAGE_SIZE = 96  # rows and columns of an image
 MD5: dict[str, str] = dict(STL10.train_list + STL10.test_list)
 FILES = {  # name: (bytes, md5 sum)
-    "train_X.bin": (5_000 * 3 * SIZE * SIZE, MD5["train_X.bin"]),
+    "train_X.bin": (5_000 * 3 * IMAGE_SIZE**2, MD5["train_X.bin"]),
     "train_y.bin": (5_000, MD5["train_y.bin"]),
-    "test_X.bin": (8_000 * 3 * SIZE * SIZE, MD5["test_X.bin"]),
+    "test_X.bin": (8_000 * 3 * IMAGE_SIZE**2, MD5["test_X.bin"]),
     "test_y.bin": (8_000, MD5["test_y.bin"]),
 }
-EXTRAS = ("class_names.txt", "fold_indices.txt")  # kept if the archive brings them in time; folds need one
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-SUFFIXES = (".csv", ".npz", ".png", ".pth")  # of the files that the scripts write
-AGAIN = "delete it and run again to download it anew"
+TITLES = {"stl10": "STL-10", "shapes": "generated shapes"}  # what figures and log lines call a data set
 
 # The generated stand-in: signed distance to the outline of a shape, negative inside, in units of its radius,
 # at points x, y (polar: r, t in turns); approximate for the last four, the textures. Cut off beyond r = 1.
@@ -84,140 +79,41 @@ SHAPES_SEEDS = {"train": 1, "test": 2}
 class Split(NamedTuple):
     """Images (images, 3, 96, 96) uint8, upright and row-major, and labels (images,) int64, 0 to 9."""
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    images: Array
+    labels: Array
 
-
-class Arrays(NamedTuple):
-    """Arrays of an array file, by key, and what they were made from."""
-
-    checkpoint_sha256: str
-    dataset: str
-    class_names: list[str]
-    arrays: dict[str, NDArray[Any]]
+    def select(self, places: Array) -> "Split":
+        """Return the images and labels at `places`."""
+        return Split(self.images[places], self.labels[places])
 
 
 class DownloadError(Exception):
     """STL-10 could not be downloaded; the text says why in one line."""
 
 
-def check_numbers(lowest: float, highest: float = 1_000_000, **settings: Any) -> None:
-    """Refuse settings, given by name, that are no number from `lowest` to `highest`.
-
-    A whole `lowest`, 1, asks for whole numbers; 1.0 for any finite ones.
-
-    Raises:
-        SystemExit: If one is of another type or out of range.
-    """
-    whole = isinstance(lowest, int)
-    kind = "a whole number" if whole else "a number"
-    bounded = highest < math.inf
-    limits = f"from {lowest:,.10g} to {highest:,.10g}" if bounded else f"of at least {lowest:,.10g}"
-    for name, value in settings.items():
-        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not (fits and lowest <= value <= highest and value < math.inf):
-            raise SystemExit(f"{name} is {value!r}; expected {kind} {limits}")
-
-
-def check_lists(lowest: float, highest: float = 1_000_000, **settings: Any) -> None:
-    """Refuse settings, given by name, that are no list of one or more such numbers as `check_numbers` takes.
-
-    Raises:
-        SystemExit: If one is no list, or a number in it is refused.
-    """
-    for name, values in settings.items():
-        if not isinstance(values, list | tuple | range) or not values:
-            raise SystemExit(f"{name} is {values!r}; expected one or more numbers, as [1, 2] or [1]")
-        check_numbers(lowest, highest, **{f"{name}[{place}]": value for place, value in enumerate(values)})
-
-
-def check_paths(**settings: Any) -> list[Path]:
-    """Return settings, given by name, as paths.
-
-    Raises:
-        SystemExit: If one is neither a path nor text.
-    """
-    for name, value in settings.items():
-        if not isinstance(value, str | Path):
-            raise SystemExit(f'{name} is {value!r}; expected a path, as Path("{name.lower()}")')
-    return [Path(value) for value in settings.values()]
-
-
-def require_file(path: Path, made_by: str) -> None:
-    """Raise SystemExit if there is no such file; names `made_by`, the script that writes it."""
-    if not path.is_file():
-        found = "is no file: remove it and" if path.exists() else "not found:"
-        raise SystemExit(f"{path} {found} run `uv run {made_by}` first")
-
-
-def prepare_folders(setting: str, *folders: Path) -> None:
-    """Make folders for results, and see before the work that files can be written there.
-
-    Raises:
-        SystemExit: If they cannot, or a folder has the name of a file; names the setting.
-    """
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            problem = f"needs the folder {folder}, but no file can be written there: {error.strerror}"
-            raise SystemExit(f"{setting} {problem}; mend that and run again") from None
-        for path in folder.iterdir():
-            if path.suffix in SUFFIXES and path.is_dir():
-                raise SystemExit(f"{path} is a folder, expected a file or nothing: remove it and run again")
-
-
-def check_file_name(suffix: str, **settings: Path) -> None:
-    """Raise SystemExit if a setting, given by name, is no name for the kind of file that is written there."""
-    for name, path in settings.items():
-        if path.suffix != suffix:
-            raise SystemExit(f"{name} is {str(path)!r}; expected a file name that ends in {suffix}")
-
-
-def check_choice(dataset: str, *allowed: str) -> None:
-    """Raise SystemExit if `dataset` is not one of those allowed."""
-    if dataset not in allowed:
-        raise SystemExit(f"DATASET is {dataset!r}; allowed are {', '.join(map(repr, allowed))}")
-
-
 def class_names(dataset: str) -> list[str]:
     """Return the names of classes 0 to 9 of "stl10" or "shapes"."""
-    check_choice(dataset, "stl10", "shapes")
     return list(STL10_CLASSES if dataset == "stl10" else SHAPES)
 
 
-def title(dataset: str) -> str:
-    """Return what figures and log lines call "stl10" or "shapes"."""
-    check_choice(dataset, "stl10", "shapes")
-    return "STL-10" if dataset == "stl10" else "generated shapes"
-
-
-def find_dataset(dataset: str, data_dir: Path | str) -> str:
+def find_dataset(dataset: str, data_dir: Path) -> str:
     """Return what the setting DATASET means here, "stl10" or "shapes"; download what is missing of STL-10.
 
     Generated images replace STL-10 only for "auto", only where no file of STL-10 is there, and with a notice.
 
     Raises:
-        SystemExit: If the setting is unknown, a file is damaged, a folder is a file or a link to nothing, or
-            STL-10 is asked for and cannot be had.
-        OSError: If this machine's disk cannot take what is downloaded.
+        SystemExit: If the setting is unknown, or STL-10 is asked for and cannot be had.
     """
-    check_choice(dataset, "auto", "stl10", "shapes")
+    if dataset not in ("auto", "stl10", "shapes"):
+        raise SystemExit(f"DATASET is {dataset!r}; allowed are 'auto', 'stl10', 'shapes'")
+    folder = data_dir / FOLDER
     if dataset == "shapes":
         return "shapes"
-    folder = Path(data_dir) / FOLDER
-    for part in (folder.parent, folder):
-        if not part.is_dir() and (part.exists() or part.is_symlink()):
-            raise SystemExit(f"{part} is no folder: remove it, or set DATA_DIR to where STL-10 is")
-    present = [name for name in FILES if (folder / name).exists()]
-    for name in present:
-        check_file(folder / name)
-    if len(present) == len(FILES):
+    if all((folder / name).exists() for name in FILES):
         return "stl10"
     print(f"downloading STL-10 from {URL} to {folder}", flush=True)
     try:
-        download(folder.parent, URL, TIMEOUT)
+        download(folder)
         return "stl10"
     except DownloadError as error:
         failed = f"STL-10 could not be downloaded from {URL} ({error})"
@@ -231,218 +127,74 @@ def find_dataset(dataset: str, data_dir: Path | str) -> str:
     return "shapes"
 
 
-def load_split(dataset: str, data_dir: Path | str, split: str) -> Split:
+def load_split(dataset: str, data_dir: Path, split: str) -> Split:
     """Read and check, or generate, the split "train" or "test" of "stl10" or "shapes".
 
     Raises:
-        SystemExit: If a file is missing or damaged, or the labels do not fit the images.
+        SystemExit: If a file is missing or is not the published one.
     """
-    check_choice(dataset, "stl10", "shapes")
     if dataset == "shapes":
         return generate_shapes(split)
-    image_path, label_path = (Path(data_dir) / FOLDER / f"{split}_{kind}.bin" for kind in "Xy")
-    check_file(image_path)
-    check_file(label_path)
+    image_path, label_path = (data_dir / FOLDER / f"{split}_{kind}.bin" for kind in "Xy")
+    for path in (image_path, label_path):
+        check_file(path)
     # Each channel is stored column by column: (images, 3, columns, rows) -> (images, 3, rows, columns).
-    stored = np.memmap(image_path, np.uint8, "r").reshape(-1, 3, SIZE, SIZE)
-    images: NDArray[np.uint8] = np.ascontiguousarray(stored.transpose(0, 1, 3, 2))
+    stored = np.memmap(image_path, np.uint8, "r").reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
     labels = np.fromfile(label_path, np.uint8).astype(np.int64) - 1  # 1 to 10 in the file
-    if len(labels) != len(images):
-        raise SystemExit(f"{label_path} has {len(labels):,} labels for {len(images):,} images: {AGAIN}")
-    if labels.min() < 0 or labels.max() > 9:
-        found = f"{labels.min() + 1} to {labels.max() + 1}"
-        raise SystemExit(f"{label_path} has labels from {found}, expected 1 to 10: {AGAIN}")
-    return Split(images, labels)
+    return Split(np.ascontiguousarray(stored.transpose(0, 1, 3, 2)), labels)
 
 
 def check_file(path: Path) -> None:
-    """Raise SystemExit unless `path` is the published file of STL-10: there, right in size and md5 sum.
-
-    The sum is computed once: verified.txt beside the data tells of files unchanged since.
-    """
-    require_file(path, "load_data.py")
-    (size, md5), stat = FILES[path.name], path.stat()
-    if stat.st_size != size:
-        raise SystemExit(f"{path} has {stat.st_size:,} bytes, expected {size:,}: {AGAIN}")
-    record, entry = path.with_name("verified.txt"), f"{path.name} {size} {stat.st_mtime_ns} {md5}"
-    verified = record.read_text(errors="replace").splitlines() if record.is_file() else []
-    if entry in verified:
-        return
+    """Raise SystemExit unless `path` is the published file of STL-10: there, right in size and md5 sum."""
+    if not path.is_file():
+        raise SystemExit(f"{path} not found: run `uv run load_data.py` first")
+    size, md5 = FILES[path.name]
+    again = "move it elsewhere and run `uv run load_data.py`, which downloads it anew"
+    if path.stat().st_size != size:
+        raise SystemExit(f"{path} has {path.stat().st_size:,} bytes, expected {size:,}: {again}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5:
-        raise SystemExit(f"{path} has the md5 sum {found}, expected {md5}: {AGAIN}")
-    others = [line for line in verified if not line.startswith(f"{path.name} ")]
-    with suppress(OSError), whole_file(record) as partial:  # read-only: the sum is computed every time
-        partial.write_text("\n".join([*others, entry]))
+        raise SystemExit(f"{path} has the md5 sum {found}, expected {md5}: {again}")
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """End what a user or a machine can cause in one line: Ctrl-C, a full disk, no permission, no memory.
-
-    Figures only go to files, whatever MPLBACKEND says; a character that the terminal lacks is printed as "?".
-
-    Raises:
-        SystemExit: With that line.
-    """
-    try:
-        plt.switch_backend("agg")
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        yield
-        if sys.stdout:
-            sys.stdout.flush()  # here rather than at the end, where nobody would catch what it raises
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: what was written is whole; run again") from None
-    except BrokenPipeError:
-        raise SystemExit("the output was closed before the end; run again with all of it shown") from None
-    except OSError as error:
-        where = error.filename2 or error.filename  # the former is what a partial file should have replaced
-        where = f"{where}: " if where else ""
-        raise SystemExit(f"{where}{error.strerror or error}; mend that and run again") from None
-    except Exception as error:
-        if not no_memory(error):
-            raise
-        raise SystemExit("out of memory: close other programs or lower BATCH_SIZE, and run again") from None
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending: Ctrl-C would only add a traceback
-        try:
-            if sys.stdout:
-                sys.stdout.flush()
-        except OSError:  # closed or full; Python would flush once more at the end and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def no_memory(error: Exception) -> bool:
-    """Say whether an error means that memory ran out; torch says so of the CPU's in a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    signs = ("DefaultCPUAllocator: ", "MPS backend out of memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-@contextmanager
-def whole_file(path: Path | str) -> Iterator[Path]:
-    """Give a path to write to; it is renamed to `path` if the block ends well and removed if it does not.
-
-    The path is NAME.PROCESS.partial, so that two runs in one folder never rename each other's half file. What
-    killed runs left of the same file is removed first: partial files whose process has ended, or that nobody
-    has written to for a day.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
-        process = old.name.removeprefix(f"{path.name}.").removesuffix(".partial")
-        with suppress(OSError):  # another run may have been faster
-            idle = time.time() - old.stat().st_mtime  # seconds
-            if process.isdecimal() and (idle > 86_400 or not is_running(int(process))):
-                old.unlink()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG):  # a full disk, which the system reports without a name
-            error.filename = error.filename or str(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    """Say whether there is, or may be, a process of that number."""
-    if os.name == "nt":  # Windows would end it rather than answer
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
-
-
-def open_archive(file: IO[bytes]) -> zipfile.ZipFile:
-    """Open a zip archive that unpacks to no more than its own size, as those written here do.
-
-    Raises:
-        ValueError: If it unpacks to more.
-        Exception: Others, if it is damaged or no archive.
-    """
-    archive = zipfile.ZipFile(file)
-    if sum(member.file_size for member in archive.infolist()) > file.seek(0, os.SEEK_END):
-        raise ValueError("unpacks to more than it holds")
-    return archive
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and close it; a character that the font lacks is a box."""
-    with whole_file(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(partial, format="png")
-    plt.close(figure)
-
-
-def download(data_dir: Path, url: str, timeout: float) -> None:
-    """Read the published archive as a stream and stop as soon as the labelled files are out.
-
-    Members may come in any order; only their names are used, never their paths. Files already there stay.
-
-    Args:
-        data_dir: Gets the folder stl10_binary.
-        url: Of a gzip'd tar.
-        timeout: Seconds for the connection and for each read.
+def download(folder: Path) -> None:
+    """Read the published archive as a stream and stop as soon as the missing labelled files are out.
 
     Raises:
         DownloadError: If it failed; files that were whole by then stay.
-        OSError: If this machine's disk cannot take the files.
     """
-    folder = data_dir / FOLDER
-    missing, extras = ({name for name in names if not (folder / name).exists()} for names in (FILES, EXTRAS))
+    missing = {name for name in FILES if not (folder / name).exists()}
     bar = tqdm(total=sum(FILES[name][0] for name in missing), unit="B", unit_scale=True, disable=None)
     try:
-        with bar, urllib.request.urlopen(url, timeout=timeout) as response:
-            if response.headers.get_content_type() == "text/html":
-                raise DownloadError("the answer is a web page, perhaps a proxy's, not the archive")
-            with tarfile.open(fileobj=response, mode="r|gz") as archive:
-                for member in archive:
-                    name = PurePosixPath(member.name).name
-                    bar.set_description(name if name.isprintable() else "")
-                    content = archive.extractfile(member) if member.isreg() else None
-                    if content and name in missing:
-                        save_member(content, folder / name, bar)
-                        missing.remove(name)
-                    elif content and name in extras and member.size < 1_000_000:
-                        with whole_file(folder / name) as partial:
-                            partial.write_bytes(content.read())
-                    if not missing:
-                        return
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise DownloadError(str(error)) from None
-    except DownloadError:
-        raise
-    except Exception as error:  # what comes from the net may be anything, and tarfile stumble over it
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or getattr(error, "filename", None) or no_memory(error):  # not the network, this machine
-            raise
-        reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise DownloadError(reason or type(error).__name__) from error
+        with (
+            bar,
+            urllib.request.urlopen(URL, timeout=TIMEOUT) as response,
+            tarfile.open(fileobj=response, mode="r|gz") as archive,
+        ):
+            for member in archive:
+                name = PurePosixPath(member.name).name  # never its path: it could lead out of the folder
+                content = archive.extractfile(member)
+                if content and name in missing:
+                    save_member(content, folder / name, bar)
+                    missing.remove(name)
+                if not missing:
+                    return
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise DownloadError(" ".join(str(error).split())) from error
     raise DownloadError(f"the archive ended before {', '.join(sorted(missing))}")
 
 
 def save_member(content: IO[bytes], path: Path, bar: "tqdm[Any]") -> None:
     """Write a member of the archive to `path`, or raise DownloadError if it is not the published file."""
-    (size, md5), digest, written = FILES[path.name], hashlib.md5(), 0
-    with whole_file(path) as partial:
+    digest = hashlib.md5()
+    with atomic_write(path) as partial:
         with partial.open("wb") as file:
-            while written <= size and (block := content.read(1 << 20)):
-                written += file.write(block)
+            while block := content.read(1 << 20):
+                bar.update(file.write(block))
                 digest.update(block)
-                bar.update(len(block))
-        if (written, digest.hexdigest()) != (size, md5):
-            raise DownloadError(f"{path.name} in the archive has the wrong size or md5 sum")
+        if digest.hexdigest() != FILES[path.name][1]:
+            raise DownloadError(f"{path.name} in the archive has the wrong md5 sum")
 
 
 def generate_shapes(split: str) -> Split:
@@ -453,16 +205,16 @@ def generate_shapes(split: str) -> Split:
     return Split(np.stack([draw_image(names[label], rng) for label in labels]), labels)
 
 
-def draw_image(shape: str, rng: np.random.Generator) -> NDArray[np.uint8]:
+def draw_image(shape: str, rng: np.random.Generator) -> Array:
     """Draw one image (3, 96, 96): clutter, the shape, clutter, noise; random colour, place, size, angle."""
     # One is light and the other dark, which one is chance: no colour gives the class away.
     ground, colour = rng.permutation([0, 0.55])[:, None, None, None] + rng.uniform(0, 0.45, (2, 3, 1, 1))
     clutter, front = rng.choice(list(CLUTTER), 4).tolist(), rng.integers(3)
-    grid = np.arange(SIZE, dtype=np.complex64) + 1j * np.arange(SIZE, dtype=np.float32)[:, None]
-    canvas = np.broadcast_to(ground, (3, SIZE, SIZE)).astype(np.float32)
+    grid = np.arange(IMAGE_SIZE, dtype=np.complex64) + 1j * np.arange(IMAGE_SIZE, dtype=np.float32)[:, None]
+    canvas = np.broadcast_to(ground, (3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
     for name in [*clutter[front:], shape, *clutter[:front]]:
         radius = rng.uniform(22, 40)  # pixels
-        centre = complex(*rng.uniform(0.8 * radius, SIZE - 0.8 * radius, 2))  # column and row
+        centre = complex(*rng.uniform(0.8 * radius, IMAGE_SIZE - 0.8 * radius, 2))  # column and row
         points = (grid - centre) * (cmath.exp(1j * rng.uniform(0, math.tau)) / radius)
         polar = abs(points), np.angle(points) / math.tau
         distance = (SHAPES | CLUTTER)[name](points.real, points.imag, *polar)
@@ -475,21 +227,12 @@ def draw_image(shape: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
 
 
-def mean_and_std(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of each channel of uint8 images, on a scale of 0 to 1, from exact sums."""
-    counts = np.zeros((3, 256), np.int64)  # pixels of each value
-    for image in images:
-        counts += [np.bincount(channel.ravel(), minlength=256) for channel in image]
-    values, pixels = np.arange(256), int(counts[0].sum())
-    sums, squares = (counts @ values).tolist(), (counts @ values**2).tolist()
-    std = [math.sqrt(pixels * q - s * s) / pixels / 255 for s, q in zip(sums, squares, strict=True)]
-    return [s / pixels / 255 for s in sums], std
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return uint8 images (images, 3, rows, columns) as normalised float32 on the same device."""
-    centre, scale = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
-    return images.float().div_(255).sub_(centre).div_(scale)
+def mean_and_std(images: Array) -> tuple[Array, Array]:
+    """Return mean and deviation of each channel of uint8 images, on a scale of 0 to 1, (3,) each."""
+    counts = np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)])
+    shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = shares @ values
+    return mean, np.sqrt(shares @ values**2 - mean**2)
 
 
 class Augmentation(NamedTuple):
@@ -531,16 +274,9 @@ def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) 
     size, aspect = torch.exp(uniform(math.log1p(strength.zoom), 2))
     (angle,) = uniform(math.radians(strength.rotation))
     right, down = uniform(2 * strength.shift / width, 2)  # the grid's unit is half a frame
-    across, along = flip * size * aspect, size / aspect
-    rows = [
-        across * angle.cos(),
-        -along * angle.sin(),
-        right,
-        across * angle.sin(),
-        along * angle.cos(),
-        down,
-    ]
-    where = F.affine_grid(torch.stack(rows, dim=1).view(n, 2, 3), list(images.shape), align_corners=False)
+    across, along, cos, sin = flip * size * aspect, size / aspect, angle.cos(), angle.sin()
+    rows = torch.stack([across * cos, -along * sin, right, across * sin, along * cos, down], dim=1)
+    where = F.affine_grid(rows.view(n, 2, 3), list(images.shape), align_corners=False)
     images = F.grid_sample(images, where, padding_mode="reflection", align_corners=False)
 
     # contrast * (grey + saturation * (pixel - grey)) + brightness, grey being the mean of the three channels,
@@ -552,100 +288,119 @@ def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) 
     images = torch.baddbmm(brightness, mixing, images.flatten(2)).view_as(images)
 
     if strength.cutout:
-        centre = ((uniform(0.5, 2) + 0.5) * torch.tensor([[height], [width]], device=images.device)).long()
-        distance = [
-            (torch.arange(side, device=images.device) - c[:, None])
-            for side, c in zip((height, width), centre, strict=True)
-        ]
-        inside = [(d >= -(strength.cutout // 2)) & (d < (strength.cutout + 1) // 2) for d in distance]
-        images = images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+        centre = (uniform(0.5, 2) + 0.5) * torch.tensor([[height], [width]], device=images.device)
+        start = centre.long() - strength.cutout // 2  # (2, images)
+        down, across = (torch.arange(side, device=images.device) for side in (height, width))
+        in_rows, in_columns = (
+            (place >= first[:, None]) & (place < first[:, None] + strength.cutout)
+            for place, first in zip((down, across), start, strict=True)
+        )
+        images = images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
     return images
 
 
-def save_arrays(
-    path: Path, *, checkpoint_sha256: str, dataset: str, class_names: list[str], **arrays: NDArray[Any]
-) -> None:
-    """Write arrays and what they were made from to an .npz file, whole or not at all."""
-    made_from = {"checkpoint_sha256": checkpoint_sha256, "dataset": dataset, "class_names": class_names}
-    with (
-        whole_file(path) as partial,
-        partial.open("wb") as file,
-    ):  # given a path, numpy appends its own suffix
-        np.savez(
-            file, allow_pickle=False, **{key: np.array(text) for key, text in made_from.items()}, **arrays
-        )
-
-
-def load_arrays(path: Path, made_by: str, dtypes: Mapping[str, str]) -> Arrays:
-    """Read the arrays named in `dtypes` (key: type) from an .npz file; the others stay on disk.
-
-    Raises:
-        SystemExit: If the file is missing, damaged or foreign; names `made_by`, the script that writes it.
-    """
-    path = Path(path)
-    require_file(path, made_by)
-    again = f"run `uv run {made_by}` again"
-    made_from = ("checkpoint_sha256", "dataset", "class_names")
-    arrays: dict[str, NDArray[Any]] = {}
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a path to write to; it is renamed to `path` if the block ends well, so no file is half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        with path.open("rb") as file, open_archive(file) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of headers written by Python 2; damage can look like that
-            for key in (*made_from, *dtypes):
-                if f"{key}.npy" not in archive.namelist():
-                    raise SystemExit(f"{path} has no {key!r}: {again}")
-                arrays[key] = read_array(archive, f"{key}.npy")
-        texts = [arrays[key].tolist() for key in made_from if arrays[key].dtype.kind == "U"]
-    except Exception as error:  # in a damaged file numpy's reader can stumble over nearly anything
-        if no_memory(error):
-            raise
-        raise SystemExit(f"{path} is damaged or no array file of this project: {again}") from None
-    for key, array in arrays.items():
-        kind, expected = "text" if array.dtype.kind == "U" else str(array.dtype), dtypes.get(key, "text")
-        if kind != expected:
-            raise SystemExit(f"{path} has {key!r} of type {kind}, expected {expected}: {again}")
-    sha256, dataset, names = texts
-    for key in made_from:
-        if arrays.pop(key).ndim != (key == "class_names"):
-            raise SystemExit(f"{path} has {key!r} of another shape than expected: {again}")
-    for text in (sha256, dataset, *names):
-        if not text.isprintable():
-            raise SystemExit(f"{path} has text that is not printable: {again}")
-    return Arrays(sha256, dataset, names, arrays)
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """Read a member of an .npz file.
+def save_arrays(path: Path, checkpoint: "Checkpoint", **arrays: Array) -> None:
+    """Write arrays, with the checkpoint and the data set they were made from, to an .npz file."""
+    origin = {"checkpoint_sha256": checkpoint.sha256, "dataset": checkpoint.dataset}
+    facts = {key: np.array(text) for key, text in origin.items()}
+    with atomic_write(path) as partial, partial.open("wb") as file:  # given a path, numpy appends a suffix
+        np.savez(file, allow_pickle=False, **facts, **arrays)
+    print(f"wrote {path}", flush=True)
+
+
+def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]:
+    """Read the arrays called `keys` from an .npz file that deconv_full.py made from this checkpoint.
 
     Raises:
-        ValueError: If its header claims more than is stored, before memory is taken for it.
-        Exception: Others, if it is damaged.
+        SystemExit: If the file is missing, damaged, foreign or made from another checkpoint.
     """
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0
-        if version != (1, 0):  # of texts with characters
-            read_header = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        if math.prod(shape) * dtype.itemsize > archive.getinfo(name).file_size:
-            raise ValueError("claims more than is stored")
-    with archive.open(name) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+    run = "run `uv run deconv_full.py`"
+    if not path.is_file():
+        raise SystemExit(f"{path} not found: {run} first")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            origin, *arrays = (stored[key] for key in ("checkpoint_sha256", *keys))
+    except Exception as error:  # what numpy raises for a damaged file is of nearly any type
+        raise SystemExit(
+            f"{path} is damaged or not of this project ({type(error).__name__}): {run}"
+        ) from None
+    if origin != checkpoint.sha256:
+        raise SystemExit(f"{path} was made from another checkpoint: {run} again")
+    return arrays
+
+
+def save_table(path: Path, checkpoint: "Checkpoint", table: pd.DataFrame) -> None:
+    """Write a table as csv; its first columns name the checkpoint and the data set it was made from."""
+    origin = {"checkpoint": checkpoint.sha256[:12], "dataset": checkpoint.dataset}
+    table = pd.DataFrame(origin, index=table.index).join(table)
+    with atomic_write(path) as partial:
+        table.to_csv(partial, index=False, lineterminator="\n")
+    print(f"wrote {path}", flush=True)
+
+
+def load_table(path: Path, checkpoint: "Checkpoint") -> pd.DataFrame:
+    """Read a table that analyse_projections.py made from this checkpoint, without its first two columns.
+
+    Raises:
+        SystemExit: If the file is missing, no table or made from another checkpoint.
+    """
+    run = "run `uv run analyse_projections.py`"
+    if not path.is_file():
+        raise SystemExit(f"{path} not found: {run} first")
+    try:  # checkpoint: as text, or 123456789012 would be read as a number
+        table = pd.read_csv(path, dtype={"checkpoint": str})
+        matches = (table["checkpoint"] == checkpoint.sha256[:12]).all()
+    except (ValueError, KeyError) as error:  # the former includes pandas' parser and Unicode errors
+        raise SystemExit(
+            f"{path} is damaged or not of this project ({type(error).__name__}): {run}"
+        ) from None
+    if not matches:
+        raise SystemExit(f"{path} was made from another checkpoint: {run} again")
+    return table.drop(columns=["checkpoint", "dataset"])
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG and close it."""
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png")
+    plt.close(figure)
+    print(f"wrote {path}", flush=True)
+
+
+def set_style() -> None:
+    """Give all figures one look; draw to files only."""
+    plt.switch_backend("agg")
+    sns.set_theme(context="paper", style="white", palette="colorblind")
+
+
+def lay_out(pictures: Array, columns: int, gap: int) -> Array:
+    """Lay pictures (n, rows, columns, 3) from 0 to 1 out, `columns` a row, on white, `gap` pixels apart."""
+    sheet = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), columns, gap, pad_value=1)
+    return np.asarray(sheet.permute(1, 2, 0).numpy())
 
 
 def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
-    """Draw ten images of each class, one class a row; white where a class has not as many."""
-    rows, columns = len(names), min(10, int(np.bincount(data.labels).max()))
-    step = SIZE + 4  # pixels from one image to the next
-    framed = np.full((rows, columns, 3, step, step), 255, np.uint8)
-    for label in range(rows):
-        chosen = np.flatnonzero(data.labels == label)[:columns]
-        framed[label, : len(chosen), :, 2:-2, 2:-2] = data.images[chosen]
-    # (rows of images, columns of images, 3, step, step) -> (rows, step, columns, step, 3) -> one sheet
-    sheet = framed.transpose(0, 3, 1, 4, 2)
+    """Draw up to ten images of each class, one class a row."""
+    columns = min(10, *np.bincount(data.labels).tolist())
+    rows = [np.flatnonzero(data.labels == label)[:columns] for label in range(len(names))]
+    pictures = np.moveaxis(data.images[np.concatenate(rows)], 1, 3) / 255
     fig, ax = plt.subplots(figsize=(8, 8), dpi=200, layout="constrained")
-    ax.imshow(sheet.reshape(rows * step, columns * step, 3), interpolation="nearest")
+    ax.imshow(lay_out(pictures, columns, 4), interpolation="nearest")
+    step = IMAGE_SIZE + 4  # pixels from one image to the next
     ax.set_xticks([])
-    ax.set_yticks(np.arange(rows) * step + step / 2, names)
+    ax.set_yticks(np.arange(len(names)) * step + step / 2, names)
     ax.set_title(heading)
     sns.despine(fig, left=True, bottom=True)
     return fig
@@ -653,26 +408,20 @@ def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
 
 def main() -> None:
     """Say what is there and draw ten images of each class."""
-    sns.set_theme(context="paper", style="white", palette="colorblind")
-    (data_dir,) = check_paths(DATA_DIR=DATA_DIR)
-    dataset = find_dataset(DATASET, data_dir)
-    train, test = (load_split(dataset, data_dir, split) for split in ("train", "test"))
-    path = Path("outputs/sample_images.png")
-    prepare_folders(path.name, path.parent)
-    print(
-        f"{title(dataset)}: {len(train.images):,} training and {len(test.images):,} test images, 3 x 96 x 96"
-    )
+    set_style()
+    dataset = find_dataset(DATASET, DATA_DIR)
+    names, title = class_names(dataset), TITLES[dataset]
+    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
+    print(f"{title}: {len(train.images):,} training and {len(test.images):,} test images, 3 x 96 x 96")
     print(f"{'class':<12}{'training':>10}{'test':>10}")
-    for label, name in enumerate(class_names(dataset)):
+    for label, name in enumerate(names):
         print(f"{name:<12}{(train.labels == label).sum():>10,}{(test.labels == label).sum():>10,}")
-    print(f"{'megabytes':<12}{train.images.nbytes / 1e6:>10.1f}{test.images.nbytes / 1e6:>10.1f}")
-    for name, values in zip(("mean", "std"), mean_and_std(train.images), strict=True):
-        print(f"{name:<12}{''.join(f'{value:10.4f}' for value in values)}  RGB, training images, 0 to 1")
-    figure = draw_samples(train, class_names(dataset), f"{title(dataset)}: training images of each class")
-    save_figure(figure, path)
-    print(f"wrote {path}\nnext: uv run train_CNN.py")
+    for text, values in zip(("mean", "std"), mean_and_std(train.images), strict=True):
+        print(f"{text:<12}{''.join(f'{value:10.4f}' for value in values)}  RGB, training images, 0 to 1")
+    figure = draw_samples(train, names, f"{title}: training images of each class")
+    save_figure(Path("outputs/sample_images.png"), figure)
+    print("next: uv run train_CNN.py")
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main()
+    main()

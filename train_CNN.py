@@ -6,14 +6,14 @@ Reads:  data/stl10_binary/{train,test}_{X,y}.bin, which it downloads if they are
 Writes: outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/training_log.csv,
         outputs/training_curves.png, outputs/confusion_matrix.png
 
-An interrupted run goes on from the last finished epoch, kept in outputs/training_state.pth, when the script
+An interrupted run goes on from the last finished epoch, kept in outputs/training_state_*.pth, when the script
 is started again with the same settings.
 """
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,30 +24,26 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from CNN import CNN, IMAGE_SIZE, choose_device, read_whole, save_checkpoint, save_whole
+from CNN import CNN, choose_device, load_checkpoint, save_checkpoint, save_whole
 from load_data import (
+    FOLDER,
+    IMAGE_SIZE,
+    TITLES,
+    Array,
     Augmentation,
     Split,
     augment,
-    check_file_name,
-    check_numbers,
-    check_paths,
     class_names,
     find_dataset,
     load_split,
     mean_and_std,
-    no_memory,
-    normalise,
-    plain_errors,
-    prepare_folders,
     save_figure,
-    title,
-    whole_file,
+    save_table,
+    set_style,
 )
 
 # data
@@ -56,12 +52,11 @@ DATA_DIR = Path("data")  # holds the folder stl10_binary
 TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,000; "fold 0" to "fold 9"
 # network
 FILTERS = (48, 96, 192, 256)  # of conv1 to conv4, as the three below
-KERNEL_SIZES = (5, 3, 3, 3)  # odd
+KERNEL_SIZES = (5, 3, 3, 3)  # rows and columns of a filter
 STRIDES = (2, 1, 1, 1)  # 2 in conv1 makes training several times faster
 POOL_SIZES = (2, 2, 2, 2)  # a layer without pooling covers projections with a grid of dots
 HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
 DROPOUT = 0.3  # of the classifier's inputs
-PARTIAL_IDENTITY = True  # conv2 to conv4 start with filters that hand their inputs on; False: all at random
 # training
 EPOCHS = 50  # passes over the training images
 SHAPES_EPOCHS = 8  # passes over the generated images, at most EPOCHS
@@ -76,9 +71,7 @@ SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # files
 CHECKPOINT = Path("outputs/CNN.pth")  # the other files go beside it
-SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, those of the paper's Figure 4
-
-FOLDS = {f"fold {number}": number for number in range(10)}  # what TRAIN_ON calls the published folds
+SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, those of the paper's Figure 4; 0, the start, always
 
 
 class Result(NamedTuple):
@@ -94,157 +87,119 @@ def choose_precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
 
-def part_of_training(split: Split, test: Split, train_on: str, folds: Path) -> tuple[Split, Split]:
-    """Return the images to train on and the images to measure on.
+def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> tuple[Split, Split, str]:
+    """Return the images to train on, the images to measure on and what these are called.
 
     Args:
-        split: The training split.
+        train: The training split.
         test: The test split.
-        train_on: "all", "validation" or one of `FOLDS`.
+        train_on: "all", "validation" or "fold 0" to "fold 9".
         folds: fold_indices.txt of the published archive: ten lines of 1,000 indices into the training split.
 
     Raises:
-        SystemExit: If the file that a fold needs is missing or damaged.
+        SystemExit: If there is no such part, or the file that a fold needs is missing or damaged.
     """
     if train_on == "all":
-        return split, test
+        return train, test, "test"
     if train_on == "validation":  # the last fifth of each class
-        held_out = np.zeros(len(split.labels), bool)
-        for label in np.unique(split.labels):
-            members = np.flatnonzero(split.labels == label)
-            held_out[members[len(members) * 4 // 5 :]] = True
-        return select(split, np.flatnonzero(~held_out)), select(split, np.flatnonzero(held_out))
-    return select(split, read_folds(folds, len(split.labels))[FOLDS[train_on]]), test
-
-
-def read_folds(path: Path, images: int) -> NDArray[np.int64]:
-    """Return the training images of each fold, (folds, images of a fold).
-
-    Args:
-        path: fold_indices.txt of the published archive.
-        images: In the training split.
-
-    Raises:
-        SystemExit: If the file is missing or damaged, or there are not as many images.
-    """
-    mend = "take it from the published archive, or set TRAIN_ON to all"
-    if not path.is_file():
-        raise SystemExit(f"{path} not found: {mend}")
-    lines = [line.split() for line in path.read_text(errors="replace").splitlines()]
+        place = pd.Series(train.labels).groupby(train.labels).cumcount()
+        held_out = (place >= np.bincount(train.labels)[train.labels] * 4 // 5).to_numpy()
+        return train.select(~held_out), train.select(held_out), "validation"
+    if train_on not in [f"fold {number}" for number in range(10)]:
+        allowed = "'all', 'validation', 'fold 0' to 'fold 9'"
+        raise SystemExit(f"TRAIN_ON is {train_on!r}; allowed are {allowed}")
     try:
-        folds = np.array(lines, dtype=np.int64)
-    except (ValueError, OverflowError):  # no whole numbers, or lines of different length
-        folds = np.empty(0, np.int64)
-    if folds.ndim != 2 or len(folds) != len(FOLDS) or folds.size == 0:
-        raise SystemExit(f"{path} is damaged, expected {len(FOLDS)} lines of equally many indices: {mend}")
-    if folds.min() < 0 or folds.max() >= images or not np.diff(np.sort(folds)).all():
+        indices = np.loadtxt(folds, dtype=np.int64)[int(train_on[-1])]
+        return train.select(indices), test, "test"
+    except (OSError, ValueError, IndexError) as error:
         raise SystemExit(
-            f"{path} has indices from {folds.min()} to {folds.max()}, expected different ones in each line, "
-            f"from 0 to {images - 1:,}: {mend}"
-        )
-    return folds
+            f"{folds} cannot be read ({error}): take it from the published archive, or set TRAIN_ON to 'all'"
+        ) from None
 
 
-def select(split: Split, places: NDArray[np.int64]) -> Split:
-    """Return the images and labels at `places`."""
-    return Split(split.images[places], split.labels[places])
+def build_network(config: dict[str, Any]) -> CNN:
+    """Return a new network, or raise SystemExit if images do not fit through it."""
+    try:
+        net = CNN(**config)
+        net.eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(
+            f"FILTERS, KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
+            f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]}"
+        ) from None
+    return net
 
 
 def evaluate(
-    net: CNN,
-    images: Tensor,
-    labels: Tensor,
-    mean: list[float],
-    std: list[float],
-    precision: torch.dtype,
-    mirrored: bool = False,
+    net: CNN, split: Split, precision: torch.dtype = torch.float32, mirrored: bool = False
 ) -> Result:
-    """Measure the network in evaluation mode, then put it back into the mode it was in.
-
-    Args:
-        net: The network.
-        images: uint8 (images, 3, rows, columns) on the network's device.
-        labels: int64 (images,).
-        mean: Of each channel, on a scale of 0 to 1.
-        std: Likewise.
-        precision: Of the arithmetic.
-        mirrored: Average the logits of each image with those of its mirror image.
-    """
-    was_training = net.training
+    """Measure the network in evaluation mode; `mirrored` averages logits with those of the mirror images."""
     net.eval()
-    losses, predictions = torch.zeros((), dtype=torch.float64), []
-    size = 50 if images.device.type == "cpu" else 500  # on a CPU 50 took half the time of 250: cache
+    loss, predictions = 0.0, []
+    size = 50 if net.mean.device.type == "cpu" else 500  # on a CPU 50 took half the time of 250: cache
+    images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
     with torch.no_grad():
-        for batch, truth in zip(images.split(size), labels.split(size), strict=True):
-            batch = normalise(batch, mean, std).contiguous(memory_format=torch.channels_last)
+        for some, truth in zip(images.split(size), labels.split(size), strict=True):
+            batch = net.normalise(some)
             with torch.autocast(batch.device.type, precision, enabled=precision != torch.float32):
                 logits = (net(batch) + net(batch.flip(3))) / 2 if mirrored else net(batch)
-            losses += F.cross_entropy(logits.float(), truth, reduction="sum").cpu().double()
+            logits = logits.float().cpu()
+            loss += float(F.cross_entropy(logits, truth, reduction="sum"))
             predictions.append(logits.argmax(dim=1))
-    net.train(was_training)
     predicted = torch.cat(predictions)
-    return Result(float(losses) / len(labels), float((predicted == labels).float().mean()), predicted.cpu())
+    return Result(loss / len(labels), float((predicted == labels).float().mean()), predicted)
 
 
 class Trainer:
     """A training run: network, optimiser, schedule and random state, which can be stored and restored.
 
     Args:
-        config: Arguments of `CNN`.
+        train: The training images.
+        settings: Under the names of the constants above, in small letters.
+        epochs: Of the whole run.
         device: Where to train.
         precision: Of the forward and backward pass; weights and optimiser stay in float32.
-        steps: Optimiser steps of the whole run.
-        settings: The other settings of the run, for optimiser, schedule and loss.
     """
 
     def __init__(
         self,
-        config: dict[str, Any],
+        train: Split,
+        settings: dict[str, Any],
+        epochs: int,
         device: torch.device,
         precision: torch.dtype,
-        steps: int,
-        settings: dict[str, Any],
     ):
+        self.images, self.labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
+        self.precision, self.batch_size = precision, settings["batch_size"]
+        self.smoothing = settings["label_smoothing"]
+        self.augmentation = Augmentation(**settings["augmentation"])
         torch.manual_seed(settings["seed"])
         self.generator = torch.Generator().manual_seed(settings["seed"])  # order and augmentation
-        self.net = CNN(**config).to(device).to(memory_format=torch.channels_last)
-        self.device, self.precision = device, precision
-        self.smoothing, self.augmentation = settings["label_smoothing"], settings["augmentation"]
-        decayed = [p for p in self.net.parameters() if p.ndim > 1]
-        others = [p for p in self.net.parameters() if p.ndim == 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": settings["weight_decay"]},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=settings["learning_rate"],
-            betas=(0.9, 0.99),
-        )
-        # a warm-up of just one step would make the schedule divide by its length, zero: it has none then
-        warm_up = 0.0 if math.isclose(settings["warm_up"] * (steps + 1), 1) else settings["warm_up"]
+        net = build_network(settings["network"])
+        for buffer, values in zip((net.mean, net.std), mean_and_std(train.images), strict=True):
+            buffer.copy_(torch.from_numpy(values).view(3, 1, 1))
+        self.net = net.to(device).to(memory_format=torch.channels_last)
+        weights = [p for p in self.net.parameters() if p.ndim > 1]
+        of_batch_norm = [p for p in self.net.parameters() if p.ndim == 1]
+        groups = [
+            {"params": weights, "weight_decay": settings["weight_decay"]},
+            {"params": of_batch_norm, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=(0.9, 0.99))
         self.schedule = OneCycleLR(
             self.optimizer,
             settings["learning_rate"],
-            total_steps=steps + 1,
-            pct_start=float(warm_up),  # a whole number is refused
+            total_steps=epochs * (len(self.images) // self.batch_size) + 1,
+            pct_start=settings["warm_up"],
             cycle_momentum=False,  # betas stay
         )
 
-    def epoch(
-        self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], batch_size: int
-    ) -> Result:
+    def epoch(self) -> Result:
         """Train on every image once, in random order, the last incomplete batch left out.
-
-        Args:
-            images: uint8 (images, 3, rows, columns).
-            labels: int64 (images,).
-            mean: Of each channel, on a scale of 0 to 1.
-            std: Likewise.
-            batch_size: Images a step.
 
         Returns:
             Loss and accuracy in training mode on the augmented images, as they were seen.
@@ -253,33 +208,29 @@ class Trainer:
             SystemExit: If the loss is not finite.
         """
         self.net.train()
-        order = torch.randperm(len(images), generator=self.generator)
-        order = order[: len(images) // batch_size * batch_size]
-        total, predictions = torch.zeros((), dtype=torch.float64), []
-        for step, chosen in enumerate(tqdm(order.split(batch_size), unit="step", leave=False, disable=None)):
-            batch = normalise(images[chosen].to(self.device), mean, std)
-            batch = augment(batch, self.augmentation, self.generator).contiguous(
-                memory_format=torch.channels_last
-            )
-            truth = labels[chosen].to(self.device)
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        device = self.net.mean.device
+        order = torch.randperm(len(self.images), generator=self.generator)
+        order = order[: len(order) // self.batch_size * self.batch_size]
+        losses, predictions = [], []
+        for chosen in tqdm(order.split(self.batch_size), unit="step", leave=False, disable=None):
+            batch = augment(self.net.normalise(self.images[chosen]), self.augmentation, self.generator)
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
                 logits = self.net(batch)
+            truth = self.labels[chosen].to(device)
             loss = F.cross_entropy(logits.float(), truth, label_smoothing=self.smoothing)
-            if not math.isfinite(loss.item()):
-                epoch = self.schedule.last_epoch // (len(order) // batch_size) + 1
-                raise SystemExit(
-                    f"the loss is {loss.item()} in epoch {epoch}, step {step}, learning rate "
-                    f"{self.schedule.get_last_lr()[0]:.3g}: lower LEARNING_RATE or WEIGHT_DECAY"
-                )
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                rate = self.schedule.get_last_lr()[0]
+                raise SystemExit(f"the loss is {losses[-1]} at learning rate {rate:.3g}: lower LEARNING_RATE")
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
-            total += loss.item()
             predictions.append(logits.argmax(dim=1).cpu())
         predicted = torch.cat(predictions)
-        accuracy = float((predicted == labels[order]).float().mean())
-        return Result(float(total) / (len(order) // batch_size), accuracy, predicted)
+        accuracy = float((predicted == self.labels[order]).float().mean())
+        return Result(float(np.mean(losses)), accuracy, predicted)
 
     def state(self) -> dict[str, Any]:
         """Return everything that decides how the training goes on."""
@@ -289,7 +240,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda": torch.cuda.get_rng_state_all(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -297,54 +248,56 @@ class Trainer:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["random"].cpu())
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda"]])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def resume(
-    path: Path, settings: dict[str, Any], start: Callable[[], Trainer]
-) -> tuple[Trainer, list[dict[str, float]]]:
-    """Return a trainer and the rows of the epochs behind it, none if it starts anew, and say which.
-
-    Args:
-        path: training_state.pth; there is one only while a training is unfinished.
-        settings: A run that had others is not taken up.
-        start: Makes the trainer.
-    """
-    if path.is_file():
-        try:
-            state, _ = read_whole(path)
-            if state["settings"] == json.dumps(settings):
-                trainer, rows = start(), [dict(row) for row in state["rows"]]
-                trainer.restore(state)
-                print(f"going on after epoch {int(rows[-1]['epoch'])} of an interrupted run")
-                return trainer, rows
-            kept = path.with_name("training_state_before.pth")
-            count = len(state["rows"])
-            path.replace(kept)
-            print(f"an interrupted run of {count} epochs had other settings: starting anew; to go on with it")
-            print(f"later, set its settings again and rename {kept} to {path.name}")
-        except Exception as error:  # what does not fit can be found in as many ways as there are entries
-            if isinstance(error, OSError) or no_memory(error):
-                raise
-            print(f"{path} cannot be read: starting anew")
-    return start(), []
+def resume(path: Path, trainer: Trainer) -> list[dict[str, Any]]:
+    """Take up the interrupted run kept in `path`, if there is one, and return the rows of its log."""
+    if not path.is_file():
+        return []
+    try:
+        state = torch.load(path, weights_only=True)
+        trainer.restore(state)
+        rows: list[dict[str, Any]] = state["rows"]
+    except Exception as error:  # what torch raises for a damaged file is of nearly any type
+        raise SystemExit(f"{path} is damaged ({type(error).__name__}): move it and start anew") from None
+    print(f"going on after epoch {len(rows)} of an interrupted run")
+    return rows
 
 
-def draw_curves(log: pd.DataFrame, measured: str, heading: str) -> Figure:
-    """Draw loss, accuracy and learning rate of each epoch; `measured` says on which images."""
+def log_row(
+    epoch: int, learned: Result, measured: Result | None, trainer: Trainer, seconds: float
+) -> dict[str, Any]:
+    """Print what an epoch brought and return it as a row of training_log.csv."""
+    rate = float(trainer.schedule.get_last_lr()[0])
+    middle = f"{measured.loss:>17.4f}{measured.accuracy:>10.1%}" if measured else " " * 27
+    print(
+        f"{epoch:>5}{learned.loss:>16.4f}{learned.accuracy:>10.1%}{middle}{rate:>15.2g}{seconds:>7.0f} s",
+        flush=True,
+    )
+    return {
+        "epoch": epoch,
+        "train_loss": learned.loss,
+        "train_accuracy": learned.accuracy,
+        "measured_loss": measured.loss if measured else math.nan,
+        "measured_accuracy": measured.accuracy if measured else math.nan,
+        "learning_rate": rate,
+        "seconds": seconds,
+    }
+
+
+def draw_curves(log: pd.DataFrame, split: str, heading: str) -> Figure:
+    """Draw loss, accuracy and learning rate of each epoch; `split` is that of the measured images."""
     training = "training images, augmented (the loss: with smoothed labels)"
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), dpi=200, layout="constrained")
-    for ax, quantity, label in zip(axes, ("loss", "accuracy"), ("loss (nats)", "accuracy (%)"), strict=False):
-        scale = 100 if quantity == "accuracy" else 1
-        for part, name in (("train", training), ("test", f"{measured} images")):
-            values = log[["epoch", f"{part}_{quantity}"]].dropna()  # not every epoch is measured
-            marker = "." if part == "test" or len(values) < 3 else ""
-            ax.plot(values["epoch"], scale * values[f"{part}_{quantity}"], label=name, marker=marker)
-        ax.set(xlabel="epoch", ylabel=label)
-    axes[2].plot(log["epoch"], log["learning_rate"], color="0.3", marker="." if len(log) < 3 else "")
+    for ax, quantity, unit, scale in zip(axes, ("loss", "accuracy"), ("nats", "%"), (1, 100), strict=False):
+        for part, name in (("train", training), ("measured", f"{split} images")):
+            values = scale * log.set_index("epoch")[f"{part}_{quantity}"].dropna()  # not measured every epoch
+            ax.plot(values, label=name, marker="." if len(values) < 20 else "")
+        ax.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
+    axes[2].plot(log["epoch"], log["learning_rate"], color="0.3")
     axes[2].set(xlabel="epoch", ylabel="learning rate at the end")
     axes[2].ticklabel_format(axis="y", scilimits=(0, 0))
     fig.legend(handles=axes[0].lines, loc="outside lower center", ncols=2, frameon=False)
@@ -353,39 +306,29 @@ def draw_curves(log: pd.DataFrame, measured: str, heading: str) -> Figure:
     return fig
 
 
-def confusion_matrix(
-    labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int
-) -> NDArray[np.int64]:
+def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     """Count images of each true class (row) that were taken for each class (column)."""
-    counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (labels, predictions), 1)
-    return counts
+    return np.bincount(labels * classes + predictions, minlength=classes**2).reshape(classes, classes)
 
 
-def draw_confusion(counts: NDArray[np.int64], names: list[str], heading: str) -> Figure:
+def draw_confusion(counts: Array, names: list[str], heading: str) -> Figure:
     """Draw the share of each true class's images that were taken for each class, in per cent."""
     share = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     fig, ax = plt.subplots(figsize=(6, 5), dpi=200, layout="constrained")
-    sns.heatmap(
-        share,
-        annot=True,
-        fmt=".0f",
-        cmap="mako_r",
-        vmin=0,
-        vmax=100,
-        square=True,
-        xticklabels=names,
-        yticklabels=names,
-        cbar_kws={"label": "share of the true class (%)"},
-        ax=ax,
-    )
+    style: dict[str, Any] = {"annot": True, "fmt": ".0f", "cmap": "mako_r", "vmin": 0, "vmax": 100}
+    style |= {
+        "xticklabels": names,
+        "yticklabels": names,
+        "cbar_kws": {"label": "share of the true class (%)"},
+    }
+    sns.heatmap(share, square=True, ax=ax, **style)
     ax.tick_params(axis="x", rotation=45)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="predicted class", ylabel="true class", title=heading)
     return fig
 
 
-def report(counts: NDArray[np.int64], names: list[str]) -> None:
+def report(counts: Array, names: list[str]) -> None:
     """Print accuracy of each class, worst confusions, and the accuracy with its 95 % interval (normal)."""
     for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
         print(f"  {name:<12}{right / max(row.sum(), 1):>7.1%}  ({right} of {row.sum()})")
@@ -393,206 +336,99 @@ def report(counts: NDArray[np.int64], names: list[str]) -> None:
     for place in np.argsort(-wrong, axis=None, kind="stable")[:3]:
         truth, guess = divmod(int(place), len(names))
         print(f"  {wrong[truth, guess]} images of {names[truth]} were taken for {names[guess]}")
-    images = counts.sum()
-    accuracy = counts.trace() / images
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)
+    accuracy = counts.trace() / counts.sum()
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / counts.sum())
     print(f"accuracy {accuracy:.2%}, 95 % interval {accuracy - half:.2%} to {accuracy + half:.2%}")
-
-
-def check_settings(settings: dict[str, Any], snapshots: object) -> None:
-    """Refuse settings that make no sense, before anything is downloaded or computed.
-
-    Args:
-        settings: Under their names in small letters; `config` holds the arguments of `CNN`.
-        snapshots: The setting SNAPSHOTS.
-
-    Raises:
-        SystemExit: If one is of the wrong type or out of range, or the network cannot be built.
-    """
-    config, augmentation = settings["config"], settings["augmentation"]
-    for lowest, highest, *names in (  # a whole number first: the setting is one, too
-        (1, 1_000_000, "epochs", "shapes_epochs", "measure_every"),
-        (2, 1_000_000, "batch_size"),  # batch norm needs two
-        (0, 2**32 - 1, "seed"),
-        (1e-9, math.inf, "learning_rate"),
-        (0.0, math.inf, "weight_decay"),
-        (0.0, 1, "warm_up", "label_smoothing"),
-    ):
-        check_numbers(lowest, highest, **{name.upper(): settings[name] for name in names})
-    if not isinstance(augmentation, Augmentation):
-        raise SystemExit(f"AUGMENTATION is {augmentation!r}; expected Augmentation(...)")
-    most = Augmentation(shift=IMAGE_SIZE, zoom=9, rotation=180, colour=1, cutout=IMAGE_SIZE)
-    for name, highest in most._asdict().items():
-        lowest = 0 if name == "cutout" else 0.0
-        check_numbers(lowest, highest, **{f"AUGMENTATION.{name}": getattr(augmentation, name)})
-    if settings["train_on"] not in ("all", "validation", *FOLDS):
-        expected = 'expected "all", "validation" or "fold 0" to "fold 9"'
-        raise SystemExit(f"TRAIN_ON is {settings['train_on']!r}; {expected}")
-    if not isinstance(snapshots, tuple | list | set | range):
-        raise SystemExit(f"SNAPSHOTS is {snapshots!r}; expected epochs in brackets, as (10, 20) or (10,)")
-    for epoch in snapshots:
-        check_numbers(1, **{"an epoch in SNAPSHOTS": epoch})
-    with torch.device("meta"):  # shapes only
-        try:
-            net = CNN(**config).eval()
-        except ValueError as error:  # begins with the argument's name, the setting's in small letters
-            name, problem = str(error).split(" ", 1)
-            raise SystemExit(f"{name.upper()} {problem}") from None
-        try:
-            net(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(
-                f"KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
-                f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]}"
-            ) from None
 
 
 def main() -> None:
     """Train, measure now and then, and write checkpoint, log and figures."""
-    sns.set_theme(context="paper", style="white", palette="colorblind")
-    settings: dict[str, Any] = {
-        "config": {
+    set_style()
+    device, dataset = choose_device(DEVICE), find_dataset(DATASET, DATA_DIR)
+    names, title, precision = class_names(dataset), TITLES[dataset], choose_precision(device)
+    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
+    train, measured, split = part_of_training(train, test, TRAIN_ON, DATA_DIR / FOLDER / "fold_indices.txt")
+    epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
+    settings: dict[str, Any] = {  # with these a run that goes on is the run that was interrupted
+        "network": {
             "filters": FILTERS,
             "kernel_sizes": KERNEL_SIZES,
             "strides": STRIDES,
             "pool_sizes": POOL_SIZES,
             "head_size": HEAD_SIZE,
             "dropout": DROPOUT,
-            "partial_identity": PARTIAL_IDENTITY,
+            "classes": len(names),
         },
+        "dataset": dataset,
         "train_on": TRAIN_ON,
-        "epochs": EPOCHS,
-        "shapes_epochs": SHAPES_EPOCHS,
+        "epochs": epochs,
         "batch_size": BATCH_SIZE,
         "learning_rate": LEARNING_RATE,
         "warm_up": WARM_UP,
         "weight_decay": WEIGHT_DECAY,
         "label_smoothing": LABEL_SMOOTHING,
-        "augmentation": AUGMENTATION,
-        "measure_every": MEASURE_EVERY,
+        "augmentation": AUGMENTATION._asdict(),
         "seed": SEED,
+        "device": str(device),
+        "precision": str(precision).removeprefix("torch."),
+        "torch": str(torch.__version__),  # its own type would not load
     }
-    check_settings(settings, SNAPSHOTS)
-    checkpoint, data_dir = check_paths(CHECKPOINT=CHECKPOINT, DATA_DIR=DATA_DIR)
-    check_file_name(".pth", CHECKPOINT=checkpoint)
-    device = choose_device(DEVICE)
-    dataset = find_dataset(DATASET, data_dir)
-    epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
-    train, test = (load_split(dataset, data_dir, split) for split in ("train", "test"))
-    train, test = part_of_training(train, test, TRAIN_ON, data_dir / "stl10_binary" / "fold_indices.txt")
-    if len(train.images) < BATCH_SIZE:
-        raise SystemExit(f"BATCH_SIZE is {BATCH_SIZE}; there are only {len(train.images):,} training images")
-    names, (mean, std) = class_names(dataset), mean_and_std(train.images)
-    settings["config"]["classes"] = len(names)
-    precision = choose_precision(device)
-    # with these a run that goes on is the run that was interrupted
-    settings |= {"dataset": dataset, "mean": mean, "precision": str(precision), "device": str(device)}
-    settings["torch"] = torch.__version__
-    measured = "held-out training" if TRAIN_ON == "validation" else "test"
     print(
-        f"training on {len(train.images):,} images of {title(dataset)}, "
-        f"measuring on {len(test.images):,} {measured} images, "
-        f"on {device} in {str(precision).removeprefix('torch.')}, torch {torch.__version__}, seed {SEED}"
+        f"training on {len(train.images):,} images of {title} for {epochs} epochs, measuring on "
+        f"{len(measured.images):,} {split} images, on {device} in {settings['precision']}, "
+        f"torch {torch.__version__}, seed {SEED}"
     )
-    images, labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
-    test_images, test_labels = (
-        torch.from_numpy(test.images).to(device),
-        torch.from_numpy(test.labels).to(device),
+    trainer = Trainer(train, settings, epochs, device, precision)
+    facts = {"dataset": dataset, "class_names": names, "settings": settings}
+    state_path = CHECKPOINT.with_name(
+        f"training_state_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.pth"
     )
-    steps = epochs * (len(images) // BATCH_SIZE)
-    state_path, snapshots = checkpoint.with_name("training_state.pth"), checkpoint.parent / "snapshots"
-    prepare_folders("CHECKPOINT", checkpoint.parent, snapshots)
-    trainer, rows = resume(
-        state_path, settings, lambda: Trainer(settings["config"], device, precision, steps, settings)
-    )
+    rows = resume(state_path, trainer)
+    print(f"epoch  training: loss  accuracy  {split:>10}: loss  accuracy  learning rate   time")
+    start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
 
-    def save(path: Path, metrics: dict[str, float]) -> None:
-        save_checkpoint(
-            path,
-            trainer.net,
-            dataset=dataset,
-            class_names=names,
-            mean=mean,
-            std=std,
-            seed=SEED,
-            epochs=len(rows),
-            metrics=metrics,
-            measured_on=measured,
-        )
+    def save_snapshot(epoch: int, accuracy: float) -> None:
+        path = CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth"
+        metrics = {"split": split, "accuracy": accuracy}
+        save_checkpoint(path, trainer.net, epochs=epoch, metrics=metrics, **facts)
 
-    print(
-        f"{'epoch':>5}{'train loss':>12}{'accuracy':>10}"
-        f"{'test loss':>12}{'accuracy':>10}{'rate':>10}{'time':>9}"
-    )
-    before = rows[-1]["seconds"] if rows else 0.0
-    start = time.perf_counter()
-    kept = len(rows)  # epochs from whose end a run can go on
+    if not rows:
+        save_snapshot(0, math.nan)
     try:
-        while len(rows) < epochs:
-            epoch = len(rows) + 1
-            learned = trainer.epoch(images, labels, mean, std, BATCH_SIZE)
-            # evaluation draws no random numbers, so how often it happens does not change the training
+        for epoch in range(len(rows) + 1, epochs + 1):
+            learned = trainer.epoch()
+            # measuring draws no random numbers, so how often it happens does not change the training
             due = epoch % MEASURE_EVERY == 0 or epoch in SNAPSHOTS or epoch == epochs
-            tested = (
-                evaluate(trainer.net, test_images, test_labels, mean, std, precision)
-                if due
-                else Result(math.nan, math.nan, torch.empty(0))
-            )
-            row = {
-                "epoch": epoch,
-                "train_loss": learned.loss,
-                "train_accuracy": learned.accuracy,
-                "test_loss": tested.loss,
-                "test_accuracy": tested.accuracy,
-                "learning_rate": float(trainer.schedule.get_last_lr()[0]),
-                "seconds": before + time.perf_counter() - start,
-            }
-            rows.append(row)
-            print(
-                f"{epoch:>5}{learned.loss:>12.4f}{learned.accuracy:>10.1%}"
-                + (f"{tested.loss:>12.4f}{tested.accuracy:>10.1%}" if due else " " * 22)
-                + f"{row['learning_rate']:>10.2g}{row['seconds']:>7.0f} s",
-                flush=True,
-            )
-            if epoch == 1:
-                for old in snapshots.glob("epoch_*.pth"):  # of an earlier run, whose CNN.pth stays to the end
-                    old.unlink(missing_ok=True)
-            if epoch in SNAPSHOTS or epoch == epochs:
-                save(snapshots / f"epoch_{epoch:03d}.pth", {"test_accuracy": tested.accuracy})
-            save_whole({"settings": json.dumps(settings), "rows": rows, **trainer.state()}, state_path)
-            kept = epoch
+            tested = evaluate(trainer.net, measured, precision) if due else None
+            rows.append(log_row(epoch, learned, tested, trainer, time.perf_counter() - start))
+            if tested and epoch in SNAPSHOTS:
+                save_snapshot(epoch, tested.accuracy)
+            save_whole({"rows": rows, **trainer.state()}, state_path)
     except KeyboardInterrupt:
-        again = f"{kept} finished epochs are kept: run again to go on" if kept else "no finished epoch yet"
-        raise SystemExit(f"interrupted in epoch {kept + 1}; {again}") from None
+        raise SystemExit(f"interrupted; run again to go on after epoch {len(rows)}") from None
 
     # once more in float32, the precision of every later stage
-    arguments = trainer.net, test_images, test_labels, mean, std, torch.float32
-    final, mirrored = evaluate(*arguments), evaluate(*arguments, mirrored=True)
-    counts = confusion_matrix(test.labels, final.predictions.numpy(), len(names))
+    final, mirrored = evaluate(trainer.net, measured), evaluate(trainer.net, measured, mirrored=True)
+    counts = confusion_matrix(measured.labels, final.predictions.numpy(), len(names))
     report(counts, names)
     print(f"averaged with each image's mirror image, at twice the cost: {mirrored.accuracy:.2%}")
     seconds = rows[-1]["seconds"]
-    print(f"{epochs * len(images) / seconds:,.0f} training images per second, testing included")
-    metrics = {"test_accuracy": final.accuracy, "test_loss": final.loss, "seconds": seconds}
-    # only now, so that what lies beside CNN.pth always belongs to it
-    save(checkpoint, {**metrics, "test_accuracy_mirrored": mirrored.accuracy})
+    print(f"{epochs * len(train.images) / seconds:,.0f} training images per second, measuring included")
+    metrics = {"split": split, "accuracy": final.accuracy, "loss": final.loss, "seconds": seconds}
+    metrics["accuracy_mirrored"] = mirrored.accuracy
+    save_checkpoint(CHECKPOINT, trainer.net, epochs=epochs, metrics=metrics, **facts)
+    print(f"wrote {CHECKPOINT} and, beside it, snapshots/")
     log = pd.DataFrame(rows)
-    with whole_file(checkpoint.with_name("training_log.csv")) as partial:
-        log.to_csv(partial, index=False)
+    save_table(CHECKPOINT.with_name("training_log.csv"), load_checkpoint(CHECKPOINT), log)
     heading = (
-        f"{title(dataset)}, {len(images):,} training and {len(test_labels):,} {measured} images, seed {SEED}"
+        f"{title}, {len(train.images):,} training and {len(measured.images):,} {split} images, seed {SEED}"
     )
-    save_figure(draw_curves(log, measured, heading), checkpoint.with_name("training_curves.png"))
-    heading = f"{len(test_labels):,} {measured} images of {title(dataset)}, accuracy {final.accuracy:.1%}"
-    save_figure(draw_confusion(counts, names, heading), checkpoint.with_name("confusion_matrix.png"))
-    state_path.unlink(missing_ok=True)  # a second run in the same folder may have been faster
-    print(
-        f"wrote {checkpoint} and, beside it, snapshots/, training_log.csv, training_curves.png, "
-        "confusion_matrix.png"
-    )
+    save_figure(CHECKPOINT.with_name("training_curves.png"), draw_curves(log, split, heading))
+    heading = f"{len(measured.images):,} {split} images of {title}, accuracy {final.accuracy:.1%}"
+    save_figure(CHECKPOINT.with_name("confusion_matrix.png"), draw_confusion(counts, names, heading))
+    state_path.unlink(missing_ok=True)
     print("next: uv run deconv.py")
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main()
+    main()

@@ -1,49 +1,60 @@
+"""Fixtures: an empty folder for each test, small networks, and one run of the whole pipeline for all."""
+
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # before matplotlib is imported
 
 import hashlib
-import signal
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
+import analyse_projections
+import deconv
+import deconv_full
+import heatmap
 import load_data
-from CNN import CNN
+import train_CNN
+from CNN import CNN, Checkpoint, save_checkpoint
+from load_data import Array
 
-WriteSplit = Callable[[str, NDArray[Any], NDArray[Any]], None]
+STAGES = (train_CNN, deconv, deconv_full, analyse_projections, heatmap)
+FILTERS = (4, 6, 8, 16)  # of the pipeline's network
+FAST: dict[Any, dict[str, Any]] = {  # settings of the pipeline's run
+    train_CNN: {"EPOCHS": 2, "BATCH_SIZE": 16, "FILTERS": FILTERS, "SNAPSHOTS": (1,)},
+    deconv_full: {"IMAGES_PER_CLASS": 2, "FILTERS_PER_PAGE": 8, "EVOLUTION_FILTERS": 2},
+    analyse_projections: {"RESAMPLINGS": 20, "RANDOM_ORDERS": 3, "RANDOMISED_UNITS": 20},
+    heatmap: {"OCCLUSION_STRIDE": 24, "TOP_FILTERS": 2, "SUMMED_FILTERS": 4, "SHIFTS": [-8, 0, 8]},
+}
+
+MakeNet = Callable[..., CNN]
+WriteSplit = Callable[[str, Array, Array], None]
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every test starts in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # plain_errors ignores what follows a first one
 
 
-@pytest.fixture
-def write_split(monkeypatch: pytest.MonkeyPatch, empty_folder: None) -> WriteSplit:
-    """Writes upright images and labels 1 to 10 in the published layout, as if they had been published."""
-    monkeypatch.setattr(load_data, "FILES", {})
-
-    def write(split: str, images: NDArray[Any], labels: NDArray[Any]) -> None:
-        folder = Path("data/stl10_binary")
-        folder.mkdir(parents=True, exist_ok=True)
-        columns_first = images.astype(np.uint8).transpose(0, 1, 3, 2)
-        for kind, content in (("X", columns_first.tobytes()), ("y", labels.astype(np.uint8).tobytes())):
-            (folder / f"{split}_{kind}.bin").write_bytes(content)
-            load_data.FILES[f"{split}_{kind}.bin"] = (len(content), hashlib.md5(content).hexdigest())
-
-    return write
+def write_binary(split: str, images: Array, labels: Array) -> None:
+    """Write upright images and labels 1 to 10 in the published layout, as if they had been published."""
+    folder = Path("data/stl10_binary")
+    folder.mkdir(parents=True, exist_ok=True)
+    columns_first = images.astype(np.uint8).transpose(0, 1, 3, 2)
+    for kind, content in (("X", columns_first.tobytes()), ("y", labels.astype(np.uint8).tobytes())):
+        (folder / f"{split}_{kind}.bin").write_bytes(content)
+        load_data.FILES[f"{split}_{kind}.bin"] = (len(content), hashlib.md5(content).hexdigest())
 
 
-@pytest.fixture
-def tiny_stl10(write_split: WriteSplit) -> Path:
-    """An STL-10 of 40 training and 30 test images in data/stl10_binary; returns data.
+def write_tiny_stl10() -> None:
+    """Write an STL-10 of 40 training and 30 test images.
 
     Class k (0 to 9) has a bright square of 16 pixels at row 10 + 50 (k // 5), column 2 + 19 (k % 5).
     """
@@ -54,11 +65,53 @@ def tiny_stl10(write_split: WriteSplit) -> Path:
         for image, label in zip(images, labels, strict=True):
             top, left = 10 + 50 * (label // 5), 2 + 19 * (label % 5)
             image[:, top : top + 16, left : left + 16] = rng.integers(180, 256, (3, 1, 1))
-        write_split(split, images, labels + 1)
+        write_binary(split, images, labels + 1)
+
+
+@pytest.fixture
+def write_split(monkeypatch: pytest.MonkeyPatch, empty_folder: None) -> WriteSplit:
+    """See `write_binary`."""
+    monkeypatch.setattr(load_data, "FILES", {})
+    return write_binary
+
+
+@pytest.fixture
+def tiny_stl10(write_split: WriteSplit) -> Path:
+    """See `write_tiny_stl10`; returns the folder data."""
+    write_tiny_stl10()
     return Path("data")
 
 
-MakeNet = Callable[..., CNN]
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which all stages have run in order on the tiny STL-10; tests only read it."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    with pytest.MonkeyPatch.context() as patch, mpl.rc_context({"savefig.dpi": 30}):
+        patch.chdir(folder)
+        patch.setattr(load_data, "FILES", {})
+        write_tiny_stl10()
+        for script in STAGES:
+            patch.setattr(script, "DEVICE", "cpu")
+            for name, value in FAST.get(script, {}).items():
+                patch.setattr(script, name, value)
+        for script in (load_data, *STAGES):
+            script.main()
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.chmod(0o444)
+    yield folder
+
+
+@pytest.fixture
+def pipeline_copy(pipeline: Path, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The results of the pipeline in this test's own folder, to be damaged or made again; returns outputs."""
+    shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
+    for script in STAGES:
+        monkeypatch.setattr(script, "DEVICE", "cpu")
+        for name, value in FAST.get(script, {}).items():
+            monkeypatch.setattr(script, name, value)
+    monkeypatch.setitem(mpl.rcParams, "savefig.dpi", 30)
+    return Path("outputs")
 
 
 @pytest.fixture
@@ -69,7 +122,6 @@ def make_net() -> MakeNet:
         torch.manual_seed(seed)
         net = CNN(**{"filters": (5, 6, 7, 8), **config}).to(dtype)
         for block in net.blocks:
-            block.conv.reset_parameters()  # no copies of the layer below: hardly any would fire
             norm = block.bn
             assert norm.running_mean is not None and norm.running_var is not None
             torch.nn.init.normal_(norm.weight)
@@ -79,3 +131,21 @@ def make_net() -> MakeNet:
         return net.eval().requires_grad_(False)
 
     return make
+
+
+def make_checkpoint(net: CNN, **facts: Any) -> Checkpoint:
+    """Return a checkpoint of a network that was never trained."""
+    given: dict[str, Any] = {
+        "dataset": "stl10",
+        "class_names": [f"class {k}" for k in range(10)],
+        "epochs": 3,
+    }
+    given |= {"settings": {"seed": 0}, "metrics": {"split": "test", "accuracy": 0.1}, "sha256": "0" * 64}
+    return Checkpoint(net=net, **(given | facts))
+
+
+def write_checkpoint(net: CNN, path: Path = Path("outputs/CNN.pth"), **facts: Any) -> None:
+    """Write a checkpoint of a network that was never trained."""
+    given = make_checkpoint(net, **facts)._asdict()
+    del given["net"], given["sha256"]
+    save_checkpoint(path, net, **given)

@@ -1,37 +1,37 @@
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from captum.attr import NeuronDeconvolution
-from conftest import MakeNet
+from conftest import MakeNet, write_checkpoint
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
 import deconv
-from CNN import CNN, frame_sizes, receptive_fields, save_checkpoint
+from CNN import CNN, LAYERS, frame_sizes, receptive_fields
+from load_data import Array
 
-CONFIGS: list[dict[str, Any]] = [
-    {"kernel_sizes": (5, 3, 3, 3), "pool_sizes": (2, 2, 2, 2)},
-    {"strides": (2, 1, 1, 1), "pool_sizes": (2, 2, 1, 4)},
+CONFIGS: list[dict[str, Any]] = [  # even kernels, strides, rows that pooling or a stride leaves over
+    {},
+    {"pool_sizes": (2, 2, 1, 4)},
+    {"strides": (1, 1, 1, 1)},
+    {"kernel_sizes": (7, 5, 3, 1), "strides": (1, 1, 1, 1), "pool_sizes": (3, 2, 2, 2)},
+    {"kernel_sizes": (7, 5, 3, 3), "strides": (2, 2, 1, 1), "pool_sizes": (3, 1, 2, 2)},
+    {"kernel_sizes": (1, 3, 5, 7), "strides": (1, 1, 1, 1), "pool_sizes": (4, 1, 2, 3)},
+    {"kernel_sizes": (5, 5, 5, 3), "strides": (2, 1, 2, 1), "pool_sizes": (1, 3, 1, 4)},
+    {"kernel_sizes": (6, 4, 3, 3), "strides": (2, 2, 1, 1), "pool_sizes": (3, 1, 2, 2)},
+    {"kernel_sizes": (4, 6, 3, 2), "strides": (1, 2, 1, 1), "pool_sizes": (3, 2, 2, 2)},
 ]
-
-
-@pytest.fixture
-def make_net(make_net: MakeNet) -> MakeNet:
-    """As in conftest.py, with all filters at random: of maps that are handed on much projects to zero."""
-
-    def make(*args: Any, **kwargs: Any) -> CNN:
-        net = make_net(*args, **kwargs)
-        for block in net.blocks:
-            block.conv.reset_parameters()
-        return net
-
-    return make
 
 
 class Rectified(torch.autograd.Function):
@@ -46,77 +46,87 @@ class Rectified(torch.autograd.Function):
         return signal.clamp(min=0)
 
 
-def by_autograd(
-    net: CNN, image: Tensor, layer: int, unit: tuple[int, int, int], relu: Callable[..., Any]
-) -> Tensor:
+def by_autograd(net: CNN, image: Tensor, layer: int, *unit: int, relu: Any = Rectified.apply) -> Tensor:
     """Value of a pooled unit x its derivative with respect to the pixels, (3, rows, columns)."""
     image = image.clone().requires_grad_()
     x = image
     for block in net.blocks[: layer + 1]:
         x, _ = block.pool(relu(block.bn(block.conv(x))))
-    value = x[0, unit[0], unit[1], unit[2]]
+    value = x[0][unit]
     (gradient,) = torch.autograd.grad(value, image)
     return (value.detach() * gradient)[0]
 
 
 def units_to_check(pooled: Tensor) -> list[tuple[int, int, int]]:
-    """Active units of an image, (filter, row, column): some in the middle, some at each border."""
-    last = pooled.shape[-1] - 1
-    places = [(0, 0), (0, last), (last, 0), (last, last), (last // 2, last // 2), (0, last // 2)]
-    found = []
-    for row, column in places:
-        filter_ = int(pooled[0, :, row, column].argmax())
-        if pooled[0, filter_, row, column] > 0:
-            found.append((filter_, row, column))
-    assert len(found) >= 4
-    return found
+    """Active units, (filter, row, column): the strongest at each corner, at a border and in the middle."""
+    rows, columns = pooled.shape[-2] - 1, pooled.shape[-1] - 1
+    places = [(0, 0), (0, columns), (rows, 0), (rows, columns), (rows // 2, columns // 2), (0, columns // 2)]
+    strongest = [(int(pooled[0, :, row, column].argmax()), row, column) for row, column in places]
+    active = [unit for unit in strongest if pooled[0][unit] > 0]
+    assert len(active) >= 4
+    return active
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def deviation(projection: Tensor, expected: Tensor) -> float:
+    return float((projection - expected).abs().max() / expected.abs().max())
+
+
+def wrong_by(net: CNN, image: Tensor, layer: int, way: Callable[..., Tensor] = deconv.project_unit) -> float:
+    """Largest deviation, over some units, of a way to project from value x rectified derivative."""
+    units = [(net, image, layer, *unit) for unit in units_to_check(net.features(image)[layer][0])]
+    return max(deviation(way(*unit), by_autograd(*unit)) for unit in units)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("layer", range(4))
-def test_projection_is_value_times_rectified_derivative(make_net: MakeNet, config: Any, layer: int) -> None:
-    net, image = make_net(dtype=torch.float64, **config), torch.randn(1, 3, 96, 96, dtype=torch.float64)
-    features = net.features(image)
-    for unit in units_to_check(features[layer][0]):
-        expected = by_autograd(net, image, layer, unit, Rectified.apply)
-        assert deviation(deconv.project_unit(net, features, layer, *unit), expected) < 1e-10
+def test_a_projection_is_value_times_rectified_derivative(make_net: MakeNet, config: Any, layer: int) -> None:
+    net = make_net(dtype=torch.float64, **config)
+    assert wrong_by(net, torch.randn(1, 3, 96, 96, dtype=torch.float64), layer) < 1e-10
 
 
+@pytest.mark.parametrize("size", [(64, 81), (130, 96)])
+def test_images_of_other_sizes_are_projected_too(make_net: MakeNet, size: tuple[int, int]) -> None:
+    net, image = make_net(dtype=torch.float64), torch.randn(1, 3, *size, dtype=torch.float64)
+    for layer in range(4):
+        assert wrong_by(net, image, layer) < 1e-10
+
+
+transpose, project_unit = F.conv_transpose2d, deconv.project_unit
+with_bias = patch.object(F, "conv_transpose2d", lambda *args, **more: transpose(*args, **more) + 0.01)
+WRONG: dict[str, Callable[..., Tensor]] = {
+    "gain dropped": patch.object(deconv, "fold_batch_norm", lambda block: block.conv.weight)(project_unit),
+    "bias added": with_bias(project_unit),
+    "pixels rectified": lambda *unit: project_unit(*unit).clamp(min=0),
+    "ordinary gradient": partial(by_autograd, relu=torch.relu),
+}
+
+
+@pytest.mark.parametrize("way", WRONG)
+def test_a_wrong_projection_fails_the_check(make_net: MakeNet, way: str) -> None:
+    net, image = make_net(dtype=torch.float64), torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    assert wrong_by(net, image, 3, WRONG[way]) > 0.01
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2])
 @pytest.mark.parametrize("layer", range(4))
-def test_projection_equals_captum_times_the_activation(make_net: MakeNet, layer: int) -> None:
-    for config in CONFIGS:
-        net, image = make_net(**config).requires_grad_(True), torch.randn(1, 3, 96, 96)
-        with torch.no_grad():
-            features = net.features(image)
-        pooled, switches = features[layer]
-        size = frame_sizes(net)[1][layer]
-        captum = NeuronDeconvolution(net, net.blocks[layer].relu)
-        for filter_, row, column in units_to_check(pooled):
-            place = divmod(int(switches[0, filter_, row, column]), size)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # captum announces its hooks
-                expected = captum.attribute(image, (filter_, *place))[0] * pooled[0, filter_, row, column]
-            with torch.no_grad():
-                found = deconv.project_unit(net, features, layer, filter_, row, column)
-            assert deviation(found, expected) < 1e-5
+def test_a_projection_is_captums_times_the_activation(make_net: MakeNet, config: Any, layer: int) -> None:
+    net, image = make_net(dtype=torch.float64, **config), torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    pooled, switches = net.features(image)[layer]
+    captum = NeuronDeconvolution(net, net.blocks[layer].relu)
+    for filter_, *place in units_to_check(pooled):
+        unit = filter_, *divmod(int(switches[0, filter_, *place]), frame_sizes(net, 96)[1][layer])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # captum announces its hooks
+            expected = captum.attribute(image, unit)[0] * pooled[0, filter_, *place]
+        assert deviation(deconv.project_unit(net, image, layer, filter_, *place), expected) < 1e-10
 
 
 def test_hand_worked_projection_of_a_4_x_4_image() -> None:
-    net = CNN(
-        filters=(1, 1, 1, 1), kernel_sizes=(3, 1, 1, 1), strides=(1, 1, 1, 1), pool_sizes=(2, 1, 1, 1)
-    ).eval()
-    net.requires_grad_(False)
-    block = net.blocks[0]
-    block.conv.weight.zero_()
-    block.conv.weight[0, 0, 1, 1], block.conv.weight[0, 0, 1, 2] = (
-        2,
-        1,
-    )  # red: twice a pixel + the one to its right
-    norm = block.bn
+    sizes: dict[str, Any] = {"kernel_sizes": (3, 1, 1, 1), "strides": (1,) * 4, "pool_sizes": (2, 1, 1, 1)}
+    net = CNN(filters=(1, 1, 1, 1), **sizes).eval().requires_grad_(False)
+    conv, norm = net.blocks[0].conv, net.blocks[0].bn
+    conv.weight.zero_()
+    conv.weight[0, 0, 1, 1:] = torch.tensor([2.0, 1])  # z: red, twice a pixel + the one to its right
     assert norm.running_mean is not None and norm.running_var is not None
     norm.eps, norm.weight[0], norm.bias[0] = 0, 6, 2
     norm.running_mean[0], norm.running_var[0] = 1, 4  # y = 6 (z - 1) / 2 + 2 = 3 z - 1
@@ -124,174 +134,127 @@ def test_hand_worked_projection_of_a_4_x_4_image() -> None:
     image[0, 0] = torch.tensor([[2.0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0], [0, 3, 0, 0]])
     # z = [[4, 0, 0, 0], [0, 2, 4, 0], [0, 0, 0, 0], [3, 6, 0, 0]]; the largest 3 z - 1 of each region: 11 at
     # (0, 0), 11 at (1, 2), 17 at (3, 1), none above zero at the lower right
-    (pooled, switches), *_ = net.features(image)
+    pooled, switches = net.features(image)[0]
     assert pooled[0, 0].tolist() == [[11, 11], [17, 0]]
     assert switches[0, 0, 0].tolist() == [0, 6] and switches[0, 0, 1, 0] == 13
-    only = torch.zeros_like(pooled)
-    only[0, 0, 1, 0] = 17
-    projection = deconv.project(net, 0, only, [switches], image_size=4)[0]
     expected = torch.zeros(3, 4, 4)
     expected[0, 3, 1], expected[0, 3, 2] = 3 * 2 * 17, 3 * 1 * 17  # gain x weight x activation
-    assert torch.equal(projection, expected)
-
-
-def wrong_by(make_net: MakeNet, project: Callable[..., Tensor]) -> float:
-    """Largest deviation, over some conv4 units, of a way to project from the right answer."""
-    net, image = make_net(dtype=torch.float64), torch.randn(1, 3, 96, 96, dtype=torch.float64)
-    features = net.features(image)
-    worst = 0.0
-    for unit in units_to_check(features[3][0]):
-        expected = by_autograd(net, image, 3, unit, Rectified.apply)
-        worst = max(worst, deviation(project(net, image, features, unit), expected))
-    return worst
-
-
-def plain(net: CNN, image: Tensor, features: Any, unit: tuple[int, int, int]) -> Tensor:
-    return deconv.project_unit(net, features, 3, *unit)
-
-
-def test_the_check_passes_the_right_projection(make_net: MakeNet) -> None:
-    assert wrong_by(make_net, plain) < 1e-10
-
-
-def test_the_check_fails_without_the_gain(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deconv, "gain_filters", lambda block: block.conv.weight)
-    assert wrong_by(make_net, plain) > 0.1
-
-
-def test_the_check_fails_with_a_bias(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch.nn.functional.conv_transpose2d
-    monkeypatch.setattr(
-        torch.nn.functional, "conv_transpose2d", lambda *args, **rest: right(*args, **rest) + 0.01
-    )
-    assert wrong_by(make_net, plain) > 0.01
-
-
-def test_the_check_fails_with_rectified_pixels(make_net: MakeNet) -> None:
-    assert wrong_by(make_net, lambda *args: plain(*args).clamp(min=0)) > 0.1
-
-
-def test_the_check_fails_with_the_ordinary_gradient(make_net: MakeNet) -> None:
-    assert wrong_by(make_net, lambda net, image, _, unit: by_autograd(net, image, 3, unit, torch.relu)) > 0.1
+    assert torch.equal(deconv.project_unit(net, image, 0, 0, 1, 0), expected)
+    (unit,) = deconv.strongest_units(net, image, 0, 6)
+    assert unit[:4] == (0, 17, 2, 0) and (unit.projection == expected.numpy()).all()  # from row 2, column 0
 
 
 def test_unpooling_puts_each_maximum_back_where_it_came_from() -> None:
-    maps = torch.randn(2, 3, 9, 9)  # the last row and column fall outside the pooling regions
-    pooled, switches = torch.nn.functional.max_pool2d(maps, 2, return_indices=True)
-    unpooled = deconv.unpool(pooled, switches, 9)
-    assert torch.equal(unpooled[unpooled != 0], maps[unpooled != 0])
-    assert int((unpooled != 0).sum()) == pooled.numel()
-    assert torch.equal(torch.nn.MaxUnpool2d(2)(pooled, switches, output_size=(9, 9)), unpooled)
+    net = CNN((3, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (2, 1, 1, 1)).eval().requires_grad_(False)
+    net.blocks[0].conv.weight.copy_(torch.eye(3)[:, :, None, None])  # conv1 hands the image on
+    net.blocks[0].bn.eps = 0
+    image = torch.rand(1, 3, 9, 9) + 0.1  # the last row and column fall outside the pooling regions
+    pooled, switches = net.features(image)[0]
+    projection = deconv.project(net, 0, pooled, [switches], (9, 9))
+    kept = projection != 0
+    assert torch.equal(projection[kept], image[kept]) and int(kept.sum()) == 3 * 4 * 4
+    assert torch.equal(F.max_pool2d(projection, 2), pooled)
 
 
-def test_a_projection_is_zero_outside_the_receptive_field(make_net: MakeNet) -> None:
+def test_switches_of_images_of_another_size_are_refused(make_net: MakeNet) -> None:
+    net = make_net()
+    features = net.features(torch.randn(1, 3, 64, 96))
+    switches = [switches for _, switches in features]
+    message = r"switches of conv4 are \(2, 3\); images of \(96, 96\) pixels have \(3, 3\)"
+    with pytest.raises(ValueError, match=message):
+        deconv.project(net, 3, features[3][0], switches, (96, 96))
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_projection_is_zero_outside_the_receptive_field(make_net: MakeNet, layer: int) -> None:
     net, image = make_net(), torch.randn(1, 3, 96, 96)
-    features = net.features(image)
-    for layer in range(4):
-        for unit in deconv.project_strongest(net, features, layer, 8):
-            outside = np.ones((96, 96), bool)
-            outside[max(unit.top, 0) : unit.top + unit.size, max(unit.left, 0) : unit.left + unit.size] = (
-                False
-            )
-            assert not unit.projection[:, outside].any()
-            assert unit.projection.any()
-            assert unit.size == receptive_fields(net)[layer].size
+    size, units = receptive_fields(net)[layer].size, deconv.strongest_units(net, image, layer, 8)
+    for unit in units:
+        inside = np.zeros((96, 96), bool)
+        inside[max(unit.top, 0) : unit.top + size, max(unit.left, 0) : unit.left + size] = True
+        assert unit.projection.any() and not unit.projection[:, ~inside].any()
+    assert units
 
 
-def test_strongest_units_are_one_a_filter_strongest_first() -> None:
-    pooled = torch.zeros(1, 4, 2, 3)
-    pooled[0, 2, 1, 0], pooled[0, 2, 0, 1], pooled[0, 0, 0, 2] = 5, 4, 7
-    assert deconv.strongest_units(pooled, 6) == [(0, 0, 2), (2, 1, 0)]
-    assert deconv.strongest_units(pooled, 1) == [(0, 0, 2)]
+def test_the_strongest_unit_of_each_firing_filter_is_taken_strongest_first(make_net: MakeNet) -> None:
+    net, image = make_net(), torch.randn(1, 3, 96, 96)
+    net.blocks[1].bn.weight[2], net.blocks[1].bn.bias[2] = 0, -1  # filter 2 of conv2 never fires
+    maxima = net.features(image)[1][0][0].amax(dim=(1, 2))
+    firing = sorted((-value, filter_) for filter_, value in enumerate(maxima.tolist()) if value > 0)
+    units = deconv.strongest_units(net, image, 1, 6)
+    assert [(-unit.value, unit.filter) for unit in units] == firing and 2 not in [u.filter for u in units]
+    assert [unit.filter for unit in deconv.strongest_units(net, image, 1, 2)] == [f for _, f in firing[:2]]
 
 
-def test_grey_is_zero_and_one_scale_serves_all_panels() -> None:
-    projections = np.zeros((2, 3, 5, 5), np.float32)
-    projections[0, :, 0, 0], projections[1, :, 0, 0] = 1, -0.5
+def test_grey_is_zero_and_one_scale_that_outliers_do_not_set_serves_all_panels() -> None:
+    values = np.array([0] * 9_000 + [-1] * 500 + [2] * 499 + [1_000.0])  # zeros do not count
+    assert deconv.robust_scale(values) == 2 and deconv.robust_scale(np.zeros(5)) == 1
+    projections = np.zeros((2, 3, 100, 100))
+    projections[0], projections[1, :, 0, 0] = values.reshape(100, 100), 1
     shown = deconv.displayed(projections)
-    assert shown.shape == (2, 5, 5, 3)
-    assert (shown[:, 1:] == 0.5).all()
-    assert shown[0, 0, 0, 0] == pytest.approx(1) and shown[1, 0, 0, 0] == pytest.approx(0.25)
-    assert (deconv.displayed(np.zeros((3, 2, 2), np.float32)) == 0.5).all()
+    assert shown.shape == (2, 100, 100, 3) and (shown[0, :90] == 0.5).all() and shown[1, 0, 0, 0] == 0.75
+    assert shown[0, -1, [0, -2, -1], 0].tolist() == [1, 1, 1] and shown[0, 90, 0, 0] == 0.25
 
 
 def test_a_window_over_the_border_is_filled_up() -> None:
-    frame = np.arange(96 * 96, dtype=np.float32).reshape(1, 96, 96).repeat(3, axis=0)
+    frame = np.arange(96 * 96).reshape(1, 96, 96).repeat(3, axis=0)
     window = deconv.window_of(frame, -2, 93, 5, -1)
-    assert window.shape == (3, 5, 5)
-    assert (window[:, :2] == -1).all() and (window[:, :, 3:] == -1).all()
-    assert window[0, 2:, :3].tolist() == frame[0, :3, 93:].tolist()
+    assert window.shape == (3, 5, 5) and (window[:, :2] == -1).all() and (window[:, :, 3:] == -1).all()
+    assert (window[:, 2:, :3] == frame[:, :3, 93:]).all()
+    assert (deconv.window_of(frame, 40, 50, 5, -1) == frame[:, 40:45, 50:55]).all()
 
 
-def save_random_checkpoint(net: CNN) -> None:
-    names = [f"class {k}" for k in range(10)]
-    info: dict[str, Any] = {
-        "mean": [0.4] * 3,
-        "std": [0.25] * 3,
-        "seed": 0,
-        "epochs": 0,
-        "metrics": {"test_accuracy": 0.1},
-    }
-    save_checkpoint(Path("outputs/CNN.pth"), net, dataset="stl10", class_names=names, **info)
+def test_the_figure_shows_fields_projections_and_patches_and_says_where_nothing_fires() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (3, 96, 96)).astype(np.uint8)
+    projection = np.zeros((3, 96, 96), np.float32)
+    projection[0, 0, 0] = 2
+    unit = deconv.Unit(filter=7, value=1.5, top=-2, left=-1, projection=projection)
+    figure = deconv.draw(image, {"conv1": [unit], "conv2": []}, [5, 15], "heading")
+    plt.close(figure)
+    whole, panel, patch, without = figure.axes
+    assert whole.get_title() == "conv1, receptive field 5 px" and panel.get_title() == "filter 7\n1.50"
+    assert without.get_title() == "conv2, receptive field 15 px\nno filter fires" and not without.patches
+    (frame,) = whole.patches
+    assert isinstance(frame, Rectangle)
+    assert (*frame.get_xy(), frame.get_width(), frame.get_height()) == (-1.5, -2.5, 5, 5)
+    shown, pixels = (np.asarray(ax.images[0].get_array()) for ax in (panel, patch))
+    assert shown[2, 1].tolist() == [1, 0.5, 0.5] and (shown == 0.5).sum() == 74  # grey but for one value
+    assert (pixels[:2] == 1).all() and (pixels[:, :1] == 1).all()  # white outside
+    assert pixels[2:, 1:] == pytest.approx(image[:, :3, :4].transpose(1, 2, 0) / 255)
 
 
-def test_main_draws_a_picture_file_of_any_shape(
-    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_random_checkpoint(make_net())
-    to_pil_image(torch.randint(0, 256, (3, 50, 130), dtype=torch.uint8)).save("my picture.png")
-    monkeypatch.setattr(deconv, "IMAGE", "my picture.png")
-    monkeypatch.setattr(deconv, "DEVICE", "cpu")
-    deconv.main()
-    out = capsys.readouterr().out
-    assert out.startswith("projecting my picture.png") and out.endswith("next: uv run deconv_full.py\n")
-    assert Path("outputs/deconv_image.png").stat().st_size > 10_000
-
-
-def test_pictures_that_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"IMAGE is 'none.png'; no such file"):
-        deconv.load_picture(Path("none.png"))
-    Path("text.png").write_text("no picture")
-    with pytest.raises(SystemExit, match=r"IMAGE is 'text.png', which cannot be read"):
-        deconv.load_picture(Path("text.png"))
-    # a PNG whose header claims 60,000 x 60,000 pixels
-    to_pil_image(torch.zeros(3, 4, 4, dtype=torch.uint8)).save("bomb.png")
-    content = bytearray(Path("bomb.png").read_bytes())
-    content[16:24] = (60_000).to_bytes(4, "big") * 2
-    content[29:33] = __import__("zlib").crc32(content[12:29]).to_bytes(4, "big")
-    Path("bomb.png").write_bytes(content)
-    with pytest.raises(SystemExit, match=r"IMAGE is 'bomb.png'.*pixels"):
-        deconv.load_picture(Path("bomb.png"))
-
-
-def loaded(picture: Image.Image, name: str = "picture.png", **options: Any) -> Any:
+def loaded(picture: Image.Image, name: str = "picture.png", **options: Any) -> Array:
     picture.save(name, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = deconv.load_picture(Path(name))
-    assert found.shape == (3, 96, 96) and found.dtype == np.uint8 and found.flags.c_contiguous
-    return found
+    pixels = deconv.load_picture(Path(name))
+    assert pixels.shape == (3, 96, 96) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    return pixels.astype(int)
 
 
-def test_pictures_of_every_kind_are_read() -> None:
-    ramp = np.linspace(0, 255, 96).round().astype(np.uint8)[None].repeat(96, axis=0)  # dark left, light right
-    grey = Image.fromarray(ramp)
-    assert (loaded(grey) == ramp).all()
-    assert (loaded(grey.convert("RGB")) == ramp).all()
-    assert (loaded(Image.fromarray(ramp.astype(np.uint16) * 257)) == ramp).all()
-    assert (loaded(grey.convert("RGBA")) == ramp).all()
-    assert (loaded(grey.convert("1")) == np.asarray(grey.convert("1")) * 255).all()
-    assert abs(loaded(grey.convert("CMYK"), "picture.jpg", quality=100).astype(int) - ramp).mean() < 2
-    assert abs(loaded(grey, "picture.webp", lossless=True).astype(int) - ramp).max() < 2
-    frames = [grey.convert("P"), Image.new("P", (96, 96))]
-    assert (loaded(frames[0], "picture.gif", save_all=True, append_images=frames[1:]) == ramp).all()
+RAMP = np.linspace(0, 255, 96).round().astype(np.uint8)[None].repeat(96, axis=0)  # dark left, light right
+GREY = Image.fromarray(RAMP)
+PICTURES: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+    "grey": (GREY, "png", {}),
+    "16 bits": (Image.fromarray(RAMP.astype(np.uint16) * 257), "png", {}),
+    "12 of 16 bits used": (Image.fromarray(RAMP.astype(np.uint16) * 16), "png", {}),
+    "real numbers": (Image.fromarray(RAMP.astype(np.float32) * 1_000), "tiff", {}),
+    "ten times as large": (GREY.resize((960, 960), Image.Resampling.NEAREST), "png", {}),
+    "CMYK": (GREY.convert("CMYK"), "jpg", {"quality": 100}),
+    "first of two frames": (GREY, "gif", {"save_all": True, "append_images": [Image.new("L", (96, 96))]}),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_of_every_kind_are_read(kind: str) -> None:
+    picture, ending, options = PICTURES[kind]
+    difference = abs(loaded(picture, f"picture.{ending}", **options) - RAMP)
+    assert difference.mean() < 2 if kind in ("CMYK", "ten times as large") else not difference.any()
 
 
 def test_what_is_transparent_is_white() -> None:
-    clear = Image.new("RGBA", (96, 96), (10, 20, 30, 255))
-    clear.paste((10, 20, 30, 0), (0, 0, 48, 96))
     expected = np.full((3, 96, 96), 255)
     expected[:, :, 48:] = np.array([10, 20, 30])[:, None, None]
+    clear = Image.new("RGBA", (96, 96), (10, 20, 30, 255))
+    clear.paste((10, 20, 30, 0), (0, 0, 48, 96))
     assert (loaded(clear) == expected).all()
     # a palette with a transparency for each colour, as many icons have
     palette = Image.fromarray(np.arange(96, dtype=np.uint8)[None].repeat(96, axis=0) // 48, "P")
@@ -301,75 +264,67 @@ def test_what_is_transparent_is_white() -> None:
 
 
 def test_a_picture_is_turned_as_its_camera_says_and_its_centre_is_kept() -> None:
-    pixels = np.zeros((96, 200, 3), np.uint8)
-    pixels[:48, 52:148, 0] = 255  # red above the middle
-    pixels[:, 52:60, 2] = 255  # blue at the left of the centre
-    pixels[:, :40] = 99
-    picture = Image.fromarray(pixels)
+    pixels = np.random.default_rng(0).integers(0, 255, (96, 200, 3)).astype(np.uint8)
+    picture, exif = Image.fromarray(pixels), Image.Exif()
     assert (loaded(picture) == pixels[:, 52:148].transpose(2, 0, 1)).all()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its left side
-    turned = loaded(picture, exif=exif)
-    assert (turned == np.rot90(pixels[:, 52:148], -1).transpose(2, 0, 1)).all()
+    exif[0x0112] = 6  # orientation: lies on its left side
+    assert (loaded(picture, exif=exif) == np.rot90(pixels[:, 52:148], -1).transpose(2, 0, 1)).all()
 
 
-def test_a_large_picture_is_reduced_and_a_small_one_enlarged() -> None:
-    assert abs(loaded(Image.new("RGB", (900, 300), (9, 99, 199))).mean((1, 2)) - [9, 99, 199]).max() < 1
-    assert (loaded(Image.new("RGB", (1, 1), (9, 99, 199))) == np.array([9, 99, 199])[:, None, None]).all()
+def test_a_missing_file_and_one_that_is_no_picture_are_refused() -> None:
+    with pytest.raises(SystemExit, match=r"IMAGE is 'none.png'; no such file"):
+        deconv.load_picture(Path("none.png"))
+    Path("text.png").write_text("no picture")
+    with pytest.raises(SystemExit, match=r"IMAGE is 'text.png', which cannot be read as a picture"):
+        deconv.load_picture(Path("text.png"))
 
 
-def test_a_checkpoint_of_fewer_classes_than_the_data_is_refused(
-    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def figures(make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
+    """A checkpoint and data for `main`; the figures it would have written."""
+    net = make_net()
+    net.classifier.weight.zero_()
+    net.classifier.bias.copy_(torch.eye(10)[3])  # class 3, with e / (e + 9) = 23%
+    write_checkpoint(net)
+    Image.new("RGB", (130, 50), (9, 99, 199)).save("my picture.png")
+    written: list[Figure] = []
+    monkeypatch.setattr(deconv, "save_figure", lambda _, figure: written.append(figure))
+    monkeypatch.setattr(deconv, "DEVICE", "cpu")
+    yield written
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("image", "layers", "heading"),
+    [
+        (3, ["conv2"], "test image 3 of STL-10, class class 4, predicted class 3 (23%); "),
+        ("my picture.png", LAYERS, "my picture.png, predicted class 3 (23%); "),
+    ],
+)
+def test_main_draws_the_chosen_layers_of_a_test_image_or_a_picture(
+    figures: list[Figure], monkeypatch: pytest.MonkeyPatch, image: Any, layers: Any, heading: str
 ) -> None:
-    info: dict[str, Any] = {"mean": [0.4] * 3, "std": [0.25] * 3, "seed": 0, "epochs": 0}
-    info |= {"dataset": "stl10", "class_names": ["a", "b"], "metrics": {"test_accuracy": 0.1}}
-    save_checkpoint(Path("outputs/CNN.pth"), make_net(classes=2), **info)
-    with pytest.raises(SystemExit, match=r"outputs/CNN.pth names 2 classes, the data have more"):
-        deconv.main()
-
-
-def test_image_may_be_a_number_of_numpy_and_paths_may_be_text(
-    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_random_checkpoint(make_net())
-    settings = {"IMAGE": np.int64(2), "LAYER": "conv1", "CHECKPOINT": "outputs/CNN.pth", "DATA_DIR": "data"}
-    for name, value in {**settings, "FIGURE": "outputs/deconv_image.png"}.items():
-        monkeypatch.setattr(deconv, name, value)
+    monkeypatch.setattr(deconv, "IMAGE", image)
+    monkeypatch.setattr(deconv, "LAYER", layers[0] if len(layers) == 1 else "all")
     deconv.main()
-    assert Path("outputs/deconv_image.png").exists()
+    titles = [ax.get_title().split(",")[0] for ax in figures[0].axes]
+    assert [title for title in titles if title in LAYERS] == list(layers)
+    assert figures[0].get_suptitle().startswith(heading)
 
 
-def test_settings_out_of_range_are_refused(
-    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(SystemExit, match=r"outputs/CNN.pth not found"):
-        deconv.main()
-    save_random_checkpoint(make_net())
-    for name, value, message in (
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
         ("IMAGE", 30, "IMAGE is 30; the test split has images 0 to 29"),
-        ("IMAGE", -1, "IMAGE is -1"),
-        ("LAYER", "conv5", "LAYER is 'conv5'"),
-        ("IMAGE", True, "IMAGE is True; expected an index"),
-        ("N_FILTERS", 0, "N_FILTERS is 0"),
-        ("N_FILTERS", 31, "N_FILTERS is 31; expected a whole number from 1 to 30"),
-        ("N_FILTERS", 2.5, "N_FILTERS is 2.5"),
-        ("N_FILTERS", "6", "N_FILTERS is '6'"),
-        ("N_FILTERS", True, "N_FILTERS is True"),
-        ("DEVICE", "abacus", "DEVICE is 'abacus'"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(deconv, name, value)
-            with pytest.raises(SystemExit, match=message):
-                deconv.main()
-    assert not Path("outputs/deconv_image.png").exists()
-
-
-def test_one_layer_of_one_test_image_can_be_drawn(
-    make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        ("IMAGE", -1, "IMAGE is -1; the test split has images 0 to 29"),
+        ("LAYER", "conv5", "LAYER is 'conv5'; this network has conv1, conv2, conv3, conv4"),
+        ("CHECKPOINT", Path("none.pth"), "none.pth not found: run `uv run train_CNN.py` first"),
+    ],
+)
+def test_settings_out_of_range_and_a_stage_run_too_early_are_refused(
+    figures: list[Figure], monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str
 ) -> None:
-    save_random_checkpoint(make_net())
-    monkeypatch.setattr(deconv, "IMAGE", 3)
-    monkeypatch.setattr(deconv, "LAYER", "conv2")
-    deconv.main()
-    out = capsys.readouterr().out
-    assert "conv2: strongest filters" in out and "conv3" not in out
+    monkeypatch.setattr(deconv, name, value)
+    with pytest.raises(SystemExit, match=message):
+        deconv.main()
+    assert not figures

@@ -1,4 +1,4 @@
-"""Time a projection: deconv_full's engine in two precisions, deconv's full frame, captum, autograd.
+"""Time a projection: deconv_full's engine beside deconv's full frame, Captum and rectified autograd.
 
 Run:    uv run python tests/benchmarks/bench_projection.py
 Reads:  outputs/CNN.pth and its data set
@@ -6,38 +6,42 @@ Writes: nothing; prints a table
 
 One thread is timed in process CPU time, all cores in wall time. The ways take turns, round after round. Each
 includes its forward pass: the engine's one serves all units of an image, the others need one for each unit.
-
-What a window saves depends on how much of the frame it covers. So conv4 is timed twice: in the trained
-network, whose conv4 windows are 75 pixels wide, and in one with 3 x 3 filters, no stride and 32, 64, 128, 256
-filters, whose windows are 38 pixels wide (random weights: the arithmetic does not depend on them).
 """
 
+import io
 import os
 import platform
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from captum.attr import NeuronDeconvolution
 from torch import Tensor
 
 from CNN import CNN, LAYERS, load_checkpoint
-from deconv import project_unit
-from deconv_full import CHUNK, Projector, Units
-from load_data import load_split, normalise, title
+from deconv import project_unit, window_of
+from deconv_full import (
+    BATCH_SIZE,
+    Projector,
+    Units,
+    measure_activations,
+    project_units,
+    project_windows,
+    strongest_of,
+)
+from load_data import TITLES, Array, load_split
 
-IMAGES = 32  # the engine projects every filter of each
-UNITS = 4  # projected one by one by the other ways, in each round
 ROUNDS = 9
+Timer = Callable[[], float]
 
 
 class Rectified(torch.autograd.Function):
@@ -45,153 +49,96 @@ class Rectified(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
-        """Rectify."""
         return x.clamp(min=0)
 
     @staticmethod
     def backward(ctx: object, signal: Tensor) -> Tensor:
-        """Rectify the signal that comes back."""
         return signal.clamp(min=0)
 
 
-def strongest_units(net: CNN, projector: Projector, images: Tensor) -> tuple[list[Tensor], Units]:
-    """Forward pass, masks and the strongest active unit of each image and filter."""
-    features = net.features(images)
-    units = projector.units(features, features[projector.layer][0].flatten(2).argmax(dim=2))
-    return projector.masks(features), units.take(units.value.nonzero().flatten())
-
-
-def project_all(projector: Projector, masks: list[Tensor], units: Units, threads: int) -> None:
-    """Project all units, as deconv_full does: each thread takes chunks of its own."""
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
-        for _ in workers.map(
-            lambda group: projector.project(masks, units.take(group)).shape, projector.groups(units, CHUNK)
-        ):
-            pass
-
-
-def engine(net: CNN, projector: Projector, images: Tensor, threads: int) -> int:
-    """Project the strongest unit of every image and filter; return how many."""
-    masks, units = strongest_units(net, projector, images)
-    project_all(projector, masks, units, threads)
-    return len(units.image)
-
-
-def by_autograd(net: CNN, image: Tensor, layer: int, unit: tuple[int, int, int]) -> Tensor:
+def by_autograd(net: CNN, image: Tensor, layer: int, *unit: int) -> Tensor:
     """Value x rectified derivative, by torch's autograd."""
     image = image.clone().requires_grad_()
     x = image
     for block in net.blocks[: layer + 1]:
         x, _ = block.pool(Rectified.apply(block.bn(block.conv(x))))
-    value = x[0, unit[0], unit[1], unit[2]]
-    (gradient,) = torch.autograd.grad(value, image)
-    return value.detach() * gradient
+    (gradient,) = torch.autograd.grad(x[0][unit], image)
+    return x[0][unit].detach() * gradient
 
 
-def multiply_adds(projector: Projector, units: Units) -> float:
-    """Mean number of multiply-adds a unit needs in its window: every unpooled input x kernel x outputs."""
-    total = 0
-    for row, column in zip(units.row.tolist(), units.column.tolist(), strict=True):
-        for k, r, c in zip(
-            reversed(range(projector.layer)), projector.windows[row], projector.windows[column], strict=False
-        ):
-            filters, channels, kernel, _ = projector.blocks[k].conv.weight.shape
-            pixels = (r.stop - r.start) * (c.stop - c.start) * projector.blocks[k].pool_size ** 2
-            total += pixels * filters * channels * kernel**2
-    return total / len(units.image)
+def strongest_units(net: CNN, layer: int, images: Array) -> Units:
+    """Return the strongest unit of each image and filter that fires, as deconv_full projects them."""
+    activations = measure_activations(images, net, BATCH_SIZE, "")
+    maxima = activations[f"{LAYERS[layer]}_max"]
+    return strongest_of(maxima, activations[f"{LAYERS[layer]}_position"], *np.nonzero(maxima > 0))
 
 
-def clock(run: Callable[[], int | Tensor], timer: Callable[[], float]) -> float:
+def engine(projector: Projector, images: Array, units: Units) -> int:
+    """Project all units and keep next to nothing; return how many."""
+    for _ in project_units(projector, images, units, "", lambda windows: windows[:, 0, 0].clone()):
+        pass
+    return len(units.image)
+
+
+def clock(run: Callable[[], int | Tensor], timer: Timer) -> float:
     """Milliseconds a projection; `run` returns how many it made, or a single one."""
     start = timer()
     done = run()
     return 1e3 * (timer() - start) / (done if isinstance(done, int) else 1)
 
 
-def fastest_rate(timer: Callable[[], float]) -> float:
+def fastest_rate(timer: Timer) -> float:
     """Return the 1e9 multiply-adds per second of a matrix product or a convolution, whichever is faster."""
-    a = torch.randn(1024, 1024)
-    x = torch.randn(16, 256, 32, 32).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
-    rates = []
+    a, x, w = torch.randn(1024, 1024), torch.randn(16, 256, 32, 32), torch.randn(256, 256, 3, 3)
+    x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
     ways: list[tuple[int, Callable[[], Tensor]]] = [
         (1024**3, lambda: a @ a),
         (16 * 256 * 256 * 9 * 32**2, lambda: F.conv2d(x, w, padding=1)),
     ]
-    for size, run in ways:
-        run()
-        rates.append(size / min(clock(run, timer) for _ in range(7)) / 1e6)
-    return max(rates)
+    return max(size / min(clock(run, timer) for _ in range(8)) / 1e6 for size, run in ways)
 
 
-def time_layer(
-    net: CNN, projector: Projector, images: Tensor, threads: int, timer: Callable[[], float]
-) -> tuple[dict[str, list[float]], float]:
-    """Return the milliseconds a projection of each way, and the engine's largest deviation from captum."""
-    _, units = strongest_units(net, projector, images[:UNITS])
-    chosen = [int(units.value.argmax()), *range(0, len(units.image), len(units.image) // UNITS)]
-    rounded = Projector(net, projector.layer, torch.bfloat16)
-    times: dict[str, list[float]] = {way: [] for way in ("engine", "bfloat16", "plain", "captum", "autograd")}
-    captum, pool = NeuronDeconvolution(net, net.blocks[projector.layer].relu), projector.blocks[-1].pool_size
+def multiply_adds(projector: Projector, origins: Array) -> float:
+    """Mean number of multiply-adds a unit needs in its window: every unpooled input x kernel x outputs."""
+    total = 0
+    for row, column in (origins - projector.field.start) // projector.field.jump:
+        below = reversed(range(projector.layer))
+        for k, r, c in zip(below, projector.windows[row], projector.windows[column], strict=False):
+            block, pixels = projector.blocks[k], (r.stop - r.start) * (c.stop - c.start)
+            total += pixels * block.pool_size**2 * block.conv.weight.numel()
+    return total / len(origins)
+
+
+def time_layer(net: CNN, layer: int, images: Array, rate: float, timer: Timer) -> None:
+    """Print what a projection of one layer costs each way, and the engine's share of the limit."""
+    projector, units = Projector(net, layer, BATCH_SIZE), strongest_units(net, layer, images)
+    some = Units(*(entry[:: len(units.image) // ROUNDS] for entry in units))
+    windows, origins = project_windows(projector, images, some, "")
+    captum, size = NeuronDeconvolution(net, net.blocks[layer].relu), projector.field.size
+    times: dict[str, list[float]] = {way: [] for way in ("engine", "plain", "captum", "autograd")}
     worst = 0.0
-    for round_ in range(ROUNDS + 1):  # the first one warms up
-        unit = units.take(torch.tensor([chosen[round_ % len(chosen)]]))
-        image, place = images[unit.image], (int(unit.filter), int(unit.row), int(unit.column))
-        pooled = place[0], place[1] // pool, place[2] // pool
-
-        def plain(image: Tensor = image, pooled: tuple[int, int, int] = pooled) -> Tensor:
-            return project_unit(net, net.features(image), projector.layer, *pooled)
-
+    for n in range(ROUNDS + 1):  # the first round warms up
+        (image_number, *unit), value = (int(entry[n % ROUNDS]) for entry in some[:4]), some.value[n % ROUNDS]
+        image, (top, left) = net.normalise(torch.from_numpy(images[[image_number]])), origins[n % ROUNDS]
+        before_pooling = ((int(at) - projector.field.start) // projector.field.jump for at in (top, left))
+        attribute = partial(captum.attribute, image, (unit[0], *before_pooling))
         ways: dict[str, Callable[[], int | Tensor]] = {
-            "engine": partial(engine, net, projector, images[:IMAGES], threads),
-            "bfloat16": partial(engine, net, rounded, images[:IMAGES], threads),
-            "plain": plain,
-            "captum": partial(captum.attribute, image, place),
-            "autograd": partial(by_autograd, net, image, projector.layer, pooled),
+            "engine": partial(engine, projector, images, units),
+            "plain": partial(project_unit, net, image, layer, *unit),
+            "captum": attribute,
+            "autograd": partial(by_autograd, net, image, layer, *unit),
         }
         for way, run in ways.items():
-            milliseconds = clock(run, timer)
-            if round_:
-                times[way].append(milliseconds)
-        expected = captum.attribute(image, place)[0] * unit.value
-        masks, _ = strongest_units(net, projector, image)
-        alone = unit._replace(image=torch.zeros(1, dtype=torch.int64))
-        frame = torch.zeros_like(expected)
-        window = projector.project(masks, alone)[0].permute(2, 0, 1)
-        frame[:, *projector.inside(*place[1:])] = window
-        worst = max(worst, float((frame - expected).abs().max() / expected.abs().max()))
-    return times, worst
-
-
-def small_windows(images: Tensor) -> CNN:
-    """Return an untrained network with conv4 windows of 38 pixels, its batch norms set by the images."""
-    torch.manual_seed(0)
-    net = CNN((32, 64, 128, 256), (3, 3, 3, 3), (1, 1, 1, 1), (2, 2, 2, 2)).train()
-    with torch.no_grad():
-        for _ in range(30):  # running statistics approach those of the batch
-            net(images[:IMAGES])
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def print_layer(
-    name: str,
-    net: CNN,
-    projector: Projector,
-    images: Tensor,
-    threads: int,
-    rate: float,
-    timer: Callable[[], float],
-) -> None:
-    """Print what a projection of one layer costs each way, and the engine's share of the limit."""
-    times, worst = time_layer(net, projector, images, threads, timer)
-    fast = statistics.median(times["engine"])
-    cells = []
-    for way, values in times.items():
+            times[way].append(clock(run, timer))
+        expected = window_of(attribute()[0].numpy() * value, int(top), int(left), size, 0)
+        worst = max(worst, float(np.abs(windows[n % ROUNDS] - expected).max() / np.abs(expected).max()))
+    fast, cells = statistics.median(times["engine"][1:]), []
+    for way, (_, *values) in times.items():
         median = statistics.median(values)
         ratio = f" {median / fast:.0f}x" if way != "engine" else ""
         cells.append(f"{way} {median:.3f} ({min(values):.3f} to {max(values):.3f}){ratio}")
-    needed = multiply_adds(projector, strongest_units(net, projector, images[:2])[1])
-    print(f"{name}: {'; '.join(cells)}")
+    print(f"{LAYERS[layer]}: {'; '.join(cells)}")
+    needed = multiply_adds(projector, origins)
     print(
         f"       {needed / 1e6:.2f}e6 multiply-adds, {needed / fast / 1e6 / rate:.0%} of the limit; "
         f"differs from captum by {worst:.1e} of the largest",
@@ -199,39 +146,24 @@ def print_layer(
     )
 
 
-def print_growth(net: CNN, projector: Projector, images: Tensor, threads: int) -> None:
-    """Print how the cost grows with images and with filters."""
-    print("\ncost of conv4 on all cores, best of 3, forward pass and masks included for images")
-    for count in (IMAGES, 2 * IMAGES, 4 * IMAGES):
-        seconds, made = [], 0
-        for _ in range(3):
-            start = time.perf_counter()
-            made = sum(engine(net, projector, part, threads) for part in images[:count].split(IMAGES))
-            seconds.append(time.perf_counter() - start)
-        print(f"{count:>4} images, all filters {min(seconds):8.3f} s for {made:>6,} projections")
-    masks, units = strongest_units(net, projector, images[: 2 * IMAGES])
-    for filters in (64, 128, 256):
-        some = units.take((units.filter < filters).nonzero().flatten())
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            project_all(projector, masks, some, threads)
-            seconds.append(time.perf_counter() - start)
-        made = len(some.image)
-        print(f"{2 * IMAGES:>4} images, {filters} filters {min(seconds):8.3f} s for {made:>6,} projections")
+def print_growth(net: CNN, images: Array) -> None:
+    """Print how the cost of conv4 grows with images and with filters."""
+    layer, filters = len(LAYERS) - 1, net.config["filters"][-1]
+    projector, all_units = Projector(net, layer, BATCH_SIZE), strongest_units(net, layer, images)
+    for share, of in ((4, "images"), (2, "images"), (1, "images"), (4, "filters"), (2, "filters")):
+        numbers, count = (all_units.image, len(images)) if of == "images" else (all_units.filter, filters)
+        units = Units(*(entry[numbers < count // share] for entry in all_units))
+        best = min(clock(partial(engine, projector, images, units), time.perf_counter) for _ in range(3))
+        seconds, made = best * len(units.image) / 1e3, f"{len(units.image):,} projections"
+        print(f"{count // share:>5} {of:<8}{seconds:8.3f} s for {made}, {best:.3f} ms each")
 
 
 def main() -> None:
     """Time all layers, one thread and all cores, then how the cost grows."""
-    warnings.simplefilter("ignore")  # captum announces its hooks
-    checkpoint = load_checkpoint(Path("outputs/CNN.pth"))
-    split = load_split(checkpoint.dataset, Path("data"), "test")
-    images = normalise(torch.from_numpy(split.images[: 4 * IMAGES]), checkpoint.mean, checkpoint.std)
-    images = images.contiguous(memory_format=torch.channels_last)
-    net, cores = checkpoint.net, torch.get_num_threads()
+    checkpoint, cores = load_checkpoint(Path("outputs/CNN.pth")), torch.get_num_threads()
+    net, images = checkpoint.net, load_split(checkpoint.dataset, Path("data"), "test").images
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"{IMAGES} test images of {title(checkpoint.dataset)}, float32, chunks of {CHUNK}")
-    projectors = [Projector(net, layer) for layer in range(len(LAYERS))]
+    print(f"test images of {TITLES[checkpoint.dataset]}, {BATCH_SIZE} for each thread")
     for threads, timer, name in (
         (1, time.process_time, "one thread, process CPU time"),
         (cores, time.perf_counter, f"{cores} threads, wall time"),
@@ -240,20 +172,12 @@ def main() -> None:
         rate = fastest_rate(timer)
         print(f"\n{name}; the machine reaches {rate:.0f}e9 multiply-adds/s")
         print("ms a projection: median (min to max); x: how many times the engine's")
-        for layer, projector in zip(LAYERS, projectors, strict=True):
-            print_layer(layer, net, projector, images, threads, rate, timer)
-        small = small_windows(images)
-        print_layer(
-            f"{LAYERS[-1]} of the small-window network",
-            small,
-            Projector(small, 3),
-            images,
-            threads,
-            rate,
-            timer,
-        )
-    print_growth(net, projectors[-1], images, cores)
+        for layer in range(len(LAYERS)):
+            time_layer(net, layer, images[: BATCH_SIZE * threads], rate, timer)
+    print("\ncost of conv4 on all cores, best of 3, forward pass and masks included")
+    print_growth(net, images[: 4 * BATCH_SIZE * cores])
 
 
 if __name__ == "__main__":
-    main()
+    with redirect_stderr(io.StringIO()):  # no progress bars; captum announces its hooks
+        main()

@@ -14,33 +14,34 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-import train_CNN as settings
+import train_CNN as script
 from CNN import CNN
-from load_data import Split, find_dataset, load_split, mean_and_std, title
+from load_data import IMAGE_SIZE, TITLES, Split, find_dataset, load_split, mean_and_std
 
 ROUNDS = 5
-STEPS = 12  # of each way in a round, the first two untimed
+STEPS = 12  # of each way in a round
 WORKERS = (0, 2)  # of the plain way's DataLoader; the faster one counts
 
 
 class Plain(Dataset[tuple[Tensor, int]]):
     """The training images one by one, each changed by torchvision as much as train_CNN changes it."""
 
-    def __init__(self, split: Split, mean: list[float], std: list[float]):
-        self.split = split
-        strength = settings.AUGMENTATION
-        shift, zoom, colour = strength.shift / 96, strength.zoom, strength.colour
-        hidden = (strength.cutout / 96) ** 2  # share of the image
+    def __init__(self, split: Split):
+        self.split, (mean, std), strength = split, mean_and_std(split.images), script.AUGMENTATION
+        shift, zoom, colour = strength.shift / IMAGE_SIZE, strength.zoom, strength.colour
+        hidden = (strength.cutout / IMAGE_SIZE) ** 2  # share of the image
         self.transform = v2.Compose(
             [
                 v2.ToPILImage(),
@@ -49,85 +50,62 @@ class Plain(Dataset[tuple[Tensor, int]]):
                 v2.ColorJitter(colour, colour, colour),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(mean, std),
+                v2.Normalize(mean.tolist(), std.tolist()),
                 v2.RandomErasing(float(hidden > 0), (hidden, hidden), (1, 1)),
             ]
         )
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.split.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one image and its label."""
         return self.transform(torch.from_numpy(self.split.images[index])), int(self.split.labels[index])
 
 
-def plain_steps(split: Split, mean: list[float], std: list[float], workers: int) -> Iterator[None]:
+def plain_steps(split: Split, config: dict[str, object], workers: int) -> Iterator[None]:
     """Train in the plain way, a step at a time."""
-    net = CNN()
-    optimizer = torch.optim.AdamW(
-        net.parameters(), settings.LEARNING_RATE, weight_decay=settings.WEIGHT_DECAY
-    )
+    net = CNN(**config)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(net.parameters(), script.LEARNING_RATE, weight_decay=script.WEIGHT_DECAY)
     while True:
-        for images, labels in DataLoader(
-            Plain(split, mean, std), settings.BATCH_SIZE, True, num_workers=workers
-        ):
-            loss = F.cross_entropy(net(images), labels, label_smoothing=settings.LABEL_SMOOTHING)
+        for images, labels in DataLoader(Plain(split), script.BATCH_SIZE, True, num_workers=workers):
+            loss = F.cross_entropy(net(images), labels, label_smoothing=script.LABEL_SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             yield
 
 
-def time_plain(steps: Iterator[None]) -> float:
-    """Return images per second of a few steps."""
-    for _ in range(2):
-        next(steps)
+def images_per_second(run: Callable[[], object]) -> float:
+    """Return images per second of STEPS training steps, which `run` makes."""
     start = time.perf_counter()
-    for _ in range(STEPS - 2):
-        next(steps)
-    return (STEPS - 2) * settings.BATCH_SIZE / (time.perf_counter() - start)
-
-
-def time_ours(trainer: settings.Trainer, split: Split, mean: list[float], std: list[float]) -> float:
-    """Return images per second of as many steps of train_CNN's loop."""
-    images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    warm, timed = 2 * settings.BATCH_SIZE, (STEPS - 2) * settings.BATCH_SIZE
-    trainer.epoch(images[:warm], labels[:warm], mean, std, settings.BATCH_SIZE)
-    start = time.perf_counter()
-    trainer.epoch(images[:timed], labels[:timed], mean, std, settings.BATCH_SIZE)
-    return timed / (time.perf_counter() - start)
+    run()
+    return STEPS * script.BATCH_SIZE / (time.perf_counter() - start)
 
 
 def main() -> None:
     """Let both ways take turns and print medians and their ratio."""
-    dataset = find_dataset(settings.DATASET, settings.DATA_DIR)
-    split = load_split(dataset, settings.DATA_DIR, "train")
-    mean, std = mean_and_std(split.images)
-    device = torch.device("cpu")
-    precision = settings.choose_precision(device)
-    chosen = {
-        "seed": 0,
-        "learning_rate": settings.LEARNING_RATE,
-        "weight_decay": settings.WEIGHT_DECAY,
-        "warm_up": settings.WARM_UP,
-        "label_smoothing": settings.LABEL_SMOOTHING,
-        "augmentation": settings.AUGMENTATION,
-    }
-    trainer = settings.Trainer(CNN().config, device, precision, STEPS * (ROUNDS + 1), chosen)
-    ways: dict[str, Callable[[], float]] = {
-        f"train_CNN ({precision}, channels last)": lambda: time_ours(trainer, split, mean, std)
-    }
+    dataset = find_dataset(script.DATASET, script.DATA_DIR)
+    split, device = load_split(dataset, script.DATA_DIR, "train"), torch.device("cpu")
+    names = ("batch_size", "learning_rate", "warm_up", "weight_decay", "label_smoothing", "seed")
+    settings = {name: getattr(script, name.upper()) for name in names}
+    settings["augmentation"] = script.AUGMENTATION._asdict()
+    names = ("filters", "kernel_sizes", "strides", "pool_sizes", "head_size", "dropout")
+    settings["network"] = {name: getattr(script, name.upper()) for name in names}
+    precision = script.choose_precision(device)
+    few = split.select(np.arange(STEPS * script.BATCH_SIZE))  # one epoch is one round
+    trainer = script.Trainer(few, settings, ROUNDS + 1, device, precision)
+    ways: dict[str, Callable[[], object]] = {f"train_CNN ({precision}, channels last)": trainer.epoch}
     for workers in WORKERS:
-        steps = plain_steps(split, mean, std, workers)
-        ways[f"plain, {workers} workers"] = lambda steps=steps: time_plain(steps)  # type: ignore[misc]
+        steps = plain_steps(split, settings["network"], workers)
+        ways[f"plain, {workers} workers"] = partial(lambda steps: [next(steps) for _ in range(STEPS)], steps)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"{title(dataset)}, batches of {settings.BATCH_SIZE}; images per second: median (min to max)")
+    print(f"{TITLES[dataset]}, batches of {script.BATCH_SIZE}; images per second: median (min to max)")
     rates: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS + 1):  # the first round warms up
         for way, run in ways.items():
-            rates[way].append(run())
+            rate = images_per_second(run)
+            if number > 0:
+                rates[way].append(rate)
     medians = {way: statistics.median(values) for way, values in rates.items()}
     for way, values in rates.items():
         print(f"{way:<45}{medians[way]:7.0f} ({min(values):.0f} to {max(values):.0f})")
