@@ -1,4 +1,4 @@
-"""Define the network: four convolutional blocks with batch norm, ReLU, max pooling and dropout.
+"""Define the network: four convolutional blocks with batch norm, max pooling, ReLU and dropout.
 
 Run:    uv run CNN.py
 Reads:  nothing
@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
 
 
 class ConvBlock(nn.Module):
-    """Convolution, batch norm, ReLU and non-overlapping max pooling that records its switches.
+    """Convolution, batch norm, non-overlapping max pooling and ReLU.
 
     The convolution has no bias: batch norm subtracts the mean, so a bias could change nothing. It is padded
-    so that a map of n rows becomes one of n / stride rows.
+    so that a map of n rows becomes one of n / stride rows (for odd kernels and even strides). The paper
+    rectifies, then pools; maximum and ReLU commute, so the values are the same, but here a switch is the
+    place of the largest value whatever its sign. After a ReLU a region in which nothing fires is a tie of
+    zeros, whose switch would be arbitrary.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, pool_size: int):
@@ -35,13 +39,17 @@ class ConvBlock(nn.Module):
         self.pool = nn.MaxPool2d(pool_size, return_indices=True)
         self.pool_size = pool_size
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
+        """Return pooled activations (images, filters, rows, columns); without switches, which cost time."""
+        return cast(Tensor, self.relu(F.max_pool2d(self.bn(self.conv(x)), self.pool_size)))
+
+    def with_switches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return pooled activations and switches, both (images, filters, rows, columns).
 
         A switch is the place of the maximum in the map before pooling, row * columns of that map + column.
         """
-        pooled, switches = self.pool(self.relu(self.bn(self.conv(x))))
-        return pooled, switches
+        pooled, switches = self.pool(self.bn(self.conv(x)))
+        return self.relu(pooled), switches
 
     def sizes(self) -> tuple[int, int, int]:
         """Return kernel size, stride and padding of the convolution."""
@@ -72,7 +80,7 @@ class CNN(nn.Module):
     def __init__(
         self,
         filters: Sequence[int] = (48, 96, 192, 256),
-        kernel_sizes: Sequence[int] = (5, 3, 3, 3),
+        kernel_sizes: Sequence[int] = (6, 3, 3, 3),
         strides: Sequence[int] = (2, 1, 1, 1),
         pool_sizes: Sequence[int] = (2, 2, 2, 2),
         head_size: int = 2,
@@ -93,7 +101,6 @@ class CNN(nn.Module):
         sizes = zip(inputs, filters, kernel_sizes, strides, pool_sizes, strict=True)
         blocks = nn.ModuleList(ConvBlock(*of_block) for of_block in sizes)
         self.blocks = cast(Sequence[ConvBlock], blocks)  # a ModuleList does not say what it holds
-        self.average = nn.AdaptiveAvgPool2d(head_size)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(filters[-1] * head_size**2, classes)
         self.register_buffer("mean", torch.zeros(3, 1, 1))
@@ -108,16 +115,25 @@ class CNN(nn.Module):
         """Return logits (images, classes) for normalised images (images, 3, rows, columns)."""
         x = images
         for block in self.blocks:
-            x, _ = block(x)
+            x = block(x)
         return self.classify(x)
 
     def features(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return (pooled activations, switches) of each layer, conv1 first, from one forward pass."""
         layers, x = [], images
         for block in self.blocks:
-            x, switches = block(x)
+            x, switches = block.with_switches(x)
             layers.append((x, switches))
         return layers
+
+    def average(self, pooled: Tensor) -> Tensor:
+        """Average the pooled maps of conv4 over head_size x head_size regions."""
+        strides = [side // self.config["head_size"] for side in pooled.shape[-2:]]
+        kernels = [
+            side - (self.config["head_size"] - 1) * stride
+            for side, stride in zip(pooled.shape[-2:], strides, strict=True)
+        ]
+        return F.avg_pool2d(pooled, kernels, strides)  # adaptive pooling fails on Apple GPUs
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Return logits (images, classes) for the pooled maps of conv4."""

@@ -291,7 +291,6 @@ def draw_distributions(filters: pd.DataFrame) -> Figure:
         ax.set_xlabel(text)
     grid.figure.set_layout_engine("none")
     grid.figure.subplots_adjust(top=0.82)
-    grid.figure.set_dpi(200)
     return grid.figure
 
 
@@ -352,7 +351,7 @@ def compare_networks(tables: Mapping[str, pd.DataFrame], run: Run) -> pd.DataFra
 def draw_specialisation(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw, layer by layer, how specialised the filters of both networks are, with medians and intervals."""
     both = pd.concat([table.assign(network=name) for name, table in tables.items()], ignore_index=True)
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), dpi=200, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
     texts = {"selectivity": "class selectivity", "auc": "area under the ROC curve"}
     for ax, (metric, text) in zip(axes, texts.items(), strict=True):
         options: dict[str, Any] = {"data": both, "x": "layer", "y": metric, "hue": "network", "ax": ax}
@@ -466,7 +465,7 @@ def draw_ablation(changes: Array, index: Array, curves: Mapping[str, Array], nam
     preferred = index[:, known].argmax(axis=0)
     order = np.lexsort((-index[preferred, known], preferred))
     lost = -100 * changes[:, known[order]]
-    fig = plt.figure(figsize=(7, 6), dpi=200, layout="constrained")
+    fig = plt.figure(figsize=(7, 6), layout="constrained")
     ax, below = fig.subplots(2, 1, height_ratios=[1.15, 1])
     top = float(np.percentile(np.abs(lost), 99)) or 1
     options: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -top, "vmax": top, "interpolation": "nearest"}
@@ -649,7 +648,7 @@ def randomise_weights(run: Run, top: TopUnits, count: int, images: Array) -> pd.
 
 def draw_trust(survived: pd.DataFrame, alike: pd.DataFrame, share: float) -> Figure:
     """Draw medians with 95 % intervals: what survives of activations; how alike projections stay."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), dpi=200, layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
     style: dict[str, Any] = MEDIANS | {"hue": "variant", "markers": ["o", "s"], "dodge": 0.15}
     baselines, random = alike.iloc[:, :2], alike.iloc[:, 2:]
     for ax, table, line in ((left, survived, "none"), (right, random, "-")):
@@ -738,7 +737,7 @@ def run_probes(
 
 def draw_probes(probes: pd.DataFrame, run: Run) -> Figure:
     """Draw the accuracy of the probes of each layer, trained and untrained, with 95 % intervals."""
-    fig, ax = plt.subplots(figsize=(5, 3.4), dpi=200, layout="constrained")
+    fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for (network, rows), style in zip(probes.groupby("network", sort=False), ("o-", "s--"), strict=True):
         accuracy, reach = 100 * rows["accuracy"], 100 * (rows["high"] - rows["accuracy"])
         ax.errorbar(range(4), accuracy, reach, fmt=style, capsize=2.5, label=str(network))

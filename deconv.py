@@ -212,7 +212,7 @@ def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int]
     pixels = image / 255
     columns = 2 + max(1, *(len(units) for units in layers.values()))
     size = 1.15 * columns + 0.2, 2.45 * len(layers) + 0.5
-    fig = plt.figure(figsize=size, dpi=200, layout="constrained")
+    fig = plt.figure(figsize=size, layout="constrained")
     grid = fig.add_gridspec(2 * len(layers), columns)
     for k, ((layer, units), field) in enumerate(zip(layers.items(), field_sizes, strict=True)):
         whole = fig.add_subplot(grid[2 * k : 2 * k + 2, :2])

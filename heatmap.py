@@ -84,7 +84,7 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
     active = active.sort_values(["preferred_class", "selectivity"], ascending=[True, False])
     sizes = active["preferred_class"].value_counts(sort=False).tolist()
     fig, (top, ax) = plt.subplots(
-        2, 1, figsize=(8, 4), dpi=200, sharex=True, height_ratios=[1, 4], layout="constrained"
+        2, 1, figsize=(8, 4), sharex=True, height_ratios=[1, 4], layout="constrained"
     )
     top.stairs(active["selectivity"].to_numpy(np.float64), fill=True, color="0.5")
     top.set(ylim=(0, 1), ylabel="selectivity")
@@ -148,7 +148,7 @@ def draw_class(
     filters, count = images.shape[:2]
     size = 2.4 + 2.5 * count, 1.4 + 1.4 * filters
     panels = 1 + 2 * count  # in a row
-    fig, axes = plt.subplots(filters, panels, figsize=size, dpi=200, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(filters, panels, figsize=size, squeeze=False, layout="constrained")
     colours = sns.color_palette("rocket", as_cmap=True)(np.linspace(0.3, 1, 256))
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
     style: dict[str, Any] = {"vmin": 0, "vmax": 1}
@@ -189,7 +189,7 @@ def draw_images(
     """
     rows = -(-len(images) // 2)
     size = 8, 1.6 + 1.42 * rows
-    fig, axes = plt.subplots(rows, 6, figsize=size, dpi=200, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, 6, figsize=size, squeeze=False, layout="constrained")
     panels, coloured, top = axes.reshape(-1, 3), displayed(signed), robust_scale(magnitudes)
     for ax in panels[len(images) :].flat:
         ax.axis("off")
@@ -294,7 +294,7 @@ def draw_occlusion(
         heading: Title.
     """
     size = 8, 1.7 + 1.36 * len(images)
-    fig, axes = plt.subplots(len(images), 5, figsize=size, dpi=200, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(images), 5, figsize=size, squeeze=False, layout="constrained")
     # a value stands for the stride x stride pixels around the centre of its square
     first = stride // 2 - stride / 2
     last = first + stride * len(occlusions[0].activity)
@@ -408,7 +408,7 @@ def draw_invariance(changes: Mapping[str, Change], texts: Sequence[str], heading
     """
     size, widths = (8, 0.9 + 1.95 * len(changes)), [1.15, 1, 1, 1]
     fig, axes = plt.subplots(
-        len(changes), 4, figsize=size, dpi=200, sharey="col", width_ratios=widths, layout="constrained"
+        len(changes), 4, figsize=size, sharey="col", width_ratios=widths, layout="constrained"
     )
     above = "examples", "distance in conv1", "distance in conv4", "probability of\nthe true class"
     for number, (row, (kind, found)) in enumerate(zip(axes, changes.items(), strict=True)):

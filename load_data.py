@@ -8,6 +8,7 @@ Every later stage takes its images from here, and the functions that write a fil
 """
 
 import cmath
+import errno
 import hashlib
 import math
 import tarfile
@@ -15,6 +16,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -180,7 +182,9 @@ def download(folder: Path) -> None:
                     missing.remove(name)
                 if not missing:
                     return
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, HTTPException, tarfile.TarError, zlib.error) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES):
+            raise  # this machine's fault, not the network's
         raise DownloadError(" ".join(str(error).split())) from error
     raise DownloadError(f"the archive ended before {', '.join(sorted(missing))}")
 
@@ -330,7 +334,7 @@ def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]
     if not path.is_file():
         raise SystemExit(f"{path} not found: {run} first")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             origin, *arrays = (stored[key] for key in ("checkpoint_sha256", *keys))
     except Exception as error:  # what numpy raises for a damaged file is of nearly any type
         raise SystemExit(
@@ -382,7 +386,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 def set_style() -> None:
     """Give all figures one look; draw to files only."""
     plt.switch_backend("agg")
-    sns.set_theme(context="paper", style="white", palette="colorblind")
+    sns.set_theme(context="paper", style="white", palette="colorblind", rc={"figure.dpi": 200})
 
 
 def lay_out(pictures: Array, columns: int, gap: int) -> Array:
@@ -396,7 +400,7 @@ def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
     columns = min(10, *np.bincount(data.labels).tolist())
     rows = [np.flatnonzero(data.labels == label)[:columns] for label in range(len(names))]
     pictures = np.moveaxis(data.images[np.concatenate(rows)], 1, 3) / 255
-    fig, ax = plt.subplots(figsize=(8, 8), dpi=200, layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 8), layout="constrained")
     ax.imshow(lay_out(pictures, columns, 4), interpolation="nearest")
     step = IMAGE_SIZE + 4  # pixels from one image to the next
     ax.set_xticks([])

@@ -4,7 +4,7 @@ Run:    uv run train_CNN.py
 Reads:  data/stl10_binary/{train,test}_{X,y}.bin, which it downloads if they are missing; fold_indices.txt
         beside them for a fold
 Writes: outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/training_log.csv,
-        outputs/training_curves.png, outputs/confusion_matrix.png
+        outputs/training_curves.png, outputs/confusion_matrix.png, outputs/conv1_filters.png
 
 An interrupted run goes on from the last finished epoch, kept in outputs/training_state_*.pth, when the script
 is started again with the same settings.
@@ -13,9 +13,10 @@ is started again with the same settings.
 import hashlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,6 +40,7 @@ from load_data import (
     augment,
     class_names,
     find_dataset,
+    lay_out,
     load_split,
     mean_and_std,
     save_figure,
@@ -52,18 +54,19 @@ DATA_DIR = Path("data")  # holds the folder stl10_binary
 TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,000; "fold 0" to "fold 9"
 # network
 FILTERS = (48, 96, 192, 256)  # of conv1 to conv4, as the three below
-KERNEL_SIZES = (5, 3, 3, 3)  # rows and columns of a filter
+KERNEL_SIZES = (6, 3, 3, 3)  # each a multiple of its stride, so that a projection reaches all pixels alike
 STRIDES = (2, 1, 1, 1)  # 2 in conv1 makes training several times faster
-POOL_SIZES = (2, 2, 2, 2)  # a layer without pooling covers projections with a grid of dots
+POOL_SIZES = (2, 2, 2, 2)  # rows and columns of a pooling region; 1 for none
 HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
 DROPOUT = 0.3  # of the classifier's inputs
 # training
-EPOCHS = 50  # passes over the training images
+EPOCHS = 60  # passes over the training images
 SHAPES_EPOCHS = 8  # passes over the generated images, at most EPOCHS
 BATCH_SIZE = 64  # images a step
-LEARNING_RATE = 3e-3  # of AdamW; largest, after the warm-up
-WARM_UP = 0.15  # share of the training in which the learning rate rises; then it falls along a cosine
-WEIGHT_DECAY = 0.05  # of filters and the classifier's weights, not of batch norm
+FILTER_RATE = 0.03  # of Muon: how far a filter, of norm 1, moves in a step; largest, after the warm-up
+LEARNING_RATE = 3e-3  # of AdamW, for batch norm and the classifier; likewise
+WARM_UP = 0.15  # share of the training in which the learning rates rise; then they fall along a cosine
+WEIGHT_DECAY = 0.05  # of the classifier's weights, not of batch norm
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes
 AUGMENTATION = Augmentation(shift=12, zoom=0.25, rotation=10, colour=0.3, cutout=16)  # load_data.py says what
 MEASURE_EVERY = 5  # epochs between measurements on the test images, also made at snapshots and at the end
@@ -113,8 +116,10 @@ def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> t
         allowed = "'all', 'validation', 'fold 0' to 'fold 9'"
         raise SystemExit(f"TRAIN_ON is {train_on!r}; allowed are {allowed}")
     try:
-        indices = np.loadtxt(folds, dtype=np.int64)[int(train_on[-1])]
-        return train.select(indices), test, "test"
+        indices = np.loadtxt(folds, dtype=np.int64, ndmin=2)
+        if len(indices) != 10 or indices.min() < 0:
+            raise ValueError(f"{len(indices)} lines, expected ten of indices")
+        return train.select(indices[int(train_on[-1])]), test, "test"
     except (OSError, ValueError, IndexError) as error:
         raise SystemExit(
             f"{folds} cannot be read ({error}): take it from the published archive, or set TRAIN_ON to 'all'"
@@ -154,25 +159,64 @@ def evaluate(
     return Result(loss / len(labels), float((predicted == labels).float().mean()), predicted)
 
 
+def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
+    """Move a matrix's singular values towards 1 by Newton-Schulz steps, X -> (a + b X X' + c (X X')^2) X.
+
+    Coefficients of Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"). A step is
+    a polynomial of the small matrix X X', so these are gathered first: the large one is multiplied once.
+    """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalise(matrix.mT, steps).mT
+    x = matrix / (matrix.norm() + 1e-7)
+    gram, identity = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
+    product = identity
+    for _ in range(steps):
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product, gram = polynomial @ product, polynomial @ gram @ polynomial
+    return cast(Tensor, product @ x)
+
+
+class Muon(torch.optim.Optimizer):
+    """Move the filters of a layer in directions orthogonal to each other (Jordan et al. 2024).
+
+    Each filter is kept at norm 1: batch norm makes its scale irrelevant, and this takes the place of weight
+    decay (the paper renormalises filters, too, section 3). A step moves the filters of a layer by `lr` in the
+    root mean square. torch.optim.Muon takes no 4-D parameters.
+
+    Args:
+        params: Filters, (filters, channels, rows, columns) each.
+        lr: How far a filter moves in a step.
+        momentum: Of the gradient, with Nesterov's look-ahead.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make one step."""
+        for group in self.param_groups:
+            for filters in group["params"]:
+                velocity = self.state[filters].setdefault("momentum", torch.zeros_like(filters))
+                velocity.lerp_(filters.grad, 1 - group["momentum"])
+                ahead = filters.grad.lerp(velocity, group["momentum"])
+                update = orthogonalise(ahead.flatten(1))
+                update *= len(filters) ** 0.5 / (update.norm() + 1e-7)
+                filters.div_(filters.flatten(1).norm(dim=1)[:, None, None, None])
+                filters.sub_(update.view_as(filters), alpha=group["lr"])
+
+
 class Trainer:
-    """A training run: network, optimiser, schedule and random state, which can be stored and restored.
+    """A training run: network, optimisers, schedules and random state, which can be stored and restored.
 
     Args:
         train: The training images.
         settings: Under the names of the constants above, in small letters.
-        epochs: Of the whole run.
         device: Where to train.
-        precision: Of the forward and backward pass; weights and optimiser stay in float32.
+        precision: Of the forward and backward pass; weights and optimisers stay in float32.
     """
 
-    def __init__(
-        self,
-        train: Split,
-        settings: dict[str, Any],
-        epochs: int,
-        device: torch.device,
-        precision: torch.dtype,
-    ):
+    def __init__(self, train: Split, settings: dict[str, Any], device: torch.device, precision: torch.dtype):
         self.images, self.labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
         self.precision, self.batch_size = precision, settings["batch_size"]
         self.smoothing = settings["label_smoothing"]
@@ -183,26 +227,28 @@ class Trainer:
         for buffer, values in zip((net.mean, net.std), mean_and_std(train.images), strict=True):
             buffer.copy_(torch.from_numpy(values).view(3, 1, 1))
         self.net = net.to(device).to(memory_format=torch.channels_last)
-        weights = [p for p in self.net.parameters() if p.ndim > 1]
-        of_batch_norm = [p for p in self.net.parameters() if p.ndim == 1]
-        groups = [
-            {"params": weights, "weight_decay": settings["weight_decay"]},
-            {"params": of_batch_norm, "weight_decay": 0.0},
+        filters = [block.conv.weight for block in self.net.blocks]
+        of_batch_norm = [parameter for block in self.net.blocks for parameter in block.bn.parameters()]
+        others: list[dict[str, Any]] = [
+            {"params": [self.net.classifier.weight], "weight_decay": settings["weight_decay"]},
+            {"params": [*of_batch_norm, self.net.classifier.bias], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=(0.9, 0.99))
-        self.schedule = OneCycleLR(
-            self.optimizer,
-            settings["learning_rate"],
-            total_steps=epochs * (len(self.images) // self.batch_size) + 1,
-            pct_start=settings["warm_up"],
-            cycle_momentum=False,  # betas stay
+        self.optimizers = (
+            Muon(filters, settings["filter_rate"]),
+            torch.optim.AdamW(others, settings["learning_rate"], betas=(0.9, 0.99)),
         )
+        steps = settings["epochs"] * (len(self.images) // self.batch_size)
+        rates = settings["filter_rate"], settings["learning_rate"]
+        self.schedules = [
+            OneCycleLR(o, rate, steps + 1, pct_start=settings["warm_up"], cycle_momentum=False)
+            for o, rate in zip(self.optimizers, rates, strict=True)
+        ]
 
-    def epoch(self) -> Result:
-        """Train on every image once, in random order, the last incomplete batch left out.
+    def epoch(self, bar: "tqdm[Any] | None" = None) -> Result:
+        """Train on every image once, in random order, the last incomplete batch left out; `bar` counts steps.
 
         Returns:
-            Loss and accuracy in training mode on the augmented images, as they were seen.
+            Loss, without label smoothing, and accuracy in training mode on the augmented images.
 
         Raises:
             SystemExit: If the loss is not finite.
@@ -212,21 +258,23 @@ class Trainer:
         order = torch.randperm(len(self.images), generator=self.generator)
         order = order[: len(order) // self.batch_size * self.batch_size]
         losses, predictions = [], []
-        for chosen in tqdm(order.split(self.batch_size), unit="step", leave=False, disable=None):
+        for chosen in order.split(self.batch_size):
             batch = augment(self.net.normalise(self.images[chosen]), self.augmentation, self.generator)
             batch = batch.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
                 logits = self.net(batch)
             truth = self.labels[chosen].to(device)
             loss = F.cross_entropy(logits.float(), truth, label_smoothing=self.smoothing)
-            losses.append(loss.item())
+            losses.append(F.cross_entropy(logits.detach().float(), truth).item())
             if not math.isfinite(losses[-1]):
-                rate = self.schedule.get_last_lr()[0]
-                raise SystemExit(f"the loss is {losses[-1]} at learning rate {rate:.3g}: lower LEARNING_RATE")
-            self.optimizer.zero_grad()
+                raise SystemExit(f"the loss is {losses[-1]}: lower FILTER_RATE or LEARNING_RATE")
+            self.net.zero_grad()
             loss.backward()
-            self.optimizer.step()
-            self.schedule.step()
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+            if bar is not None:
+                bar.update()
             predictions.append(logits.argmax(dim=1).cpu())
         predicted = torch.cat(predictions)
         accuracy = float((predicted == self.labels[order]).float().mean())
@@ -236,8 +284,8 @@ class Trainer:
         """Return everything that decides how the training goes on."""
         return {
             "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
@@ -246,8 +294,9 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to what `state` returned."""
         self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name in ("optimizers", "schedules"):
+            for part, stored in zip(getattr(self, name), state[name], strict=True):
+                part.load_state_dict(stored)
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -271,37 +320,49 @@ def log_row(
     epoch: int, learned: Result, measured: Result | None, trainer: Trainer, seconds: float
 ) -> dict[str, Any]:
     """Print what an epoch brought and return it as a row of training_log.csv."""
-    rate = float(trainer.schedule.get_last_lr()[0])
+    rate = float(trainer.schedules[0].get_last_lr()[0])
     middle = f"{measured.loss:>17.4f}{measured.accuracy:>10.1%}" if measured else " " * 27
-    print(
-        f"{epoch:>5}{learned.loss:>16.4f}{learned.accuracy:>10.1%}{middle}{rate:>15.2g}{seconds:>7.0f} s",
-        flush=True,
-    )
+    line = f"{epoch:>5}{learned.loss:>16.4f}{learned.accuracy:>10.1%}{middle}{rate:>15.2g}{seconds:>7.0f} s"
+    tqdm.write(line)  # above the progress bar
+    sys.stdout.flush()
     return {
         "epoch": epoch,
         "train_loss": learned.loss,
         "train_accuracy": learned.accuracy,
         "measured_loss": measured.loss if measured else math.nan,
         "measured_accuracy": measured.accuracy if measured else math.nan,
-        "learning_rate": rate,
+        "filter_rate": rate,
         "seconds": seconds,
     }
 
 
+def draw_filters(filters: Array, heading: str) -> Figure:
+    """Draw conv1's filters (filters, 3, rows, columns), each with its own scale; grey is zero."""
+    scale = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
+    pictures = np.moveaxis(0.5 + filters / (2 * scale), 1, 3)
+    fig, ax = plt.subplots(figsize=(6, 0.3 + 0.74 * math.ceil(len(filters) / 8)), layout="constrained")
+    ax.imshow(lay_out(pictures, 8, 1), interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(heading, fontsize=9)
+    return fig
+
+
 def draw_curves(log: pd.DataFrame, split: str, heading: str) -> Figure:
-    """Draw loss, accuracy and learning rate of each epoch; `split` is that of the measured images."""
-    training = "training images, augmented (the loss: with smoothed labels)"
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), dpi=200, layout="constrained")
+    """Draw loss, accuracy and learning rate against epochs and minutes."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for ax, quantity, unit, scale in zip(axes, ("loss", "accuracy"), ("nats", "%"), (1, 100), strict=False):
-        for part, name in (("train", training), ("measured", f"{split} images")):
+        for part, name in (("train", "training images, augmented"), ("measured", f"{split} images")):
             values = scale * log.set_index("epoch")[f"{part}_{quantity}"].dropna()  # not measured every epoch
             ax.plot(values, label=name, marker="." if len(values) < 20 else "")
         ax.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
-    axes[2].plot(log["epoch"], log["learning_rate"], color="0.3")
-    axes[2].set(xlabel="epoch", ylabel="learning rate at the end")
-    axes[2].ticklabel_format(axis="y", scilimits=(0, 0))
+    axes[2].plot(log["epoch"], log["filter_rate"], color="0.3")
+    axes[2].set(xlabel="epoch", ylabel="learning rate of the filters")
+    per_epoch = log["seconds"].iloc[-1] / 60 / len(log)  # minutes
+    for ax in axes:
+        minutes = ax.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda m: m / per_epoch))
+        minutes.set_xlabel("minutes")
     fig.legend(handles=axes[0].lines, loc="outside lower center", ncols=2, frameon=False)
-    sns.despine(fig)
+    sns.despine(fig, top=False)
     fig.suptitle(heading)
     return fig
 
@@ -314,7 +375,7 @@ def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
 def draw_confusion(counts: Array, names: list[str], heading: str) -> Figure:
     """Draw the share of each true class's images that were taken for each class, in per cent."""
     share = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    fig, ax = plt.subplots(figsize=(6, 5), dpi=200, layout="constrained")
+    fig, ax = plt.subplots(figsize=(6, 5), layout="constrained")
     style: dict[str, Any] = {"annot": True, "fmt": ".0f", "cmap": "mako_r", "vmin": 0, "vmax": 100}
     style |= {
         "xticklabels": names,
@@ -363,6 +424,7 @@ def main() -> None:
         "train_on": TRAIN_ON,
         "epochs": epochs,
         "batch_size": BATCH_SIZE,
+        "filter_rate": FILTER_RATE,
         "learning_rate": LEARNING_RATE,
         "warm_up": WARM_UP,
         "weight_decay": WEIGHT_DECAY,
@@ -378,13 +440,15 @@ def main() -> None:
         f"{len(measured.images):,} {split} images, on {device} in {settings['precision']}, "
         f"torch {torch.__version__}, seed {SEED}"
     )
-    trainer = Trainer(train, settings, epochs, device, precision)
+    trainer = Trainer(train, settings, device, precision)
     facts = {"dataset": dataset, "class_names": names, "settings": settings}
     state_path = CHECKPOINT.with_name(
         f"training_state_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.pth"
     )
     rows = resume(state_path, trainer)
     print(f"epoch  training: loss  accuracy  {split:>10}: loss  accuracy  learning rate   time")
+    steps = len(train.images) // BATCH_SIZE
+    bar = tqdm(total=epochs * steps, initial=len(rows) * steps, unit=" steps", disable=None)
     start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
 
     def save_snapshot(epoch: int, accuracy: float) -> None:
@@ -396,16 +460,22 @@ def main() -> None:
         save_snapshot(0, math.nan)
     try:
         for epoch in range(len(rows) + 1, epochs + 1):
-            learned = trainer.epoch()
+            learned = trainer.epoch(bar)
             # measuring draws no random numbers, so how often it happens does not change the training
             due = epoch % MEASURE_EVERY == 0 or epoch in SNAPSHOTS or epoch == epochs
             tested = evaluate(trainer.net, measured, precision) if due else None
             rows.append(log_row(epoch, learned, tested, trainer, time.perf_counter() - start))
+            if epoch == 1:
+                tqdm.write(
+                    f"all {epochs} epochs will take about {epochs * rows[0]['seconds'] / 60:.0f} minutes"
+                )
             if tested and epoch in SNAPSHOTS:
                 save_snapshot(epoch, tested.accuracy)
             save_whole({"rows": rows, **trainer.state()}, state_path)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; run again to go on after epoch {len(rows)}") from None
+
+    bar.close()
 
     # once more in float32, the precision of every later stage
     final, mirrored = evaluate(trainer.net, measured), evaluate(trainer.net, measured, mirrored=True)
@@ -426,6 +496,9 @@ def main() -> None:
     save_figure(CHECKPOINT.with_name("training_curves.png"), draw_curves(log, split, heading))
     heading = f"{len(measured.images):,} {split} images of {title}, accuracy {final.accuracy:.1%}"
     save_figure(CHECKPOINT.with_name("confusion_matrix.png"), draw_confusion(counts, names, heading))
+    filters = trainer.net.blocks[0].conv.weight.detach().cpu().numpy()
+    heading = f"filters of conv1, each with its own scale, trained on {title}"
+    save_figure(CHECKPOINT.with_name("conv1_filters.png"), draw_filters(filters, heading))
     state_path.unlink(missing_ok=True)
     print("next: uv run deconv.py")
 

@@ -24,13 +24,22 @@ def test_importing_the_network_loads_nothing_heavier_than_torch() -> None:
 
 
 def test_a_switch_is_the_place_of_the_maximum_in_its_region(make_net: MakeNet) -> None:
-    block, images = make_net(strides=(1, 1, 1, 1)).blocks[0], torch.randn(3, 3, 96, 96)
-    rectified = block.relu(block.bn(block.conv(images)))
-    pooled, switches = block(images)
-    assert torch.equal(rectified.flatten(2).gather(2, switches.flatten(2)), pooled.flatten(2))
+    net, images = make_net(kernel_sizes=(5, 3, 3, 3), strides=(1,) * 4), torch.randn(3, 3, 96, 96)
+    block = net.blocks[0]
+    maps = block.bn(block.conv(images))
+    pooled, switches = block.with_switches(images)
+    at_switches = maps.flatten(2).gather(2, switches.flatten(2)).view_as(pooled)
+    assert torch.equal(at_switches.clamp(min=0), pooled) and (at_switches < 0).any()
+    assert torch.equal(at_switches, F.max_pool2d(maps, 2))  # also where nothing fires
     rows, columns = switches // 96, switches % 96
     assert torch.equal(rows // 2, torch.arange(48)[:, None].expand_as(rows))
     assert torch.equal(columns // 2, torch.arange(48).expand_as(columns))
+
+
+def test_pooling_before_or_after_the_relu_gives_the_same_values(make_net: MakeNet) -> None:
+    block, images = make_net().blocks[0], torch.randn(3, 3, 96, 96)
+    paper = F.max_pool2d(block.relu(block.bn(block.conv(images))), 2)
+    assert torch.equal(block(images), paper) and torch.equal(block.with_switches(images)[0], paper)
 
 
 def test_each_relu_is_used_once(make_net: MakeNet) -> None:
@@ -97,12 +106,12 @@ def test_a_unit_depends_on_all_pixels_of_its_receptive_field_and_no_other(config
         x = F.avg_pool2d(maps, block.pool_size)  # in place of a maximum: every pixel counts
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, {"pool_sizes": (5, 2, 2, 1)}])  # 5 leaves a remainder
 def test_frame_sizes_are_those_of_the_maps(make_net: MakeNet, config: Any) -> None:
     net, x = make_net(**config), torch.zeros(1, 3, 96, 96)
     for block, rows_in, rows_out in zip(net.blocks, *frame_sizes(net, 96), strict=True):
         assert (x.shape[-1], block.conv(x).shape[-1]) == (rows_in, rows_out)
-        x, _ = block(x)
+        x = block(x)
     assert frame_sizes(net, 96)[1][0] == 96 / net.config["strides"][0]  # for odd kernels and for 6 and 4
 
 

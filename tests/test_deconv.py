@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import deconv
-from CNN import CNN, LAYERS, frame_sizes, receptive_fields
+from CNN import CNN, LAYERS, receptive_fields
 from load_data import Array
 
 CONFIGS: list[dict[str, Any]] = [  # even kernels, strides, rows that pooling or a stride leaves over
@@ -51,7 +51,7 @@ def by_autograd(net: CNN, image: Tensor, layer: int, *unit: int, relu: Any = Rec
     image = image.clone().requires_grad_()
     x = image
     for block in net.blocks[: layer + 1]:
-        x, _ = block.pool(relu(block.bn(block.conv(x))))
+        x = relu(block.pool(block.bn(block.conv(x)))[0])
     value = x[0][unit]
     (gradient,) = torch.autograd.grad(value, image)
     return (value.detach() * gradient)[0]
@@ -111,14 +111,13 @@ def test_a_wrong_projection_fails_the_check(make_net: MakeNet, way: str) -> None
 @pytest.mark.parametrize("layer", range(4))
 def test_a_projection_is_captums_times_the_activation(make_net: MakeNet, config: Any, layer: int) -> None:
     net, image = make_net(dtype=torch.float64, **config), torch.randn(1, 3, 96, 96, dtype=torch.float64)
-    pooled, switches = net.features(image)[layer]
+    pooled, _ = net.features(image)[layer]
     captum = NeuronDeconvolution(net, net.blocks[layer].relu)
-    for filter_, *place in units_to_check(pooled):
-        unit = filter_, *divmod(int(switches[0, filter_, *place]), frame_sizes(net, 96)[1][layer])
+    for unit in units_to_check(pooled):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # captum announces its hooks
-            expected = captum.attribute(image, unit)[0] * pooled[0, filter_, *place]
-        assert deviation(deconv.project_unit(net, image, layer, filter_, *place), expected) < 1e-10
+            expected = captum.attribute(image, unit)[0] * pooled[0][unit]
+        assert deviation(deconv.project_unit(net, image, layer, *unit), expected) < 1e-10
 
 
 def test_hand_worked_projection_of_a_4_x_4_image() -> None:

@@ -86,7 +86,10 @@ def test_windows_put_back_into_the_frame_equal_the_plain_projection(
 def test_many_units_in_any_order_come_back_at_their_own_place(make_net: MakeNet) -> None:
     net = make_net()
     units = active_units(net, 1, [11, 2, 5, 0, 7], 40)  # more of a kind than are projected at once
+    passes: list[int] = []
+    net.blocks[0].conv.register_forward_hook(lambda _, images, __: passes.append(len(images[0])))
     windows, origins = project_windows(Projector(net, 1, 3), IMAGES, units, "")
+    assert sorted(passes) == [2, 3]  # each image once, three at most at a time
     field = receptive_fields(net)[1]
     for n, (image, filter_, row, column) in enumerate(zip(*units[:4], strict=True)):
         switch = int(features_of(net, image)[1][1][0, filter_, row, column])
@@ -109,7 +112,7 @@ def test_switches_can_be_those_of_another_network(make_net: MakeNet) -> None:
 
 def test_what_is_kept_of_each_projection_comes_with_its_place(make_net: MakeNet) -> None:
     net = make_net()
-    units, projector = active_units(net, 3, [1, 6, 9], 4), Projector(net, 3, 2)
+    units, projector = active_units(net, 1, [1, 6, 9], 60), Projector(net, 1, 2)
     windows, all_origins = project_windows(projector, IMAGES, units, "")
     places = []
     results = project_units(projector, IMAGES, units, "", lambda some: some.abs().amax(dim=(1, 2, 3)))
@@ -121,8 +124,8 @@ def test_what_is_kept_of_each_projection_comes_with_its_place(make_net: MakeNet)
 
 
 def test_results_of_a_stride_are_put_side_by_side() -> None:
-    parts = torch.arange(2 * 3 * 4 * 2 * 2 * 3.0).view(2, 3, 4, 12)  # stride 2, three channels
-    together = deconv_full.interleave(parts, 2)
+    parts = torch.arange(2 * 3 * 4 * 16.0).view(2, 3, 4, 16)  # stride 2, three channels, four to fill up
+    together = deconv_full.interleave(parts, 2, 3)
     assert together.shape == (2, 6, 8, 3)
     for row, column, channel in ((0, 0, 0), (3, 4, 2), (5, 0, 1), (2, 7, 0)):
         part = (row % 2 * 2 + column % 2) * 3 + channel
@@ -220,7 +223,7 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(m
 
 def test_a_page_shows_projections_in_grey_and_patches_white_beyond_the_border() -> None:
     projection, patch = np.zeros((2, 1, 3, 3, 3)), np.zeros((2, 1, 3, 3, 3), np.uint8)
-    projection[0, 0, :, 2, 0], patch[0, 0, :, 1, 1] = -7, 51
+    projection[0, 0, :, 2, 0], projection[1, 0, 0, 0, 0], patch[0, 0, :, 1, 1] = -7, 1, 51
     top: dict[str, Array] = {"conv1_projection": projection, "conv1_patch": patch}
     top |= {"conv1_value": np.array([[1.5], [0]]), "conv1_origin": np.array([[[-1, 94]], [[0, 0]]])}
     figure = deconv_full.draw_page(top, "conv1", [0, 1], "heading")
@@ -232,6 +235,7 @@ def test_a_page_shows_projections_in_grey_and_patches_white_beyond_the_border() 
     grey, white = [0.5, 0.5, 0.5], [1, 1]  # the gap of two
     expected = [grey + white + [1, 1, 1], grey + white + [0, 0.2, 1], [0, 0.5, 0.5, *white, 0, 0, 1]]
     assert shown[:, :, 0] == pytest.approx(np.array(expected))
+    assert np.asarray(second.images[0].get_array())[0, 0].tolist() == [1, 0.5, 0.5]  # a scale of its own
 
 
 def test_pages_of_an_earlier_network_go(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +344,7 @@ def test_main_of_a_network_whose_last_layer_is_dead(
     assert any(line.startswith("0 projections of conv4 in ") for line in lines)
     assert lines[-1] == "next: uv run analyse_projections.py"
     with np.load("outputs/projections.npz") as top:
-        assert top["conv4_patch"].shape == (8, 30, 3, 75, 75) and (top["conv4_image"] == -1).all()
+        assert top["conv4_patch"].shape == (8, 30, 3, 76, 76) and (top["conv4_image"] == -1).all()
     with np.load("outputs/projection_statistics.npz") as statistics:
         assert len(statistics["image"]) == 30 and not statistics["nonzero_count"].any()
 

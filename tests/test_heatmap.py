@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAST, MakeNet
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -70,11 +71,11 @@ def results(pipeline: Path) -> Results:
 
 
 def test_filters_stand_by_class_then_falling_selectivity_without_the_dead() -> None:
-    columns: dict[str, Any] = {"dead": [False, False, True, False, False], "filter": range(5)}
-    columns |= {"preferred_class": ["zebra", "ant", None, "zebra", "ant"]}
-    columns |= {"selectivity": [0.2, 0.5, np.nan, 0.9, 0.5]}
+    filters = pd.DataFrame({"dead": [False, False, True, False, False], "filter": range(5)})
+    filters["preferred_class"] = ["zebra", "ant", None, "zebra", "ant"]
+    filters["selectivity"] = [0.2, 0.5, np.nan, 0.9, 0.5]
     means = np.array([[4.0, 1, 0, 6, 1], [2, 2, 0, 3, 4]])
-    figure = heatmap.draw_class_filters(means, pd.DataFrame(columns), ["zebra", "ant"], "")
+    figure = heatmap.draw_class_filters(means, filters, ["zebra", "ant"], "")
     expected = np.array([[6 / 6, 4 / 4, 1 / 2, 1 / 4], [3 / 6, 2 / 4, 2 / 2, 4 / 4]])  # filters 3, 0, 1, 4
     np.testing.assert_allclose(shown(figure, 1), expected)
     patch: Any = figure.axes[0].patches[0]
@@ -116,8 +117,8 @@ def test_a_class_page_shows_the_mean_of_all_its_images_and_its_strongest_images(
     figure, members = results.figures["class_4_deer.png"], np.flatnonzero(results.test.labels == 4)
     for panel in (0, 7):  # seven in a row
         filter_ = int(figure.axes[panel].get_ylabel().split()[1])
-        mean = np.mean([results.magnitude(k, filter_) for k in members], axis=0)
-        np.testing.assert_allclose(shown(figure, panel), mean / mean.max(), atol=1e-5)
+        total = np.sum([results.magnitude(k, filter_) for k in members], axis=0)
+        np.testing.assert_allclose(shown(figure, panel), total / total.max(), atol=1e-5)
         strongest = members[np.argsort(-results.maxima[members, filter_], kind="stable")]
         for k, image in enumerate(strongest):
             assert (shown(figure, panel + 1 + 2 * k) == results.test.images[image].transpose(1, 2, 0)).all()
@@ -135,18 +136,16 @@ def test_the_strongest_filters_of_the_first_image_of_a_class_are_summed(results:
 
 def test_the_strongest_filter_of_an_occluded_image_is_measured(results: Results) -> None:
     figure = results.figures["occlusion.png"]
-    (image,) = np.flatnonzero(
-        (results.test.images.transpose(0, 2, 3, 1) == shown(figure, 0)).all(axis=(1, 2, 3))
-    )
-    filter_ = int(figure.axes[0].get_ylabel().split()[2])
-    assert filter_ == results.maxima[image].argmax()
-    np.testing.assert_allclose(shown(figure, 2), results.magnitude(image, filter_), atol=1e-4)
+    right = heatmap.first_correct(*results.test, results.net)
+    for panel, image in zip(range(0, 99, 5), right, strict=False):
+        filter_ = int(figure.axes[panel].get_ylabel().split()[2])
+        assert filter_ == results.maxima[image].argmax()
+        np.testing.assert_allclose(shown(figure, panel + 2), results.magnitude(image, filter_), atol=1e-4)
 
 
 def test_there_is_a_page_for_each_class_and_each_figure_names_its_images(results: Results) -> None:
-    assert len(results.figures) == 10 + 4
-    for figure in results.figures.values():
-        assert "test images of STL-10 (test accuracy " in " ".join(figure.get_suptitle().split())
+    titles = [" ".join(figure.get_suptitle().split()) for figure in results.figures.values()]
+    assert len(titles) == 10 + 4 and all("test images of STL-10 (test acc" in title for title in titles)
 
 
 def test_the_first_correct_image_is_chosen(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,19 +158,18 @@ def test_the_first_correct_image_is_chosen(make_net: MakeNet, monkeypatch: pytes
 
 
 def test_squares_are_cut_by_the_border() -> None:
-    rows = [line.nonzero()[0].tolist() for line in square_positions(9, 31)]  # centres 15, 46, 77
+    rows = [line.nonzero()[0].tolist() for line in square_positions(9, 31)]
     assert rows == [list(range(centre - 4, centre + 5)) for centre in (15, 46, 77)]
     assert square_positions(24, 2)[[0, -1]].sum(axis=1).tolist() == [13, 13]  # rows 0 to 12 and 83 to 95
 
 
 def test_activity_drops_where_the_bright_patch_is_hidden() -> None:
-    net = CNN((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), head_size=1, classes=2).eval()
+    net = CNN((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), head_size=1).eval()
     for block in net.blocks:
         torch.nn.init.ones_(block.conv.weight)  # conv4 is the sum of the channels
     image = np.zeros((3, 96, 96), np.uint8)
     image[:, 40:48, 16:24] = 255
     result = heatmap.occlusion_sensitivity(image, 0, net.requires_grad_(False), square_positions(8, 8))
-    assert result.whole == pytest.approx(3 * 64, rel=1e-3)
     expected = np.full((12, 12), result.whole)
     expected[5, 2] = 0  # row 40 of the image, column 16
     np.testing.assert_allclose(result.activity, expected, rtol=1e-5, atol=1e-5)
@@ -180,15 +178,16 @@ def test_activity_drops_where_the_bright_patch_is_hidden() -> None:
 def test_occlusion_is_what_the_network_makes_of_a_grey_square(make_net: MakeNet) -> None:
     net, image, covered = lively(make_net), some_images(1)[0], square_positions(30, 24)
     net.mean.fill_(0.4)
-    result = heatmap.occlusion_sensitivity(image, 3, net, covered)
-    np.testing.assert_allclose(result.probability.sum(axis=2), 1, rtol=1e-5)
+    batch = net.normalise(torch.from_numpy(image[None]))
+    whole, filter_ = net.features(batch)[3][0][0].sum(dim=(1, 2)).max(dim=0)
+    result = heatmap.occlusion_sensitivity(image, int(filter_), net, covered)
+    assert result.whole == pytest.approx(float(whole)) and result.probability.sum(axis=2) == pytest.approx(1)
     for down, across in ((0, 2), (2, 0), (3, 3)):
-        batch = net.normalise(torch.from_numpy(image[None]))
-        batch[0][:, torch.from_numpy(covered[down][:, None] & covered[across])] = 0
-        activity = net.features(batch)[3][0][0, 3].sum()
-        assert result.activity[down, across] == pytest.approx(float(activity), rel=1e-4) != result.whole
-        probability = net(batch).softmax(dim=1)[0].numpy()
-        np.testing.assert_allclose(result.probability[down, across], probability, rtol=1e-4)
+        masked = batch * ~torch.from_numpy(covered[down][:, None] & covered[across])
+        activity = float(net.features(masked)[3][0][0, filter_].sum())
+        assert result.activity[down, across] == pytest.approx(activity, rel=1e-4) != result.whole
+        expected = net(masked).softmax(dim=1)[0].tolist()
+        assert result.probability[down, across] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_figure_of_occlusion_frames_the_square_and_names_the_classes() -> None:
@@ -202,28 +201,22 @@ def test_the_figure_of_occlusion_frames_the_square_and_names_the_classes() -> No
     frame: Any = figure.axes[0].patches[0]
     assert frame.get_xy() == (72 - 12, 24 - 12)  # column and row: the upper right square
     legend = figure.axes[4].get_legend()
-    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["ant", "cow"]
+    assert legend and [text.get_text() for text in legend.get_texts()] == ["ant", "cow"]
     plt.close(figure)
 
 
-def changed(rows: slice, columns: slice, **how: float) -> Tensor:
-    """A picture with a white rectangle after a `change`, (96, 96)."""
-    image = torch.zeros(3, 96, 96)
-    image[:, rows, columns] = 1
-    return change(image, **how)[0]
+def rectangle(top: int, bottom: int, left: int, right: int) -> Tensor:
+    return F.pad(torch.ones(3, bottom - top, right - left), (left, 96 - right, top, 96 - bottom))
 
 
 def test_changes_move_down_enlarge_about_the_centre_and_turn_clockwise() -> None:
-    rectangle = slice(40, 48), slice(20, 24)
-    lower = torch.zeros(96, 96)
-    lower[50:58, 20:24] = 1
-    torch.testing.assert_close(changed(*rectangle, shift=10), lower)
-    torch.testing.assert_close(changed(slice(0, 5), slice(0, 96), shift=-8), torch.zeros(96, 96))
-    bright = (changed(slice(40, 48), slice(36, 40), zoom=2) > 0.5).nonzero()
-    assert bright.min(dim=0)[0].tolist() == [32, 24] and bright.max(dim=0)[0].tolist() == [47, 31]
-    turned = torch.zeros(96, 96)
-    turned[20:24, 48:56] = 1  # the left goes up: (row, column) to (column, 95 - row)
-    torch.testing.assert_close(changed(*rectangle, angle=90), turned, atol=1e-4, rtol=0)
+    picture = rectangle(40, 48, 20, 24)
+    torch.testing.assert_close(change(picture, shift=10), rectangle(50, 58, 20, 24))
+    assert not change(rectangle(0, 5, 0, 96), shift=-8).any()  # what is left bare is grey
+    bright = (change(rectangle(40, 48, 36, 40), zoom=2)[0] > 0.5).nonzero()
+    assert bright.aminmax(dim=0)[0].tolist() == [32, 24] and bright.amax(dim=0).tolist() == [47, 31]
+    turned = rectangle(20, 24, 48, 56)  # (row, column) to (column, 95 - row): the left goes up
+    torch.testing.assert_close(change(picture, angle=90), turned, atol=1e-4, rtol=0)
 
 
 def test_features_move_by_a_share_of_their_norm_and_not_in_an_unchanged_image(make_net: MakeNet) -> None:
@@ -251,8 +244,8 @@ def test_examples_are_the_changed_images_from_the_first_degree_to_the_last(make_
     assert (abs(result.examples[:, 4, :, :40].astype(int) - 0.4 * 255) <= 1).all()  # grey is the mean colour
     figure = heatmap.draw_invariance({"shift": result, "zoom": result}, ["a", "b"], "")
     assert (shown(figure, 0)[96:, :96] == result.examples[1, 0].transpose(1, 2, 0)).all()
-    drawn: Any = [ax.lines[1].get_ydata() for ax in figure.axes[1:4]]
-    assert (np.array(drawn) == result.curves[1]).all()
+    drawn: Any = [ax.lines[1].get_xydata() for ax in figure.axes[1:4]]
+    assert (np.array(drawn) == [list(zip(degrees, curve, strict=True)) for curve in result.curves[1]]).all()
     plt.close(figure)
 
 

@@ -1,6 +1,5 @@
 import io
 import math
-import pickle
 import re
 import shutil
 import socket
@@ -276,9 +275,10 @@ def dead_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(load_data, "TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(load_data, "URL", f"http://127.0.0.1:{taken.getsockname()[1]}/archive.tar.gz")
-        if request.param == "refused":
-            taken.close()
+        closing = threading.Timer(5, taken.close)  # ends a wait that has no limit, with another error
+        closing.start() if request.param == "timed out" else taken.close()
         yield request.param
+        closing.cancel()
 
 
 def test_a_dead_host_gives_generated_shapes_with_a_notice_unless_stl10_is_asked_for(
@@ -362,7 +362,7 @@ def test_damaged_and_foreign_arrays_and_tables_are_refused(made: Checkpoint) -> 
     foreign = io.BytesIO()
     np.savez(foreign, checkpoint_sha256=np.array(made.sha256), labels=np.array([Path()], object))
     expected = r"outputs/\S+ is damaged or not of this project \(\w+\): run `uv run \w+.py`$"
-    for content in (b"", b"\xff\xfetext\n", whole[:9999], flipped, pickle.dumps([1]), foreign.getvalue()):
+    for content in (b"", b"\xff\xfetext\n", whole[:9999], flipped, b"a,b\n1,2\n", foreign.getvalue()):
         ARRAYS.write_bytes(content)
         TABLE.write_bytes(content)
         for error in both_errors(made):
@@ -392,8 +392,9 @@ def test_main_says_what_is_there_and_whether_it_is_generated(
     monkeypatch.setattr(load_data, "SHAPES_IMAGES", {"train": 20, "test": 10})
     for setting, first in (("auto", "STL-10: 40 training and 30 test"), ("shapes", "generated shapes: 20 ")):
         monkeypatch.setattr(load_data, "DATASET", setting)
+        before = plt.get_fignums()
         load_data.main()
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].startswith(first)
+        assert lines[0].startswith(first) and plt.get_fignums() == before
         assert lines[-2:] == ["wrote outputs/sample_images.png", "next: uv run train_CNN.py"]
         assert contents(Path("outputs"))["sample_images.png"].startswith(b"\x89PNG")

@@ -108,7 +108,7 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
         (
             "training_log",
             2,
-            "epoch train_loss train_accuracy measured_loss measured_accuracy learning_rate seconds",
+            "epoch train_loss train_accuracy measured_loss measured_accuracy filter_rate seconds",
         ),
     ],
 )

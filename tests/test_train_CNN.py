@@ -166,33 +166,76 @@ def make_trainer() -> MakeTrainer:
 
     def make(**changed: Any) -> Trainer:
         settings: dict[str, Any] = {"seed": 0, "label_smoothing": 0.0, "augmentation": {}}
-        settings |= {"learning_rate": 1e-2, "warm_up": 0.5, "weight_decay": 0.05, "batch_size": 8}
+        settings |= {"learning_rate": 1e-2, "filter_rate": 0.1, "warm_up": 0.5, "weight_decay": 0.05}
+        settings |= {"batch_size": 8, "epochs": 2}
         settings |= {"network": {"filters": (4, 5, 6, 8), "dropout": 0.0}}
-        return Trainer(patchwork(12), settings | changed, 2, CPU, torch.float32)
+        return Trainer(patchwork(12), settings | changed, CPU, torch.float32)
 
     return make
 
 
-def test_filters_and_classifier_are_decayed_and_batch_norm_is_not(make_trainer: MakeTrainer) -> None:
+def test_muon_moves_the_filters_and_the_classifier_alone_is_decayed(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
-    decayed, others = ({id(p) for p in group["params"]} for group in trainer.optimizer.param_groups)
-    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.05, 0]
+    muon, adamw = trainer.optimizers
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.05, 0]
+    groups = [{id(p) for p in group["params"]} for o in (muon, adamw) for group in o.param_groups]
     for name, parameter in trainer.net.named_parameters():
-        wanted = name.endswith("weight") and ".bn." not in name
-        assert (id(parameter) in decayed, id(parameter) in others) == (wanted, not wanted), name
+        expected = 0 if "conv" in name else 1 if name == "classifier.weight" else 2
+        assert [id(parameter) in group for group in groups] == [k == expected for k in range(3)], name
 
 
-def test_the_loss_is_smoothed_and_a_step_moves_weights_and_rate(make_trainer: MakeTrainer) -> None:
-    losses = {}
-    for smoothing in (0.0, 0.5, 1.0):
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_orthogonalising_is_three_newton_schulz_steps(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(*shape, dtype=torch.float64)
+    x = matrix / matrix.norm()
+    for _ in range(3):
+        x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    torch.testing.assert_close(train_CNN.orthogonalise(matrix), x, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_of_muon_by_hand() -> None:
+    # filters along the axes; their gradient has orthogonal rows of equal length, which stay as they are
+    filters = torch.nn.Parameter(torch.tensor([[2.0, 0, 0], [0, 3.0, 0]])[..., None, None])
+    muon = train_CNN.Muon([filters], lr=0.1)
+    for _ in range(2):
+        filters.grad = torch.tensor([[0.0, 0, 5.0], [5.0, 0, 0]])[..., None, None]
+        before = filters.detach().flatten(1) / filters.detach().flatten(1).norm(dim=1, keepdim=True)
+        muon.step()
+        expected = before - 0.1 * torch.tensor([[0.0, 0, 1], [1, 0, 0]])
+        torch.testing.assert_close(filters.detach().flatten(1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_muon_looks_ahead_along_the_mean_of_the_gradients() -> None:
+    filters = torch.nn.Parameter(torch.eye(2)[..., None, None])
+    muon, gradients = train_CNN.Muon([filters], lr=0.1, momentum=0.9), torch.randn(2, 2, 2)
+    velocity = torch.zeros(2, 2)
+    for gradient in gradients:
+        filters.grad = gradient[..., None, None]
+        velocity = 0.9 * velocity + 0.1 * gradient
+        before = filters.detach()[..., 0, 0] / filters.detach()[..., 0, 0].norm(dim=1, keepdim=True)
+        muon.step()
+        direction = train_CNN.orthogonalise(0.1 * gradient + 0.9 * velocity)
+        expected = before - 0.1 * direction * 2**0.5 / direction.norm()
+        torch.testing.assert_close(filters.detach()[..., 0, 0], expected)
+
+
+def test_smoothing_changes_the_step_and_not_the_reported_loss(make_trainer: MakeTrainer) -> None:
+    losses, weights = [], []
+    for smoothing in (0.0, 0.5):
         trainer = make_trainer(label_smoothing=smoothing)
         before = {name: value.clone() for name, value in trainer.net.state_dict().items()}
-        losses[smoothing] = trainer.epoch().loss  # one step, from the same weights
-        assert not same(before, trainer.net.state_dict()) and trainer.schedule.last_epoch == 1
-    assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-4)  # it is linear
-    assert losses[0.0] != pytest.approx(losses[1.0], rel=1e-3)
+        losses.append(trainer.epoch().loss)  # one step, from the same weights
+        weights.append(trainer.net.classifier.weight.detach().clone())
+        assert not same(before, trainer.net.state_dict())
+        assert [schedule.last_epoch for schedule in trainer.schedules] == [1, 1]
+    assert losses[0] == losses[1] and not torch.equal(*weights)
     assert trainer.epoch().predictions.shape == (8,)  # the last incomplete batch is left out
-    assert trainer.schedule.get_last_lr()[0] < 1e-6  # the last step ends the cosine
+    assert max(schedule.get_last_lr()[0] for schedule in trainer.schedules) < 1e-5  # the end of the cosine
+
+
+def test_the_seed_decides_the_order_of_the_images_too(make_trainer: MakeTrainer) -> None:
+    orders = [torch.randperm(99, generator=make_trainer(seed=seed).generator).tolist() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_bfloat16_is_used_only_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +260,7 @@ def test_measuring_more_often_changes_no_weight(quick: None, monkeypatch: pytest
     monkeypatch.setattr(train_CNN, "MEASURE_EVERY", 1)
     often, log = run()
     assert log["measured_loss"].notna().all() and same(seldom, often)
+    assert len(list((OUTPUTS / "snapshots").iterdir())) == 3  # before the first epoch, after 1 and 3
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after_steps: int) -> str:
@@ -287,7 +331,11 @@ def test_the_first_snapshot_is_the_network_before_the_first_step(quick: None) ->
     assert same(weights(), weights("snapshots/epoch_003.pth"))
 
 
-def test_a_checkpoint_holds_what_made_it(quick: None) -> None:
+def test_a_checkpoint_holds_what_made_it(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*args: Any, **mirrored: Any) -> Any:
+        return evaluate(*args, **mirrored)._replace(accuracy=0.75 if mirrored else 0.5)
+
+    monkeypatch.setattr(train_CNN, "evaluate", measure)
     train_CNN.main()
     checkpoint = load_checkpoint(CHECKPOINT)
     train, test = (load_split("stl10", Path("data"), split) for split in ("train", "test"))
@@ -299,7 +347,8 @@ def test_a_checkpoint_holds_what_made_it(quick: None) -> None:
         assert name == "SNAPSHOTS" or where[name.lower()] == getattr(train_CNN, name), name
     assert settings["augmentation"] == train_CNN.AUGMENTATION._asdict()
     result = evaluate(checkpoint.net, test)
-    assert checkpoint.metrics["accuracy"] == result.accuracy and checkpoint.metrics["loss"] == result.loss
+    assert (checkpoint.metrics["accuracy"], checkpoint.metrics["accuracy_mirrored"]) == (0.5, 0.75)
+    assert checkpoint.metrics["loss"] == result.loss
     assert (checkpoint.metrics["split"], checkpoint.epochs, checkpoint.dataset) == ("test", 3, "stl10")
     assert json.dumps(checkpoint.metrics)  # plain numbers
 
@@ -307,7 +356,7 @@ def test_a_checkpoint_holds_what_made_it(quick: None) -> None:
 def test_the_pipeline_leaves_a_log_of_a_row_an_epoch_and_both_figures(pipeline: Path) -> None:
     folder = pipeline / "outputs"
     log = load_table(folder / "training_log.csv", load_checkpoint(folder / "CNN.pth"))
-    columns = "train_loss train_accuracy measured_loss measured_accuracy learning_rate seconds"
+    columns = "train_loss train_accuracy measured_loss measured_accuracy filter_rate seconds"
     assert list(log.columns) == ["epoch", *columns.split()]
     assert log["epoch"].tolist() == [1, 2] and log.notna().all(axis=None)
     for name in ("training_curves.png", "confusion_matrix.png"):
@@ -327,7 +376,7 @@ def test_the_pipeline_leaves_a_log_of_a_row_an_epoch_and_both_figures(pipeline: 
         ("TRAIN_ON", "fold 1", "^data/stl10_binary/fold_indices.txt cannot be read"),
         ("DATASET", "cifar", "^DATASET is 'cifar'"),
         ("DEVICE", "abacus", "^DEVICE is 'abacus'"),
-        ("LEARNING_RATE", 1e30, r"^the loss is (nan|inf) at learning rate .*: lower LEARNING_RATE$"),
+        ("LEARNING_RATE", 1e30, r"^the loss is (nan|inf): lower FILTER_RATE or LEARNING_RATE$"),
     ],
 )
 def test_settings_that_cannot_work_end_in_one_line_and_leave_no_checkpoint(

@@ -61,7 +61,7 @@ def by_autograd(net: CNN, image: Tensor, layer: int, *unit: int) -> Tensor:
     image = image.clone().requires_grad_()
     x = image
     for block in net.blocks[: layer + 1]:
-        x, _ = block.pool(Rectified.apply(block.bn(block.conv(x))))
+        x = Rectified.apply(block.pool(block.bn(block.conv(x)))[0])
     (gradient,) = torch.autograd.grad(x[0][unit], image)
     return x[0][unit].detach() * gradient
 
@@ -120,8 +120,7 @@ def time_layer(net: CNN, layer: int, images: Array, rate: float, timer: Timer) -
     for n in range(ROUNDS + 1):  # the first round warms up
         (image_number, *unit), value = (int(entry[n % ROUNDS]) for entry in some[:4]), some.value[n % ROUNDS]
         image, (top, left) = net.normalise(torch.from_numpy(images[[image_number]])), origins[n % ROUNDS]
-        before_pooling = ((int(at) - projector.field.start) // projector.field.jump for at in (top, left))
-        attribute = partial(captum.attribute, image, (unit[0], *before_pooling))
+        attribute = partial(captum.attribute, image, tuple(unit))
         ways: dict[str, Callable[[], int | Tensor]] = {
             "engine": partial(engine, projector, images, units),
             "plain": partial(project_unit, net, image, layer, *unit),

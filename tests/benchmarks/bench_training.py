@@ -86,14 +86,14 @@ def main() -> None:
     """Let both ways take turns and print medians and their ratio."""
     dataset = find_dataset(script.DATASET, script.DATA_DIR)
     split, device = load_split(dataset, script.DATA_DIR, "train"), torch.device("cpu")
-    names = ("batch_size", "learning_rate", "warm_up", "weight_decay", "label_smoothing", "seed")
-    settings = {name: getattr(script, name.upper()) for name in names}
+    names = ["batch_size", "filter_rate", "learning_rate", "warm_up", "weight_decay", "label_smoothing"]
+    settings = {name: getattr(script, name.upper()) for name in names} | {"epochs": ROUNDS + 1, "seed": 0}
     settings["augmentation"] = script.AUGMENTATION._asdict()
-    names = ("filters", "kernel_sizes", "strides", "pool_sizes", "head_size", "dropout")
+    names = ["filters", "kernel_sizes", "strides", "pool_sizes", "head_size", "dropout"]
     settings["network"] = {name: getattr(script, name.upper()) for name in names}
     precision = script.choose_precision(device)
     few = split.select(np.arange(STEPS * script.BATCH_SIZE))  # one epoch is one round
-    trainer = script.Trainer(few, settings, ROUNDS + 1, device, precision)
+    trainer = script.Trainer(few, settings, device, precision)
     ways: dict[str, Callable[[], object]] = {f"train_CNN ({precision}, channels last)": trainer.epoch}
     for workers in WORKERS:
         steps = plain_steps(split, settings["network"], workers)
