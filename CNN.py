@@ -24,9 +24,9 @@ class ConvBlock(nn.Module):
     """Convolution, batch norm, non-overlapping max pooling and ReLU.
 
     The convolution has no bias: batch norm subtracts the mean, so a bias could change nothing. It is padded
-    so that a map of n rows becomes one of n / stride rows (for odd kernels and even strides). The paper
-    rectifies, then pools; maximum and ReLU commute, so the values are the same, but here a switch is the
-    place of the largest value whatever its sign. After a ReLU a region in which nothing fires is a tie of
+    so that a map of n rows becomes one of n / stride rows, unless its kernel is even and its stride 1. The
+    paper rectifies, then pools; maximum and ReLU commute, so the values are the same, but here a switch is
+    the place of the largest value whatever its sign. After a ReLU a region in which nothing fires is a tie of
     zeros, whose switch would be arbitrary.
     """
 

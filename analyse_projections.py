@@ -175,9 +175,10 @@ def tabulate_filters(maxima: Arrays, statistics: Arrays, run: Run) -> pd.DataFra
     """Return filter_metrics.csv, one row a filter of every layer.
 
     activation_*: mean, population variance and share above zero of the filter's activations over the images.
-    Of conv4's projections the means over all projected images (max: the largest). preferred_class is that of
-    the largest mean activation; selectivity, with the limits of its 95 % bootstrap interval over images, and
-    auc are those for it. A dead filter has neither.
+    Of conv4's projections the means over all projected images, 0 where the filter does not fire (max: the
+    largest). preferred_class is that of the largest mean activation; selectivity, with the limits of its 95 %
+    bootstrap interval over images, and auc are those for this class, which is kept in all samples. A dead
+    filter has neither.
 
     Args:
         maxima: By layer the strongest activation of each filter in each test image, (images, filters).
@@ -611,7 +612,8 @@ def randomise_weights(run: Run, top: TopUnits, count: int, images: Array) -> pd.
         For each condition the rank correlation of each drawn unit's magnitudes with those of the trained
         network, over its window; the value every projection starts with is 1. Two show how alike projections
         are anyway: those of another filter at the same place, and of another filter in another image with the
-        same window (nan where there is none).
+        same window (nan where there is none). A place is one in the pooled map: the switch, and with it the
+        window, may lie elsewhere in the pooling region when the forward network or the filter differs.
     """
     rng, trained, filters = np.random.default_rng(run.seed), run.net, run.net.config["filters"][-1]
     drawn = np.sort(rng.permutation(len(top.units.image))[:count])

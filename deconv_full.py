@@ -1,4 +1,4 @@
-"""Project the strongest activations of every filter back to pixels, and measure all projections of conv4.
+"""Project the strongest activations of every filter back to pixels, and measure conv4's projections.
 
 Run:    uv run deconv_full.py
 Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth, data/stl10_binary/test_{X,y}.bin
@@ -11,10 +11,11 @@ The arithmetic is that of deconv.py (Zeiler & Fergus 2014, section 2.1), arrange
   pooling region, that over the next kernel, and so on; beyond the receptive field everything is zero. So only
   a window is computed, at every layer, and what of it lies outside the image is left out. Windows that the
   border cuts in the same way have the same shape and are projected together.
-- Unpooling needs no switches of its own: each pooled value is repeated over its pooling region and multiplied
-  by a mask that is 1 at the maximum. The masks are made once for each image, for all its units.
-- A transposed convolution is a convolution with the filters turned round. Stride s makes s x s of them, one
-  for each place between two steps, which are interleaved afterwards.
+- To unpool, each pooled value is repeated over its pooling region and multiplied by a mask that is 1 at the
+  maximum. A switch is a place in the whole map and would have to be counted anew for each window; a mask,
+  made once for each image from its switches, can simply be cropped.
+- A transposed convolution is a convolution with the filters turned round, which is faster here. Stride s
+  makes s x s of them, one for each place between two steps, which are interleaved afterwards.
 """
 
 import math
@@ -76,9 +77,10 @@ class Units(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Rows (or columns) of a window at one layer's input: `start` to `stop` inside the frame.
+    """Rows (or columns) of a window at the input of one convolution: `start` to `stop` inside the frame.
 
-    `first` is where the rows that come out of the layer above start; start - first of them are cut off.
+    `first` is where the transposed convolution puts its first row; start - first rows are cut off. For the
+    unit at row 0 of a 3 x 3 convolution: first -1, start 0, stop 2.
     """
 
     first: int
@@ -95,7 +97,9 @@ def turned_filters(block: ConvBlock) -> Tensor:
 
     With stride s a transposed convolution puts W[s t + e] at row s (r + t) + e for an input at row r. So for
     each e = 0 .. s - 1 there is one plain convolution with taps t, turned round because a plain convolution
-    looks back where a transposed one spreads. Taps past the end of the kernel are zero.
+    looks back where a transposed one spreads. Taps past the end of the kernel are zero. Kernel 6 with stride
+    2, for instance, makes 2 x 2 convolutions of 3 x 3 taps: even rows of the result come from W[0], W[2],
+    W[4], odd ones from W[1], W[3], W[5].
 
     Returns:
         (s * s * channels, filters, taps, taps), then as many zeros as make the first number a multiple of 16,
@@ -190,8 +194,10 @@ class Projector:
         """
         image, filter_, value, *place = units
         n, rows, columns = len(image), self.windows[row], self.windows[column]
-        # how far each unit lies from that one, in steps of the layer that is being looked at
+        # Units whose borders are cut alike have windows of the same shape at every layer, only shifted: by
+        # their distance from that one unit, times the steps between the two layers.
         below, right, step = place[0] - row, place[1] - column, 1
+        # of a single unit the transposed convolution is its filter times its value
         own = self.own_filters[:, rows[0].cut(), columns[0].cut()]
         signal = own[filter_] * value[:, None, None, None]
         for depth, k in enumerate(reversed(range(self.layer))):
@@ -199,12 +205,12 @@ class Projector:
             step *= self.blocks[k + 1].sizes()[1] * pool
             height, width = (spans[depth].stop - spans[depth].start for spans in (rows, columns))
             top, left = rows[depth].start * pool + below * step, columns[depth].start * pool + right * step
-            mask = gather(masks[k], image, top, left, height * pool, width * pool)
-            # unpool: (units, rows, 1, columns, 1, filters) over the rows and columns of its pooling region
-            regions = mask.view(n, height, pool, width, pool, mask.shape[-1])
+            unpooled = gather(masks[k], image, top, left, height * pool, width * pool)
+            # in place: (units, rows, 1, columns, 1, filters) over the rows and columns of its pooling region
+            regions = unpooled.view(n, height, pool, width, pool, unpooled.shape[-1])
             regions *= signal.clamp_(min=0)[:, :, None, :, None]  # rectified on the way
             stride, taps = self.blocks[k].sizes()[1], self.turned[k].shape[-1]
-            signal = F.conv2d(mask.permute(0, 3, 1, 2), self.turned[k], padding=taps - 1)
+            signal = F.conv2d(unpooled.permute(0, 3, 1, 2), self.turned[k], padding=taps - 1)
             signal = interleave(signal.permute(0, 2, 3, 1), stride, self.blocks[k].conv.in_channels)
             signal = signal[:, rows[depth + 1].cut(), columns[depth + 1].cut()]
         return signal

@@ -160,10 +160,11 @@ def evaluate(
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
-    """Move a matrix's singular values towards 1 by Newton-Schulz steps, X -> (a + b X X' + c (X X')^2) X.
+    """Move a matrix's singular values roughly to 1 by Newton-Schulz steps, X -> (a + b X X' + c (X X')^2) X.
 
     Coefficients of Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"). A step is
-    a polynomial of the small matrix X X', so these are gathered first: the large one is multiplied once.
+    a polynomial P of the small matrix G = X X': X -> P X makes G -> P G P, so the P are multiplied first and
+    the large matrix once. They take 5 steps.
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.mT, steps).mT
@@ -177,11 +178,11 @@ def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Move the filters of a layer in directions orthogonal to each other (Jordan et al. 2024).
+    """Move the filters of a layer in directions roughly orthogonal to each other (Jordan et al. 2024).
 
-    Each filter is kept at norm 1: batch norm makes its scale irrelevant, and this takes the place of weight
-    decay (the paper renormalises filters, too, section 3). A step moves the filters of a layer by `lr` in the
-    root mean square. torch.optim.Muon takes no 4-D parameters.
+    Each filter is set back to norm 1 before a step: batch norm makes its scale irrelevant, and this takes the
+    place of weight decay (the paper renormalises filters, too, section 3). A step moves the filters of a
+    layer by `lr` in the root mean square. torch.optim.Muon takes no 4-D parameters.
 
     Args:
         params: Filters, (filters, channels, rows, columns) each.
@@ -201,7 +202,7 @@ class Muon(torch.optim.Optimizer):
                 velocity.lerp_(filters.grad, 1 - group["momentum"])
                 ahead = filters.grad.lerp(velocity, group["momentum"])
                 update = orthogonalise(ahead.flatten(1))
-                update *= len(filters) ** 0.5 / (update.norm() + 1e-7)
+                update *= len(filters) ** 0.5 / (update.norm() + 1e-7)  # 1 a filter, in the RMS
                 filters.div_(filters.flatten(1).norm(dim=1)[:, None, None, None])
                 filters.sub_(update.view_as(filters), alpha=group["lr"])
 
