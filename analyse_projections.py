@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import window_of
-from deconv_full import Projector, Units, project_windows
+from deconv_full import Projector, Units, by_class, class_selectivity, project_windows, top_images
 from load_data import (
     IMAGE_SIZE,
     TITLES,
@@ -121,30 +121,6 @@ def rank_correlation(x: Array, y: Array) -> float:
 # ---------------------------------------------------------------- how filters are used
 
 
-def by_class(reduce: Callable[..., Any], values: Array, labels: Array, classes: int) -> Array:
-    """Reduce (images, filters) to (classes, filters) by np.mean or np.max."""
-    return np.stack([reduce(values[labels == k].astype(np.float64), axis=0) for k in range(classes)])
-
-
-def class_selectivity(means: Array) -> Array:
-    """Return the selectivity index of each filter for each class: (mu - mu_rest) / (mu + mu_rest).
-
-    For the class that a filter prefers this is the class selectivity index of Morcos et al. 2018 ("On the
-    importance of single directions for generalization"): 0 if the filter fires alike on all classes, 1 if on
-    one only. They average a feature map over space; here its strongest value counts.
-
-    Args:
-        means: mu, mean activation of each filter on each class, (..., classes, filters). mu_rest is the mean
-            of the other classes' mu.
-
-    Returns:
-        (..., classes, filters), -1 to 1; nan for a filter that never fires.
-    """
-    rest = (means.sum(axis=-2, keepdims=True) - means) / (means.shape[-2] - 1)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is promised
-        return np.asarray((means - rest) / (means + rest))
-
-
 def bootstrap_means(values: Array, run: Run) -> Array:
     """Return class means (samples, classes, filters) over images drawn with replacement within each class."""
     rng, means = np.random.default_rng(run.seed), []
@@ -171,17 +147,21 @@ def area_under_roc(values: Array, members: Array) -> Array:
     return np.asarray(above / (inside * (len(values) - inside)))
 
 
-def tabulate_filters(maxima: Arrays, statistics: Arrays, run: Run) -> pd.DataFrame:
+def tabulate_filters(maxima: Arrays, averages: Arrays, statistics: Arrays, run: Run) -> pd.DataFrame:
     """Return filter_metrics.csv, one row a filter of every layer.
 
     activation_*: mean, population variance and share above zero of the filter's activations over the images.
     Of conv4's projections the means over all projected images, 0 where the filter does not fire (max: the
-    largest). preferred_class is that of the largest mean activation; selectivity, with the limits of its 95 %
-    bootstrap interval over images, and auc are those for this class, which is kept in all samples. A dead
-    filter has neither.
+    largest). preferred_class is that of the largest mean activation, runner_up that of the second largest;
+    in preferred_share of the bootstrap samples the former comes first. selectivity, with the limits of its
+    95 % bootstrap interval over images, and auc are those for the preferred class, which is kept in all
+    samples; selectivity_space is the same index of activations averaged over the map (Morcos et al.).
+    top_class is the most frequent class of the nine strongest images, of several the preferred one. A dead
+    filter has none of these.
 
     Args:
         maxima: By layer the strongest activation of each filter in each test image, (images, filters).
+        averages: By layer the activation averaged over the map, likewise.
         statistics: Of conv4's projections, by name, (projected images, filters).
         run: Labels, and what the intervals need.
     """
@@ -189,9 +169,11 @@ def tabulate_filters(maxima: Arrays, statistics: Arrays, run: Run) -> pd.DataFra
     for layer, stored in maxima.items():
         values = stored.astype(np.float64)
         means, dead = by_class(np.mean, values, labels, classes), (values == 0).all(axis=0)
-        preferred, numbers = means.argmax(axis=0), np.arange(values.shape[1])
-        drawn = class_selectivity(bootstrap_means(values, run))[:, preferred, numbers]
-        low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
+        (preferred, runner_up), numbers = np.argsort(-means, 0, kind="stable")[:2], np.arange(values.shape[1])
+        samples = bootstrap_means(values, run)
+        low, high = np.percentile(class_selectivity(samples)[:, preferred, numbers], (2.5, 97.5), axis=0)
+        top = [np.bincount(labels[which[which >= 0]], minlength=classes) for which in top_images(stored, 9)]
+        top_class = (np.array(top).T + 0.5 * (np.arange(classes)[:, None] == preferred)).argmax(axis=0)
         columns: dict[str, Any] = {"layer": layer, "filter": numbers, "dead": dead}
         columns["activation_mean"] = values.mean(axis=0)
         columns["activation_variance"] = values.var(axis=0)
@@ -199,11 +181,16 @@ def tabulate_filters(maxima: Arrays, statistics: Arrays, run: Run) -> pd.DataFra
         for name, measured in statistics.items():
             reduce = np.max if name == "max" else np.mean
             columns[name] = reduce(measured.astype(np.float64), axis=0) if layer == "conv4" else np.nan
-        columns["preferred_class"] = np.where(dead, None, np.array(run.names, object)[preferred])
+        names = {"preferred_class": preferred, "runner_up": runner_up, "top_class": top_class}
+        for name, which in names.items():
+            columns[name] = np.where(dead, None, np.array(run.names, object)[which])
+        over_space = by_class(np.mean, averages[layer], labels, classes)
         of_class = {
+            "preferred_share": (samples.argmax(axis=1) == preferred).mean(axis=0),
             "selectivity": class_selectivity(means)[preferred, numbers],
             "selectivity_low": low,
             "selectivity_high": high,
+            "selectivity_space": class_selectivity(over_space).max(axis=0),
             "auc": area_under_roc(values, labels[:, None] == preferred),
         }
         columns |= {name: np.where(dead, np.nan, column) for name, column in of_class.items()}
@@ -214,6 +201,8 @@ def tabulate_filters(maxima: Arrays, statistics: Arrays, run: Run) -> pd.DataFra
 def tabulate_classes(maxima: Arrays, statistics: Arrays, projected_labels: Array, run: Run) -> pd.DataFrame:
     """Return class_metrics.csv: one row a filter and class, means over the class's images (max: largest).
 
+    activation_low and activation_high limit the 95 % bootstrap interval of the mean activation over images.
+
     Arguments as for `tabulate_filters`; `projected_labels` are those of the images of the statistics.
     """
     tables, names = [], run.names
@@ -223,6 +212,10 @@ def tabulate_classes(maxima: Arrays, statistics: Arrays, projected_labels: Array
         columns["class"] = names * filters
         means = by_class(np.mean, values, run.test.labels, len(names))
         columns["activation_mean"] = means.T.ravel()  # (classes, filters) -> (filters * classes,)
+        limits = np.percentile(bootstrap_means(values.astype(np.float64), run), (2.5, 97.5), axis=0)
+        columns |= {
+            f"activation_{of}": limit.T.ravel() for of, limit in zip(("low", "high"), limits, strict=True)
+        }
         for name, measured in statistics.items() if layer == "conv4" else ():
             reduce = np.max if name == "max" else np.mean
             columns[name] = by_class(reduce, measured, projected_labels, len(names)).T.ravel()
@@ -369,15 +362,17 @@ def draw_specialisation(tables: Mapping[str, pd.DataFrame]) -> Figure:
 # ---------------------------------------------------------------- ablation: what filters are needed for
 
 
-def pool_features(net: CNN, images: Array, most: int, doing: str) -> tuple[list[Tensor], dict[str, Array]]:
+def pool_features(
+    net: CNN, images: Array, most: int, doing: str
+) -> tuple[list[Tensor], dict[str, Array], dict[str, Array]]:
     """Run the images through the network once; average its pooled maps over regions and find their maxima.
 
     Returns:
         For each layer (images, inputs): the map averaged over side x side regions, conv4 as the classifier
         sees it, the others with the largest side that divides the map and gives at most `most` inputs. Then
-        by layer the strongest value of each filter in each image, (images, filters).
+        by layer the strongest value of each filter in each image, and the mean of its map, (images, filters).
     """
-    averages, maxima = list[list[Tensor]](), list[list[Tensor]]()
+    averages, maxima, means = list[list[Tensor]](), list[list[Tensor]](), list[list[Tensor]]()
     for batch in tqdm(torch.from_numpy(images).split(50), doing, unit=" batches", disable=None):
         *below, conv4 = (pooled for pooled, _ in net.features(net.normalise(batch)))
         small = [net.average(conv4)]
@@ -387,9 +382,16 @@ def pool_features(net: CNN, images: Array, most: int, doing: str) -> tuple[list[
             small.insert(0, F.adaptive_avg_pool2d(pooled, max(sides, default=1)))
         averages.append([part.flatten(1) for part in small])
         maxima.append([pooled.amax(dim=(2, 3)).cpu() for pooled in (*below, conv4)])
-    strongest = [torch.cat(parts).numpy() for parts in zip(*maxima, strict=True)]
-    inputs = [torch.cat(parts) for parts in zip(*averages, strict=True)]
-    return inputs, dict(zip(LAYERS, strongest, strict=True))
+        means.append([pooled.mean(dim=(2, 3)).cpu() for pooled in (*below, conv4)])
+
+    def by_layer(parts: list[list[Tensor]]) -> list[Tensor]:
+        return [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
+
+    strongest, mean = (
+        {layer: part.numpy() for layer, part in zip(LAYERS, by_layer(parts), strict=True)}
+        for parts in (maxima, means)
+    )
+    return by_layer(averages), strongest, mean
 
 
 def contributions(net: CNN, averages: Tensor) -> Tensor:
@@ -759,8 +761,10 @@ def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     set_style()
     checkpoint = load_checkpoint(CHECKPOINT, choose_device(DEVICE))
-    keys = [f"{layer}_max" for layer in LAYERS]
-    maxima = dict(zip(LAYERS, load_arrays(OUTPUTS / "activations.npz", checkpoint, *keys), strict=True))
+    maxima, averages = (
+        dict(zip(LAYERS, load_arrays(OUTPUTS / "activations.npz", checkpoint, *keys), strict=True))
+        for keys in ([f"{layer}_{kind}" for layer in LAYERS] for kind in ("max", "mean"))
+    )
     path = OUTPUTS / "projection_statistics.npz"
     projected_labels, *measured = load_arrays(path, checkpoint, "labels", *STATISTICS)
     statistics = dict(zip(STATISTICS, measured, strict=True))
@@ -771,7 +775,7 @@ def main() -> None:
     untrained = load_untrained(CHECKPOINT.parent / "snapshots/epoch_000.pth", checkpoint, some)
     print(f"{source}, projections of {len(projected_labels):,}, torch {torch.__version__}")
 
-    filters = tabulate_filters(maxima, statistics, run)
+    filters = tabulate_filters(maxima, averages, statistics, run)
     classes = tabulate_classes(maxima, statistics, projected_labels, run)
     print_layers(filters)
     run.save_table("filter_metrics", filters)
@@ -781,10 +785,10 @@ def main() -> None:
 
     features, tables = {}, {"trained": filters}
     for name, net in (("trained", run.net), ("untrained", untrained)):
-        learned, _ = pool_features(net, train.images, PROBE_INPUTS, f"{name}, training images")
-        tested, strongest = pool_features(net, test.images, PROBE_INPUTS, f"{name}, test images")
+        learned, *_ = pool_features(net, train.images, PROBE_INPUTS, f"{name}, training images")
+        tested, *strengths = pool_features(net, test.images, PROBE_INPUTS, f"{name}, test images")
         features[name] = learned, tested
-    tables["untrained"] = tabulate_filters(strongest, {}, run)
+    tables["untrained"] = tabulate_filters(strengths[0], strengths[1], {}, run)
     run.save_table("filter_metrics_untrained", tables["untrained"])
     print(compare_networks(tables, run).to_string(index=False, float_format="{:.3f}".format))
     title = "How much of the specialisation was learned"

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -371,6 +371,30 @@ def top_images(values: Array, count: int) -> Array:
     order = np.argsort(-values, axis=0, kind="stable")[:count]
     fires = np.take_along_axis(values, order, axis=0) > 0
     return np.where(fires, order, -1).T.astype(np.int32)
+
+
+def by_class(reduce: Callable[..., Any], values: Array, labels: Array, classes: int) -> Array:
+    """Reduce (images, filters) to (classes, filters) by np.mean or np.max."""
+    return np.stack([reduce(values[labels == k].astype(np.float64), axis=0) for k in range(classes)])
+
+
+def class_selectivity(means: Array) -> Array:
+    """Return the selectivity index of each filter for each class: (mu - mu_rest) / (mu + mu_rest).
+
+    For the class that a filter prefers this is the class selectivity index of Morcos et al. 2018 ("On the
+    importance of single directions for generalization"): 0 if the filter fires alike on all classes, 1 if on
+    one only. They average a feature map over space; here its strongest value counts.
+
+    Args:
+        means: mu, mean activation of each filter on each class, (..., classes, filters). mu_rest is the mean
+            of the other classes' mu.
+
+    Returns:
+        (..., classes, filters), -1 to 1; nan for a filter that never fires.
+    """
+    rest = (means.sum(axis=-2, keepdims=True) - means) / (means.shape[-2] - 1)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is promised
+        return np.asarray((means - rest) / (means + rest))
 
 
 def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_size: int) -> Arrays:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import analyse_projections as ap
 from CNN import CNN, LAYERS, Checkpoint, load_checkpoint, receptive_fields
 from deconv import project_unit, strongest_units
-from deconv_full import Units, measure_activations, project_windows, strongest_of
+from deconv_full import Units, class_selectivity, measure_activations, project_windows, strongest_of
 from load_data import Array, Split, load_split
 
 NAMES = ["dog", "cat", "ship"]  # not in alphabetical order
@@ -71,7 +71,7 @@ def test_selectivity_by_hand() -> None:
     means = np.array([[2.0, 1, 0, 6], [0, 1, 0, 1], [0, 1, 0, 3]])  # of three classes: one only, alike, dead
     index = np.array([[1, 0, np.nan, 4 / 8], [-1, 0, np.nan, -3.5 / 5.5], [-1, 0, np.nan, -0.5 / 6.5]])
     stacked = np.stack([means, 3 * means[:, ::-1]])
-    np.testing.assert_allclose(ap.class_selectivity(stacked), np.stack([index, index[:, ::-1]]))
+    np.testing.assert_allclose(class_selectivity(stacked), np.stack([index, index[:, ::-1]]))
 
 
 def test_area_under_the_roc_curve_counts_pairs_and_half_of_ties() -> None:
@@ -99,7 +99,7 @@ STATISTICS = {"mean": np.array(MEAN), "max": np.array(MAX)}  # in four images, o
 
 
 def test_the_table_of_filters_by_hand() -> None:
-    table = ap.tabulate_filters(MAXIMA, STATISTICS, make_run(LABELS))
+    table = ap.tabulate_filters(MAXIMA, MAXIMA, STATISTICS, make_run(LABELS))
     conv3, conv4 = (table[table["layer"] == layer].reset_index() for layer in MAXIMA)
     columns = ["filter", "dead", "activation_mean", "activation_variance", "activation_nonzero"]
     rows: Any = [[0, 0, 2, 1.6, 1, 2, 8], [1, 1, 0, 0, 0, 0, 0], [2, 0, 2.6, 5.04, 0.6, 3, 7]]
@@ -109,7 +109,10 @@ def test_the_table_of_filters_by_hand() -> None:
     np.testing.assert_allclose(conv4[["selectivity", "auc"]], np.array([index, [1, np.nan, 3.5 / 4]]).T)
     assert low[2] < index[2] < high[2] and [low[0], high[0]] == pytest.approx([index[0]] * 2)  # all alike
     assert np.isnan([low[1], high[1]]).all()
-    assert conv4["preferred_class"].fillna("none").tolist() == ["dog", "none", "dog"]  # a tie: the first
+    names = conv4[["preferred_class", "runner_up", "top_class"]].fillna("none")
+    # filter 0: nine strongest images hold three cats; filter 2: preferred ties with runner-up, in images too
+    assert names.to_numpy().tolist() == [["dog", "ship", "cat"], ["none"] * 3, ["dog", "ship", "dog"]]
+    assert conv4["preferred_share"].fillna(-1).tolist()[:2] == [1, -1]
     assert conv3[list(STATISTICS)].isna().all(axis=None) and conv3["auc"].equals(conv4["auc"])
 
 
@@ -130,7 +133,7 @@ def test_filters_that_prefer_the_class_come_first_and_nearly_dead_ones_last() ->
     first, second, third = [0, 3, 2, 4, 8, 4, 1, 0], [0, 3.5, 1.8, 1, 2, 1, 5, 0], [0, 0, 1.8, 1, 2, 1, 5, 0]
     run, strength = make_run(np.tile([0, 1, 2], 100)), np.tile([first, second, third], (100, 1))
     strength[[0, 3], 7] = 25
-    filters = ap.tabulate_filters({"conv4": strength}, {}, run)
+    filters = ap.tabulate_filters({"conv4": strength}, {"conv4": strength}, {}, run)
     classes = ap.tabulate_classes({"conv4": strength}, {}, run.test.labels, run)
     ranking = ap.rank_filters(filters, classes, NAMES, "dog")
     assert ranking["filter"].tolist() == [4, 3, 5, 2, 1, 6, 7]
@@ -218,7 +221,7 @@ def test_selective_filters_are_ablated_first(make_net: MakeNet, monkeypatch: pyt
     net, pooled, _ = net_and_maps(make_net)
     run, orders = make_run(np.arange(40) % 3, net=net), list[Array]()
     classes = ap.tabulate_classes({"conv4": pooled.amax(dim=(2, 3)).numpy()}, {}, run.test.labels, run)
-    index = ap.class_selectivity(ap.class_means(classes, NAMES)).max(axis=0)
+    index = class_selectivity(ap.class_means(classes, NAMES)).max(axis=0)
     monkeypatch.setattr(ap, "ablate_in_order", lambda *to: orders.append(to[3]) or index)  # type: ignore
     ap.run_ablation(run, net.average(pooled).flatten(1), classes, 5)
     most, least, *random = index[np.array(orders)]
@@ -332,7 +335,7 @@ def test_trained_weights_leave_projections_alike(make_net: MakeNet, monkeypatch:
 
 def test_features_are_averages_of_regions_and_conv4_as_the_classifier_sees_it(make_net: MakeNet) -> None:
     net, images = make_net(classes=3, head_size=2), some_images(60)
-    found, maxima = ap.pool_features(net, images, 125, "")
+    found, maxima, means = ap.pool_features(net, images, 125, "")
     # maps of 24, 12 and 6 rows; 5 x 5 regions of conv1 and 4 x 4 of conv3 would be few enough, but do not fit
     assert [part.shape for part in found] == [(60, 5 * 16), (60, 6 * 16), (60, 7 * 9), (60, 8 * 4)]
     batch = net.normalise(torch.from_numpy(images))
@@ -342,6 +345,7 @@ def test_features_are_averages_of_regions_and_conv4_as_the_classifier_sees_it(ma
     measured = measure_activations(images, net, 60, "")
     for layer, values in maxima.items():
         np.testing.assert_allclose(values, measured[f"{layer}_max"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(means[layer], measured[f"{layer}_mean"], rtol=1e-4, atol=1e-5)
 
 
 def separable(count: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:

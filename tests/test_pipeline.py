@@ -89,18 +89,19 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
             "filter_metrics",
             sum(FILTERS),
             "layer filter dead activation_mean activation_variance activation_nonzero nonzero_count mean "
-            "variance max preferred_class selectivity selectivity_low selectivity_high auc",
+            "variance max preferred_class runner_up top_class preferred_share selectivity selectivity_low "
+            "selectivity_high selectivity_space auc",
         ),
         (
             "filter_metrics_untrained",
             sum(FILTERS),
-            "layer filter dead activation_mean activation_variance activation_nonzero preferred_class "
-            "selectivity selectivity_low selectivity_high auc",
+            "layer filter dead activation_mean activation_variance activation_nonzero preferred_class runner_up "
+            "top_class preferred_share selectivity selectivity_low selectivity_high selectivity_space auc",
         ),
         (
             "class_metrics",
             10 * sum(FILTERS),
-            "layer filter class activation_mean nonzero_count mean variance max",
+            "layer filter class activation_mean activation_low activation_high nonzero_count mean variance max",
         ),
         ("ablation", 10 * FILTERS[-1], "filter class accuracy_change selectivity"),
         ("trust", 16, "test condition median low high n"),
