@@ -151,7 +151,6 @@ def three_threads() -> Iterator[None]:
 ONE_EACH = as_units([(image, 0, 5, 5, 1) for image in range(12)])  # one unit of each image
 
 
-@pytest.mark.usefixtures("three_threads")
 def test_a_gpu_has_all_the_operators_and_no_tensor_is_left_on_the_cpu() -> None:
     # fake tensors have shapes and devices but no values; torch refuses to mix their devices
     def numbers(*values: int) -> Tensor:
@@ -176,6 +175,7 @@ def test_a_gpu_has_all_the_operators_and_no_tensor_is_left_on_the_cpu() -> None:
         assert windows.shape == (3, 96 - (16 * 5 - 30), 96 - (16 * 4 - 30), 3)  # jumps of 16 pixels from -30
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("end", ["reached", "failed", "abandoned"])
 def test_torch_has_its_threads_back_at_the_end_and_no_work_goes_on(make_net: MakeNet, end: str) -> None:
     calls, never = [], threading.Event()
