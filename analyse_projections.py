@@ -345,7 +345,7 @@ def load_untrained(path: Path, checkpoint: Checkpoint, images: Array) -> CNN:
 
 
 class Pooled(NamedTuple):
-    """What both networks make of some images, by layer."""
+    """What a network makes of some images, by layer."""
 
     inputs: dict[str, Tensor]  # maps averaged over regions, (images, inputs)
     maxima: Arrays  # strongest value of each filter, (images, filters)
@@ -358,22 +358,26 @@ def pool_features(net: CNN, images: Array, most: int, doing: str) -> Pooled:
     A map is averaged over side x side regions, conv4 as the classifier sees it, the others with the largest
     side that divides the map and gives at most `most` inputs.
     """
-    rows = []
-    for batch in tqdm(torch.from_numpy(images).split(50), doing, unit=" batches", disable=None):
-        maps = [pooled for pooled, _ in net.features(net.normalise(batch))]
-        small = []
+    columns: list[Tensor] = []
+    for start in tqdm(range(0, len(images), 50), doing, unit=" batches", disable=None):
+        batch = net.normalise(torch.from_numpy(images[start : start + 50]))
+        maps = [pooled for pooled, _ in net.features(batch)]
+        parts = []
         for pooled in maps[:-1]:
             filters, height = pooled.shape[1:3]
             sides = [
                 side for side in range(1, height + 1) if height % side == 0 and side**2 * filters <= most
             ]
-            small.append(F.adaptive_avg_pool2d(pooled, max(sides, default=1)).flatten(1))
-        small.append(net.average(maps[-1]).flatten(1))
-        extremes = [pooled.amax(dim=(2, 3)).cpu() for pooled in maps]
-        rows.append((*small, *extremes, *(pooled.mean(dim=(2, 3)).cpu() for pooled in maps)))
-    columns = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+            parts.append(F.adaptive_avg_pool2d(pooled, max(sides, default=1)).flatten(1))
+        parts.append(net.average(maps[-1]).flatten(1))
+        parts += [pooled.amax(dim=(2, 3)) for pooled in maps] + [pooled.mean(dim=(2, 3)) for pooled in maps]
+        # not put together at the end, which would need the memory twice
+        columns = columns or [part.new_empty(len(images), part.shape[1]) for part in parts]
+        for column, part in zip(columns, parts, strict=True):
+            column[start : start + len(batch)] = part
     inputs, *others = (dict(zip(LAYERS, columns[k : k + 4], strict=True)) for k in (0, 4, 8))
-    return Pooled(inputs, *({layer: part.numpy() for layer, part in of.items()} for of in others))
+    maxima, means = ({layer: part.cpu().numpy() for layer, part in of.items()} for of in others)
+    return Pooled(inputs, maxima, means)
 
 
 def compare_networks(tables: Mapping[str, pd.DataFrame], run: Run) -> pd.DataFrame:
@@ -918,21 +922,27 @@ def mcnemar(one: Array, other: Array) -> float:
     return float(min(1, 2 * tail / 2 ** (wins + losses)))
 
 
-def run_probes(run: Run, features: Mapping[str, Sequence[Pooled]], decays: Sequence[float]) -> str:
-    """Probe each layer of each network; write table and figure, return a finding.
+def probe_layers(
+    run: Run, network: str, features: Sequence[Pooled], own: Array, decays: Sequence[float]
+) -> list[tuple[Any, ...]]:
+    """Return rows of probes.csv, one a layer of a network.
 
-    `features` are those of the training and of the test images. The decay is chosen on a fifth of the
-    training images, drawn by the seed; then all of them are used. p: McNemar's test against the network.
+    The decay is chosen on a fifth of the training images, drawn by the seed; then all of them are used. p is
+    that of McNemar's test against the trained network's own classifier.
+
+    Args:
+        run: What every experiment needs.
+        network: Its name.
+        features: Of the training and of the test images.
+        own: Which test images the trained network classifies correctly.
+        decays: To choose from.
     """
     labels, test_labels = (
         torch.from_numpy(of.labels).to(run.net.mean.device) for of in (run.train, run.test)
     )
-    seen = features["trained"][1].inputs["conv4"]  # by the network's own classifier
-    own = (run.net.classifier(seen).argmax(dim=1) == test_labels).cpu().numpy()
     rows = []
-    cases = [(network, layer) for network in features for layer in LAYERS]
-    for network, layer in tqdm(cases, "probes", unit=" probes", disable=None):
-        train, test = (pooled.inputs[layer] for pooled in features[network])
+    for layer in tqdm(LAYERS, f"probes, {network} network", unit=" layers", disable=None):
+        train, test = (pooled.inputs[layer] for pooled in features)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
         held, rest = order[: len(order) // 5], order[len(order) // 5 :]
         guesses = [probe(train[rest], labels[rest], decay, train[held]) for decay in decays]
@@ -942,13 +952,14 @@ def run_probes(run: Run, features: Mapping[str, Sequence[Pooled]], decays: Seque
         error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))  # normal interval
         entry = accuracy, accuracy - error, accuracy + error, mcnemar(right, own), train.shape[1], decay
         rows.append((layer, network, *entry))
-    columns = ["layer", "network", "accuracy", "low", "high", "p", "inputs", "decay"]
-    probes = pd.DataFrame(rows, columns=columns)
-    run.save_table("probes", probes)
-    run.save_figure("probes", draw_probes(probes, run), "What a linear classifier reads from each layer")
+    return rows
+
+
+def describe_probes(probes: pd.DataFrame, own: float) -> str:
+    """Say what the probes read; `own` is the accuracy of the network itself."""
     learned, raw = (" ".join(f"{share:.1%}" for share in probes["accuracy"][k : k + 4]) for k in (0, 4))
     return (
-        f"probes of conv1 to conv4: {learned}, untrained {raw};\n  the network itself {own.mean():.1%} "
+        f"probes of conv1 to conv4: {learned}, untrained {raw};\n  the network itself {own:.1%} "
         f"(conv4's probe differs with p = {probes['p'][len(LAYERS) - 1]:.2g})"
     )
 
@@ -997,15 +1008,20 @@ def main() -> None:
     title = "Distribution of each metric over the active filters"
     run.save_figure("metric_distributions", draw_distributions(filters), title)
 
-    features = {
-        name: [
-            pool_features(net, images, PROBE_INPUTS, f"{name} network, {text} images")
-            for images, text in ((train.images, "training"), (test.images, "test"))
-        ]
-        for name, net in (("trained", run.net), ("untrained", untrained))
-    }
-    tables = {"trained": filters}
-    tables["untrained"] = tabulate_filters(*features["untrained"][1][1:], {}, run)
+    tables, rows = {"trained": filters}, []
+    for name, net in (("trained", run.net), ("untrained", untrained)):
+        features = [pool_features(net, of.images, PROBE_INPUTS, f"{name} network") for of in (train, test)]
+        if name == "trained":
+            inputs = [of.inputs["conv4"] for of in features]  # what its classifier sees
+            own = run.net.classifier(inputs[1]).argmax(dim=1).cpu().numpy() == test.labels
+        else:
+            tables[name] = tabulate_filters(features[1].maxima, features[1].means, {}, run)
+        rows += probe_layers(run, name, features, own, PROBE_DECAYS)
+    del features
+    columns = ["layer", "network", "accuracy", "low", "high", "p", "inputs", "decay"]
+    probes = pd.DataFrame(rows, columns=columns)
+    run.save_table("probes", probes)
+    run.save_figure("probes", draw_probes(probes, run), "What a linear classifier reads from each layer")
     run.save_table("filter_metrics_untrained", tables["untrained"])
     specialisation = compare_networks(tables, run)
     run.save_table("specialisation", specialisation)
@@ -1015,9 +1031,9 @@ def main() -> None:
     findings = [
         *describe_layers(filters),
         describe_preferences(filters),
-        run_ablation(run, [of.inputs["conv4"] for of in features["trained"]], filters, classes),
+        run_ablation(run, inputs, filters, classes),
         *run_trust(run, top, KEPT_SHARE, some),
-        run_probes(run, features, PROBE_DECAYS),
+        describe_probes(probes, own.mean()),
     ]
     print("\n".join(findings))
     print("next: uv run heatmap.py")
