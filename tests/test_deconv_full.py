@@ -235,8 +235,8 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
             assert value == maxima[image, filter_]
             assert (position == activations[f"{layer}_position"][image, filter_]).all()
             expected = plain(net, k, image, filter_, *position)
-            # float16 has 11 binary digits
-            assert_equal(in_frame(projection, origin), expected, 2**-11 if prefix else 1e-5)
+            # float16 has 11 binary digits, fewer below 6e-5
+            assert_equal(in_frame(projection, origin), expected, 1e-3 if prefix else 1e-5)
             top_row, left = origin
             assert (patch == deconv.window_of(IMAGES[image], top_row, left, size, 0)).all()
     assert (top[f"conv4_{prefix}image"][2] == -1).all() and (top[f"conv1_{prefix}image"] >= 0).any()
