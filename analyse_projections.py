@@ -4,25 +4,25 @@ Run:    uv run analyse_projections.py
 Reads:  outputs/CNN.pth, outputs/snapshots/epoch_000.pth, outputs/activations.npz,
         outputs/projection_statistics.npz, outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin
 Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/metric_distributions.png,
-        outputs/filter_metrics_untrained.csv, outputs/specialisation.png,
-        outputs/ablation.csv, outputs/ablation.png, outputs/trust.csv, outputs/trust.png, outputs/probes.csv,
-        outputs/probes.png
+        outputs/filter_metrics_untrained.csv, outputs/specialisation.csv, outputs/specialisation.png,
+        outputs/ablation.csv, outputs/ablation_curves.csv, outputs/ablation_summary.csv, outputs/ablation.png,
+        outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
 
 An activation is the strongest value of a filter in an image. All that is said about classes comes from
 activations: a projection's non-zero pixels mostly measure the size of the receptive field and how much of it
 the border cuts off.
 
 Then the network itself is asked how far this can be trusted: how much of the specialisation was learned, what
-is lost without a filter, what of an activation survives when only a projection's strongest pixels are left,
-what projections look like when weights are random, and how much of the classes each layer holds.
+is lost without a filter, whether a projection's strongest pixels drive the filter, and more so than those of
+the plain gradient, what projections look like when weights are random, and what each layer tells of classes.
 """
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,13 +30,14 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from tqdm import tqdm
 
 from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
-from deconv import window_of
+from deconv import backpropagate, window_of
 from deconv_full import Projector, Units, by_class, class_selectivity, project_windows, top_images
 from load_data import (
     IMAGE_SIZE,
@@ -56,16 +57,15 @@ DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 RESAMPLINGS = 1000  # bootstrap samples behind an interval
 SEED = 0  # of all that is drawn at random here
-RANDOM_ORDERS = 10  # orders in which all filters of conv4 are ablated at random
+RANDOM_ORDERS = 1000  # orders in which all filters of conv4 are ablated at random
 KEPT_SHARE = 0.25  # of a window's pixels: those that are kept, or deleted, to see what an activation needs
-RANDOMISED_UNITS = 200  # units whose projections are compared with those of random weights
+RANDOM_DRAWS = 3  # networks with random weights
 NORM_IMAGES = 1_000  # training images that give batch norm of new weights its means and variances
 PROBE_INPUTS = 1_024  # at most so many numbers of each of conv1 to conv3 go into its linear probe
 PROBE_DECAYS = (0.001, 0.01, 0.1)  # weight decays to choose from
 
 STATISTICS = ("nonzero_count", "mean", "variance", "max")  # of a projection
 NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
-MEDIANS = {"estimator": "median", "errorbar": ("ci", 95), "seed": 0, "markersize": 4, "capsize": 0.08}
 Arrays = Mapping[str, Array]
 
 
@@ -77,7 +77,9 @@ class Run(NamedTuple):
     test: Split
     source: str
     outputs: Path
-    resamplings: int
+    resamplings: int  # bootstrap samples
+    orders: int  # random orders of ablation
+    draws: int  # networks with random weights
     seed: int
 
     @property
@@ -110,6 +112,19 @@ class Run(NamedTuple):
         """Return the median of the values that are numbers with its interval."""
         known = values[~np.isnan(values)]
         return self.bootstrap(lambda which: np.median(known[which]), len(known))
+
+
+def draw_intervals(ax: Axes, table: pd.DataFrame, x: str, series: str, line: str = "none") -> None:
+    """Draw medians with their intervals, columns median, low and high, from left to right by `x`."""
+    places = {name: place for place, name in enumerate(table[x].unique())}
+    groups = list(table.groupby(series, sort=False))
+    for number, (name, rows) in enumerate(groups):
+        at = rows[x].map(places) + 0.14 * (number - (len(groups) - 1) / 2)
+        reach = [rows["median"] - rows["low"], rows["high"] - rows["median"]]
+        style: dict[str, Any] = {"linestyle": line, "marker": "osD^"[number], "markersize": 4, "capsize": 2}
+        ax.errorbar(at, rows["median"], reach, label=str(name), linewidth=1.2, **style)
+    ax.set_xticks(range(len(places)), list(places))
+    sns.despine(ax=ax)
 
 
 def rank_correlation(x: Array, y: Array) -> float:
@@ -258,27 +273,38 @@ def rank_filters(
     return ranking.sort_values(order, ascending=[True, False, False, False, True], ignore_index=True)
 
 
-def print_layers(filters: pd.DataFrame) -> None:
-    """Print how many filters of each layer are dead and nearly dead, and medians over the active ones."""
-    print("layer   filters  dead  nearly dead  selectivity    AUC  fires on")
+def describe_layers(filters: pd.DataFrame) -> Iterator[str]:
+    """Say how many filters of each layer are dead and nearly dead, with medians over the active ones."""
+    yield "layer   filters  dead  nearly dead  fires on  selectivity (over space)    AUC"
     for layer, rows in filters.groupby("layer"):
         dead = int(rows["dead"].sum())
         few = int((rows["activation_nonzero"] < NEARLY_DEAD).sum()) - dead
-        active = rows.loc[~rows["dead"], ["selectivity", "auc", "activation_nonzero"]]
-        selectivity, auc, share = active.median()
-        print(f"{layer}{len(rows):>10}{dead:>6}{few:>13}{selectivity:>13.3f}{auc:>7.3f}{share:>10.1%}")
+        share, *others = rows[["activation_nonzero", "selectivity", "selectivity_space", "auc"]].median()
+        index, over_space, auc = others
+        text = f"{layer}{len(rows):>10}{dead:>6}{few:>13}{share:>10.1%}{index:>13.3f}"
+        yield f"{text}{f'({over_space:.3f})':>13}{auc:>7.3f}"
+
+
+def describe_preferences(filters: pd.DataFrame) -> str:
+    """Say of how many active filters of conv4 the preferred class is uncertain, or not that of its images."""
+    active = filters[(filters["layer"] == "conv4") & ~filters["dead"]]
+    uncertain = int((active["preferred_share"] < 0.9).sum())
+    other = int((active["preferred_class"] != active["top_class"]).sum())
+    return (
+        f"preferred class: of {len(active)} active filters of conv4 {uncertain} prefer another in more than "
+        f"10 % of samples;\n  the nine strongest images of {other} are mostly of another class"
+    )
 
 
 def draw_distributions(filters: pd.DataFrame) -> Figure:
-    """Draw how each metric of the activations is distributed over a layer's active filters."""
+    """Draw how mean, variance and share above zero of the activations are distributed over active filters."""
     texts = {
         "activation_mean": "mean activation",
+        "activation_variance": "variance of the activation",
         "activation_nonzero": "share of images it fires on",
-        "selectivity": "class selectivity",
-        "auc": "area under the ROC curve",
     }
     long = filters[~filters["dead"]].melt("layer", list(texts), "metric")
-    options: dict[str, Any] = {"facet_kws": {"sharex": False}, "height": 2.4, "aspect": 0.9}
+    options: dict[str, Any] = {"facet_kws": {"sharex": False}, "height": 2.6, "aspect": 1.05}
     grid = sns.displot(long, x="value", col="metric", hue="layer", kind="ecdf", **options)
     grid.set_titles("").set_ylabels("share of filters up to this value")
     for ax, text in zip(grid.axes.flat, texts.values(), strict=True):
@@ -318,220 +344,325 @@ def load_untrained(path: Path, checkpoint: Checkpoint, images: Array) -> CNN:
     return recalibrate_batch_norm(start.net, 0, images)
 
 
-def compare_networks(tables: Mapping[str, pd.DataFrame], run: Run) -> pd.DataFrame:
-    """Say how much of each layer's specialisation was learned.
+class Pooled(NamedTuple):
+    """What a network makes of some images, by layer."""
 
-    The untrained network is no blank: edges and colours of random filters differ between classes, too.
+    inputs: dict[str, Tensor]  # maps averaged over regions, (images, inputs)
+    maxima: Arrays  # strongest value of each filter, (images, filters)
+    means: Arrays  # mean of its map, likewise
+
+
+def pool_features(net: CNN, images: Array, most: int, doing: str) -> Pooled:
+    """Run the images through the network once; average its pooled maps over regions, and take their maxima.
+
+    A map is averaged over side x side regions, conv4 as the classifier sees it, the others with the largest
+    side that divides the map and gives at most `most` inputs.
+    """
+    columns: list[Tensor] = []
+    for start in tqdm(range(0, len(images), 50), doing, unit=" batches", disable=None):
+        batch = net.normalise(torch.from_numpy(images[start : start + 50]))
+        maps = [pooled for pooled, _ in net.features(batch)]
+        parts = []
+        for pooled in maps[:-1]:
+            filters, height = pooled.shape[1:3]
+            sides = [
+                side for side in range(1, height + 1) if height % side == 0 and side**2 * filters <= most
+            ]
+            parts.append(F.adaptive_avg_pool2d(pooled, max(sides, default=1)).flatten(1))
+        parts.append(net.average(maps[-1]).flatten(1))
+        parts += [pooled.amax(dim=(2, 3)) for pooled in maps] + [pooled.mean(dim=(2, 3)) for pooled in maps]
+        # not put together at the end, which would need the memory twice
+        columns = columns or [part.new_empty(len(images), part.shape[1]) for part in parts]
+        for column, part in zip(columns, parts, strict=True):
+            column[start : start + len(batch)] = part
+    inputs, *others = (dict(zip(LAYERS, columns[k : k + 4], strict=True)) for k in (0, 4, 8))
+    maxima, means = ({layer: part.cpu().numpy() for layer, part in of.items()} for of in others)
+    return Pooled(inputs, maxima, means)
+
+
+def compare_networks(tables: Mapping[str, pd.DataFrame], run: Run) -> pd.DataFrame:
+    """Say how much of each layer's specialisation was learned: specialisation.csv.
+
+    The untrained network is no blank: edges and colours of random filters differ between classes, too. The
+    largest of 576 values in conv1 and of 9 in conv4 is not one quantity, so the index from averages over the
+    map, which is, stands beside it.
 
     Args:
         tables: What `tabulate_filters` returned for the networks "trained" and "untrained".
         run: What the intervals need.
 
     Returns:
-        For each layer and metric a row for each network, the median over its active filters, and one for
+        For each metric and layer a row for each network, the median over its active filters, and one for
         "learned", the median of the difference trained - untrained over the filters that are active in both,
         each filter with its own start; with 95 % intervals over filters.
     """
     rows = []
-    for layer in LAYERS:
-        for metric in ("selectivity", "auc"):
+    for metric in ("selectivity", "selectivity_space", "auc"):
+        for layer in LAYERS:
             of_layer = {name: table[table["layer"] == layer] for name, table in tables.items()}
             values = {name: table[metric].to_numpy(np.float64) for name, table in of_layer.items()}
             values["learned"] = values["trained"] - values["untrained"]
-            rows += [(layer, metric, name, *run.median(some)) for name, some in values.items()]
-    return pd.DataFrame(rows, columns=["layer", "metric", "network", "median", "low", "high"])
+            rows += [(metric, layer, name, *run.median(some)) for name, some in values.items()]
+    return pd.DataFrame(rows, columns=["metric", "layer", "network", "median", "low", "high"])
 
 
-def draw_specialisation(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Draw, layer by layer, how specialised the filters of both networks are, with medians and intervals."""
-    both = pd.concat([table.assign(network=name) for name, table in tables.items()], ignore_index=True)
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-    texts = {"selectivity": "class selectivity", "auc": "area under the ROC curve"}
-    for ax, (metric, text) in zip(axes, texts.items(), strict=True):
-        options: dict[str, Any] = {"data": both, "x": "layer", "y": metric, "hue": "network", "ax": ax}
-        sns.violinplot(split=True, inner=None, linewidth=0, alpha=0.4, cut=0, legend=False, **options)
-        point: dict[str, Any] = MEDIANS | {"dodge": 0.2, "linestyle": "none", "legend": ax is axes[0]}
-        sns.pointplot(**point, **options)
-        ax.axhline(0.5 if metric == "auc" else 0, color="0.5", linestyle=":", linewidth=1, zorder=0)
-        ax.set(ylabel=text, xlabel="")
-    axes[0].legend(title="median, 95 % interval", frameon=False, loc="upper left")
-    sns.despine(fig)
+def draw_specialisation(table: pd.DataFrame) -> Figure:
+    """Draw `compare_networks`, layer by layer: both networks above, what was learned below."""
+    fig, axes = plt.subplots(2, 3, figsize=(8, 4.4), sharex=True, layout="constrained")
+    texts = {
+        "selectivity": "selectivity of the\nstrongest activation",
+        "selectivity_space": "selectivity of the map's\naverage",
+        "auc": "area under the ROC curve\nof the strongest activation",
+    }
+    for (above, below), (metric, text) in zip(axes.T, texts.items(), strict=True):
+        rows = table[table["metric"] == metric]
+        draw_intervals(above, rows[rows["network"] != "learned"], "layer", "network")
+        draw_intervals(below, rows[rows["network"] == "learned"], "layer", "network")
+        below.axhline(0, color="0.5", linestyle=":", linewidth=1)
+        above.set_title(text, fontsize=9)
+    for ax in axes[0, :2]:
+        ax.set_ylim(0, 1.1 * table.loc[table["metric"] != "auc", "high"].max())
+    axes[0, 0].set_ylabel("median over filters")
+    axes[1, 0].set_ylabel("trained - untrained,\nmedian over filters")
+    axes[0, 0].legend(title="network, 95 % interval", frameon=False, loc="upper left")
     return fig
 
 
 # ---------------------------------------------------------------- ablation: what filters are needed for
 
 
-def pool_features(
-    net: CNN, images: Array, most: int, doing: str
-) -> tuple[list[Tensor], dict[str, Array], dict[str, Array]]:
-    """Run the images through the network once; average its pooled maps over regions and find their maxima.
+class Linear(NamedTuple):
+    """The logits of some images as a sum over the filters of conv4.
 
-    Returns:
-        For each layer (images, inputs): the map averaged over side x side regions, conv4 as the classifier
-        sees it, the others with the largest side that divides the map and gives at most `most` inputs. Then
-        by layer the strongest value of each filter in each image, and the mean of its map, (images, filters).
+    Behind conv4 come an average and a linear layer, nothing else. So the logits are `base` plus the sum of
+    the filters' parts, and ablating a filter takes its part away. This is exact.
     """
-    averages, maxima, means = list[list[Tensor]](), list[list[Tensor]](), list[list[Tensor]]()
-    for batch in tqdm(torch.from_numpy(images).split(50), doing, unit=" batches", disable=None):
-        *below, conv4 = (pooled for pooled, _ in net.features(net.normalise(batch)))
-        small = [net.average(conv4)]
-        for pooled in reversed(below):
-            filters, rows = pooled.shape[1:3]
-            sides = [side for side in range(1, rows + 1) if rows % side == 0 and side**2 * filters <= most]
-            small.insert(0, F.adaptive_avg_pool2d(pooled, max(sides, default=1)))
-        averages.append([part.flatten(1) for part in small])
-        maxima.append([pooled.amax(dim=(2, 3)).cpu() for pooled in (*below, conv4)])
-        means.append([pooled.mean(dim=(2, 3)).cpu() for pooled in (*below, conv4)])
 
-    def by_layer(parts: list[list[Tensor]]) -> list[Tensor]:
-        return [torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]
+    parts: Tensor  # (filters, images, classes)
+    base: Tensor  # the logits when all filters are ablated, (classes,)
+    labels: Tensor  # of the images
 
-    strongest, mean = (
-        {layer: part.numpy() for layer, part in zip(LAYERS, by_layer(parts), strict=True)}
-        for parts in (maxima, means)
-    )
-    return by_layer(averages), strongest, mean
+    def without(self, ablated: Array) -> Tensor:
+        """Return logits (conditions, images, classes); `ablated` (conditions, filters) says which are."""
+        kept = torch.from_numpy(~ablated).to(self.parts)
+        logits = kept @ self.parts.flatten(1)  # (conditions, images * classes)
+        return cast(Tensor, logits.unflatten(1, self.parts.shape[1:]) + self.base)
 
 
-def contributions(net: CNN, averages: Tensor) -> Tensor:
-    """Return what each filter of conv4 adds to the logits, (filters, images, classes).
+def linear_parts(net: CNN, inputs: Tensor, level: Tensor, labels: Array) -> Linear:
+    """Split logits into the filters' parts, counted from what an ablated filter is set to.
 
-    Behind conv4 come an average and a linear layer, nothing else: the logits are the bias plus the sum of the
-    filters' contributions, and a filter whose pooled map is set to 0 takes its own away. This is exact.
+    Set to zero, a filter also takes away its mean, which shifts all logits. Set to its mean over the training
+    images, it takes away only what it says of this image.
 
     Args:
         net: The network.
-        averages: What its classifier sees, (images, filters * head_size²).
-    """
-    filters = net.config["filters"][-1]
-    weights = net.classifier.weight.unflatten(1, (filters, -1))  # (classes, filters, regions)
-    return torch.einsum("nfr,cfr->fnc", averages.unflatten(1, (filters, -1)), weights)
-
-
-def ablate_each(parts: Tensor, bias: Tensor, labels: Array, classes: int) -> tuple[Array, Array]:
-    """Ablate one filter at a time.
-
-    Args:
-        parts: `contributions` (filters, images, classes).
-        bias: Of the classifier.
+        inputs: What its classifier sees, (images, filters * head_size²).
+        level: The same of ablated filters, (filters * head_size²,).
         labels: Of the images.
-        classes: Number of classes.
-
-    Returns:
-        Change of each class's accuracy (classes, filters) and of the accuracy over all images (filters,);
-        negative where ablation does damage.
     """
-    logits, truth = parts.sum(dim=0) + bias, torch.from_numpy(labels).to(parts.device)
-    before = (logits.argmax(dim=1) == truth).cpu().numpy().astype(np.float64)
-    right = [((logits - part).argmax(dim=1) == truth).cpu().numpy() for part in parts]
-    change = np.stack(right, axis=1) - before[:, None]  # (images, filters)
-    return by_class(np.mean, change, labels, classes), change.mean(axis=0)
+    weights = net.classifier.weight.unflatten(
+        1, (net.config["filters"][-1], -1)
+    )  # (classes, filters, regions)
+    parts = torch.einsum("nfr,cfr->fnc", (inputs - level).unflatten(1, weights.shape[1:]), weights)
+    return Linear(parts, net.classifier(level), torch.from_numpy(labels).to(inputs.device))
 
 
-def ablate_in_order(parts: Tensor, bias: Tensor, labels: Array, order: Array) -> Array:
-    """Return the accuracy with the first 0, 1, ... and all filters of `order` ablated, (1 + filters,).
+def ablate_each(linear: Linear) -> dict[str, Array]:
+    """Return what ablating one filter does to each image, (images, filters) each.
 
-    Arguments as for `ablate_each`. Summed from the last, so that with all ablated the bias alone is left.
+    The accuracy lost, 1 where the image is no longer classified correctly and -1 where it now is; and the
+    rise of its cross-entropy, in nats, which also tells what happens to images that stay right or wrong.
     """
-    logits, curve = bias.expand(len(labels), -1).clone(), []
-    for part in (0 * bias, *parts[order[::-1].copy()]):
-        logits += part
-        curve.append((logits.argmax(dim=1).cpu().numpy() == labels).mean())
-    return np.array(curve[::-1])
+    filters = np.arange(len(linear.parts))
+    logits = [linear.without(some[:, None] == filters) for some in np.array_split(filters, 8)]
+    logits.append(linear.without(np.zeros((1, len(filters)), np.bool_)))
+    right = torch.cat([(some.argmax(dim=2) == linear.labels).float() for some in logits]).cpu().numpy()
+    loss = (
+        torch.cat(
+            [
+                F.cross_entropy(some.permute(0, 2, 1), linear.labels.expand(len(some), -1), reduction="none")
+                for some in logits
+            ]
+        )
+        .cpu()
+        .numpy()
+    )
+    return {"accuracy lost": (right[-1] - right[:-1]).T, "rise of the loss": (loss[:-1] - loss[-1]).T}
 
 
-def correlate_damage(changes: Array, overall: Array, index: Array, run: Run) -> None:
-    """Print how selectivity and damage go together over filters (Morcos et al. 2018).
+def split_half(damage: Array, run: Run) -> Array:
+    """Return how well filters' damage on one half of the images ranks like that on the other half.
 
-    For the changes of the classes' accuracies and the selectivity for each class, (classes, filters), and for
-    the changes of the accuracy over all classes, (filters,), and the selectivity for the preferred class.
+    Rank correlation of damage (images, filters), mean over 20 random halves: of the damage to a class and to
+    all. What correlates little with itself cannot correlate much with anything else.
     """
-    low, median, high = 100 * np.percentile(overall, (0, 50, 100))
-    print(f"accuracy without one filter of conv4: {low:+.2f} to {high:+.2f} points, median {median:+.3f}")
-    for text, x, y in (("a class", index, -changes), ("all classes", index.max(axis=0), -overall)):
+    rng, labels, correlations = np.random.default_rng(run.seed), run.test.labels, []
+    for _ in range(20):
+        half = (
+            pd.Series(rng.random(len(damage))).groupby(labels).rank() % 2 == 0
+        ).to_numpy()  # of each class
+        halves = [by_class(np.mean, damage[of], labels[of], len(run.names)) for of in (half, ~half)]
+        overall = [of.mean(axis=0) for of in halves]
+        correlations.append((rank_correlation(*halves), rank_correlation(*overall)))
+    return np.asarray(np.mean(correlations, axis=0))
 
-        def statistic(which: Array, x: Array = x, y: Array = y) -> float:
+
+def summarise_damage(
+    damage: Array, predictors: Arrays, run: Run
+) -> Iterator[tuple[str, float, float, float]]:
+    """Yield quantities of damage (images, filters) with value and 95 % interval (nan for none).
+
+    `predictors` may predict the damage to a class, (classes, filters), or to all, (filters,).
+    """
+    of_class = by_class(np.mean, damage, run.test.labels, len(run.names))
+    own = np.arange(len(run.names))[:, None] == predictors["selectivity"].argmax(axis=0)
+    samples = bootstrap_means(damage, run)  # over images: of filters there are no others
+    for text, where in (("its preferred class", own), ("each other class", ~own)):
+        limits = np.percentile((samples * where).sum(axis=(1, 2)) / where.sum(), (2.5, 97.5))
+        yield f"on {text}", of_class[where].mean(), *limits
+    for text, value in zip(("a class", "all classes"), split_half(damage, run), strict=True):
+        yield f"on {text}: split-half rank correlation", value, math.nan, math.nan
+    for name, x in predictors.items():
+        y, text = (of_class, "a class") if x.ndim == 2 else (of_class.mean(axis=0), "all classes")
+
+        def correlation(which: Array, x: Array = x, y: Array = y) -> float:
             return rank_correlation(x[..., which], y[..., which])
 
-        value, low, high = run.bootstrap(statistic, len(overall))
-        print(f"selectivity and accuracy lost on {text}: {value:+.2f} ({low:+.2f} to {high:+.2f})")
+        yield f"on {text}: rank correlation with {name}", *run.bootstrap(correlation, damage.shape[1])
 
 
-def draw_ablation(changes: Array, index: Array, curves: Mapping[str, Array], names: Sequence[str]) -> Figure:
-    """Draw the damage of ablating each filter to each class, and the accuracy as more and more are ablated.
+def ablate_in_order(linear: Linear, orders: Mapping[str, Array], level: str) -> pd.DataFrame:
+    """Return rows of ablation_curves.csv: the accuracy with the first filters of some orders ablated.
 
-    `changes` of accuracy and selectivity `index` are (classes, filters), filters without index are left out;
-    curves (orders, 1 + filters) for each way of ordering: of several orders mean and range are drawn.
+    `orders` (orders, filters) by name, the random ones last. Of several orders of one name, mean and range of
+    95 %. `below`: the share of random orders whose accuracy, averaged over the curve, is lower.
+    """
+    sizes = np.unique(np.linspace(0, len(linear.parts), 21).round().astype(np.int64))
+    tables, averages = [], []
+    for name, of_name in orders.items():
+        bar, curves = tqdm(of_name, f"ablation to {level}, {name}", unit=" orders", disable=None), []
+        for order in bar:
+            logits = linear.without(np.argsort(order) < sizes[:, None])
+            curves.append((logits.argmax(dim=2) == linear.labels).float().mean(dim=1).cpu().numpy())
+        low, high = np.percentile(curves, (2.5, 97.5), axis=0)
+        columns = {"ablated": sizes, "accuracy": np.mean(curves, axis=0), "low": low, "high": high}
+        tables.append(pd.DataFrame({"level": level, "order": name, **columns}))
+        averages.append(np.mean(curves, axis=1))
+    for table, average in zip(tables, averages, strict=True):
+        table["below"] = (averages[-1] < average.mean()).mean()
+    return pd.concat(tables)
+
+
+def draw_ablation(damage: Array, index: Array, curves: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Draw the accuracy each class loses without each filter, and the accuracy as more and more are ablated.
+
+    damage and selectivity `index` are (classes, filters), filters without index are left out; `curves` is
+    ablation_curves.csv.
     """
     known = np.flatnonzero(~np.isnan(index).any(axis=0))
     preferred = index[:, known].argmax(axis=0)
     order = np.lexsort((-index[preferred, known], preferred))
-    lost = -100 * changes[:, known[order]]
-    fig = plt.figure(figsize=(7, 6), layout="constrained")
-    ax, below = fig.subplots(2, 1, height_ratios=[1.15, 1])
-    top = float(np.percentile(np.abs(lost), 99)) or 1
+    points = 100 * damage[:, known[order]]
+    fig = plt.figure(figsize=(7.5, 6), layout="constrained")
+    grid = fig.add_gridspec(2, 2, height_ratios=[1.1, 1])
+    ax, left = fig.add_subplot(grid[0, :]), fig.add_subplot(grid[1, 0])
+    right = fig.add_subplot(grid[1, 1], sharey=left)
+    top = float(np.percentile(np.abs(points), 99)) or 1
     options: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -top, "vmax": top, "interpolation": "nearest"}
-    drawn = ax.imshow(lost, aspect="auto", extent=(0, len(known), len(names), 0), **options)
+    drawn = ax.imshow(points, aspect="auto", extent=(0, len(known), len(names), 0), **options)
     fig.colorbar(drawn, ax=ax, pad=0.01, extend="both", label="accuracy lost (percentage points)")
     edges = np.searchsorted(preferred[order], np.arange(len(names) + 1))
-    for number, (left, right) in enumerate(pairwise(edges.tolist())):
-        ax.add_patch(Rectangle((left, number), right - left, 1, fill=False, edgecolor="0.2", linewidth=0.9))
+    for number, (first, last) in enumerate(pairwise(edges.tolist())):
+        ax.add_patch(Rectangle((first, number), last - first, 1, fill=False, edgecolor="0.2", linewidth=0.9))
     ax.set_yticks(np.arange(len(names)) + 0.5, list(names))
-    ax.set(xlabel="ablated filter, by preferred class (framed), then falling selectivity", ylabel="class")
-    for (name, curve), style in zip(curves.items(), ("-", "--", "-."), strict=True):
-        (line,) = below.plot(100 * curve.mean(axis=0), linestyle=style, label=name)
-        low, high = 100 * curve.min(axis=0), 100 * curve.max(axis=0)
-        below.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.25, linewidth=0)
-    below.set(xlabel="number of filters ablated", ylabel="accuracy (%)", ylim=(0, None), xlim=(0, None))
-    below.legend(title="ablated first", frameon=False)
-    sns.despine(ax=below)
+    ax.set_title("one filter set to its mean", fontsize=9)
+    ax.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
+    for below, (level, of_level) in zip((left, right), curves.groupby("level", sort=False), strict=True):
+        for (name, rows), style in zip(
+            of_level.groupby("order", sort=False), ("-", "--", "-.", ":"), strict=True
+        ):
+            (line,) = below.plot(rows["ablated"], 100 * rows["accuracy"], linestyle=style, label=name)
+            band: dict[str, Any] = {"color": line.get_color(), "alpha": 0.25, "linewidth": 0}
+            below.fill_between(rows["ablated"], 100 * rows["low"], 100 * rows["high"], **band)
+        below.set(xlabel="number of filters ablated", ylim=(0, None), xlim=(0, None))
+        below.set_title(f"more and more filters set to {level}", fontsize=9)
+        sns.despine(ax=below)
+    left.set_ylabel("accuracy (%)")
+    left.legend(title="ablated first", frameon=False, fontsize=8, loc="lower left")
     return fig
 
 
-def run_ablation(run: Run, averages: Tensor, classes: pd.DataFrame, random_orders: int) -> None:
-    """Ablate filters of conv4 one at a time, then more and more, in several orders; write table and figure.
+def run_ablation(run: Run, inputs: Sequence[Tensor], filters: pd.DataFrame, classes: pd.DataFrame) -> str:
+    """Ablate filters of conv4, one at a time and more and more; write tables and figure, return a finding.
 
-    `averages` is what the classifier sees of the test images, `classes` class_metrics.csv.
+    `inputs` is what the classifier sees of the training and of the test images; the tables are
+    filter_metrics.csv and class_metrics.csv.
     """
-    parts = contributions(run.net, averages), run.net.classifier.bias, run.test.labels
-    changes, overall = ablate_each(*parts, len(run.names))
-    index = class_selectivity(class_means(classes, run.names))
-    correlate_damage(changes, overall, index, run)
-    rng, strongest = np.random.default_rng(run.seed), index.max(axis=0)
-    orders = {"most selective": [np.argsort(-strongest, kind="stable")]}
-    orders["least selective"] = [np.argsort(strongest, kind="stable")]
-    text = f"random (mean and range of {random_orders})"
-    orders[text] = [rng.permutation(len(overall)) for _ in range(random_orders)]
-    curves = {name: np.stack([ablate_in_order(*parts, o) for o in every]) for name, every in orders.items()}
-    rows = classes.loc[classes["layer"] == "conv4", ["filter", "class"]]  # a filter's classes in turn
-    table = rows.assign(accuracy_change=changes.T.ravel(), selectivity=index.T.ravel())
-    title = "What ablating filters of conv4 costs: one at a time, and more and more"
-    run.save_table("ablation", table)
-    run.save_figure("ablation", draw_ablation(changes, index, curves, run.names), title)
+    learned, seen = inputs
+    index, labels, count = class_selectivity(class_means(classes, run.names)), run.test.labels, len(run.names)
+    strength = filters.loc[filters["layer"] == "conv4", "activation_mean"].to_numpy()
+    highest, rng = np.nan_to_num(index.max(axis=0)), np.random.default_rng(run.seed)
+    keys = {"most selective": -highest, "least selective": highest, "strongest on average": -strength}
+    orders = {name: np.argsort(key, kind="stable")[None] for name, key in keys.items()}
+    orders[f"random ({run.orders:,} orders)"] = rng.permuted([np.arange(len(highest))] * run.orders, axis=1)
+    rows = classes.loc[classes["layer"] == "conv4", ["filter", "class"]].assign(selectivity=index.T.ravel())
+    every = pd.DataFrame({"filter": np.arange(len(highest)), "class": "all"})
+    summary, curves = [], []
+    for level, suffix, values in (
+        ("their means", "", learned.mean(dim=0)),
+        ("zero", "_zero", 0 * learned[0]),
+    ):
+        linear = linear_parts(run.net, seen, values, labels)
+        contribution = [
+            linear.parts[:, linear.labels == k, k].mean(dim=1).cpu().numpy() for k in range(count)
+        ]
+        predictors = {"selectivity": index, "contribution to the logit": np.stack(contribution)}
+        predictors |= {"largest selectivity": index.max(axis=0), "mean activation": strength}
+        rows[f"contribution{suffix}"] = np.stack(contribution).T.ravel()
+        for measure, damage in ablate_each(linear).items():
+            summary += [(level, measure, *entry) for entry in summarise_damage(damage, predictors, run)]
+            column = measure.replace(" of the ", "_").replace(" ", "_") + suffix
+            rows[column] = by_class(np.mean, damage, labels, count).T.ravel()
+            every[column] = damage.mean(axis=0)
+        curves.append(ablate_in_order(linear, orders, level))
+    run.save_table("ablation", pd.concat([rows, every]).sort_values("filter", kind="stable"))
+    run.save_table("ablation_curves", pd.concat(curves))
+    table = pd.DataFrame(summary, columns=["level", "measure", "quantity", "value", "low", "high"])
+    run.save_table("ablation_summary", table)
+    lost = rows["accuracy_lost"].to_numpy().reshape(-1, count).T
+    figure = draw_ablation(lost, index, pd.concat(curves), run.names)
+    run.save_figure("ablation", figure, "What ablating filters of conv4 costs")
+    value = table.set_index(["level", "measure", "quantity"])["value"]["their means"]
+    accuracy, loss = value["accuracy lost"], value["rise of the loss"]
+    own, other = 100 * accuracy.iloc[:2]
+    return (
+        f"ablation: set to its mean, a filter costs its preferred class {own:.2f} points, each other "
+        f"{other:.2f};\n  the rise of a class's loss has rank correlation {loss.iloc[4]:.2f} with the "
+        f"selectivity, {loss.iloc[5]:.2f} with the contribution to the logit"
+    )
 
 
 # ---------------------------------------------------------------- trust: what a projection shows
 
 
 class TopUnits(NamedTuple):
-    """The units of conv4 whose projections were drawn: those of each filter in its strongest images."""
+    """The units of conv4 whose projections were drawn: those of each filter in its strongest images.
+
+    Windows are (units, rows, columns); a window may reach beyond the image.
+    """
 
     units: Units
     origin: Array  # row and column of the window's top left pixel in the image, (units, 2)
-    magnitude: Array  # of the projection in the full frame, float32 (units, 96, 96)
-    size: int  # rows and columns of the window
-
-    def window(self, unit: int) -> tuple[slice, slice]:
-        """Return the rows and columns of a unit's window inside the image."""
-        top, left = self.origin[unit].tolist()
-        return slice(max(top, 0), top + self.size), slice(max(left, 0), left + self.size)
+    inside: Array  # whether a place of the window lies inside the image
+    magnitude: Array  # of the projection, float32
+    envelope: Array  # mean over all units, each projection's sum being 1, (rows, columns)
 
 
-def in_frames(windows: Array, origins: Array) -> Array:
-    """Return magnitudes in the full frame (units, 96, 96) of windows (units, 3, rows, columns)."""
-    magnitudes = zip(np.abs(windows).sum(axis=1, keepdims=True), origins.tolist(), strict=True)
-    return np.stack([window_of(one, -top, -left, IMAGE_SIZE, 0)[0] for one, (top, left) in magnitudes])
+def cut_windows(frames: Array, origins: Array, size: int) -> Array:
+    """Cut a window of `size` pixels out of each of (units, rows, columns), 0 beyond them; `window_of`."""
+    pairs = zip(frames, origins.tolist(), strict=True)
+    return np.stack([window_of(frame[None], top, left, size, 0)[0] for frame, (top, left) in pairs])
 
 
 def read_top_units(path: Path, checkpoint: Checkpoint) -> TopUnits:
@@ -541,55 +672,83 @@ def read_top_units(path: Path, checkpoint: Checkpoint) -> TopUnits:
     fires = np.nonzero(image >= 0)  # a filter that fires on fewer images leaves places empty
     row, column = position[fires].astype(np.int64).T
     units = Units(image[fires].astype(np.int64), fires[0], row, column, value[fires])
-    frames = in_frames(projection[fires], origin[fires])
-    return TopUnits(units, origin[fires], frames, projection.shape[-1])
+    magnitude, origin = np.abs(projection[fires]).sum(axis=1), origin[fires].astype(np.int64)
+    places = origin[:, :, None] + np.arange(magnitude.shape[-1])
+    down, right = ((places >= 0) & (places < IMAGE_SIZE)).swapaxes(0, 1)
+    inside = down[:, :, None] & right[:, None]
+    shares = magnitude / magnitude.sum(axis=(1, 2), keepdims=True)
+    return TopUnits(units, origin, inside, magnitude, shares.sum(axis=0) / inside.sum(axis=0).clip(min=1))
 
 
-def mask_pixels(top: TopUnits, unit: int, share: float, rng: np.random.Generator) -> Arrays:
-    """Choose which pixels of a unit's image stay; the others become grey, 0 in normalised pixels.
+def one_of_each(top: TopUnits, seed: int) -> Array:
+    """Draw one unit of each filter: those of one filter are much alike and must not count as several."""
+    shuffled = np.random.default_rng(seed).permutation(len(top.units.filter))
+    _, first = np.unique(top.units.filter[shuffled], return_index=True)
+    return shuffled[first]
 
-    Returns:
-        For each mask bool (96, 96), True where a pixel stays. Kept or deleted: `share` of the window's pixels
-        inside the image, where the projection is strongest, nearest the window's centre, or at random.
+
+def score_pixels(run: Run, top: TopUnits, which: Array, rng: np.random.Generator) -> Arrays:
+    """Score the pixels of units' windows: what is a filter said to look at? (units, rows, columns) each.
+
+    By the projection; by other ways back (`deconv.backpropagate`), as sums over RGB of absolute values; by
+    nearness to the window's centre; by chance.
     """
-    window, masks = top.window(unit), {}
-    down, right = np.arange(IMAGE_SIZE) - top.origin[unit][:, None] - (top.size - 1) / 2
-    scores = {
-        "projection": top.magnitude[unit],
-        "centre": -np.hypot(down[:, None], right),
-        "random": rng.random((IMAGE_SIZE, IMAGE_SIZE)),
+    units, net, size = top.units, run.net, len(top.envelope)
+    batch = net.normalise(torch.from_numpy(run.test.images[units.image[which]]))
+    place = units.filter[which], units.row[which], units.column[which]
+    back = [backpropagate(net, batch, len(LAYERS) - 1, *place, rule) for rule in ("gradient", "guided")]
+    maps = {"gradient": back[0], "gradient x input": back[0] * batch, "guided backpropagation": back[1]}
+    from_centre = np.arange(size) - (size - 1) / 2
+    near = -np.hypot(from_centre[:, None], from_centre)
+    return {
+        "projection": top.magnitude[which],
+        **{
+            name: cut_windows(of.abs().sum(dim=1).cpu().numpy(), top.origin[which], size)
+            for name, of in maps.items()
+        },
+        "centre": np.tile(near, (len(which), 1, 1)),
+        "random": rng.random((len(which), size, size)),
     }
-    for name, score in scores.items():
-        inside, chosen = score[window], np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.bool_)
-        strongest = np.argsort(-inside, axis=None, kind="stable")[: max(1, round(share * inside.size))]
-        chosen[window].flat[strongest] = True
-        masks[f"{name}, kept"], masks[f"{name}, deleted"] = chosen, ~chosen
-    return masks
 
 
-def surviving_shares(run: Run, top: TopUnits, share: float) -> pd.DataFrame:
-    """Return how much of a unit's activation survives each of `mask_pixels`, mean over a filter's images.
+def choose_pixels(score: Array, inside: Array, share: float) -> Array:
+    """Return whether a pixel of the window is among the `share` with largest score inside the image."""
+    chosen, count = np.zeros_like(inside), max(1, round(share * inside.sum()))
+    chosen.flat[np.argsort(np.where(inside, -score, np.inf), axis=None, kind="stable")[:count]] = True
+    return chosen
 
-    Insertion and deletion (after Petsiuk et al. 2018, "RISE") at one size of the mask: the masked image goes
-    through the network again; the activation of the same filter at the same pooled position is divided by the
-    original.
+
+def surviving_shares(run: Run, top: TopUnits, units: Array, share: float) -> dict[str, pd.DataFrame]:
+    """Return how much of each unit's activation survives when only some pixels stay, or all but these.
+
+    Insertion and deletion (after Petsiuk et al. 2018, "RISE") at one size of the mask: the masked image, grey
+    where it is masked, goes through the network again; the activation of the same filter at the same pooled
+    position is divided by the original.
 
     Returns:
-        A row for each filter that fires, a column for each mask.
+        Of the pixels "kept" and "deleted" a row for each unit, a column for each score of `score_pixels`.
     """
-    rng, rows, units = np.random.default_rng(run.seed), [], top.units
-    for start in tqdm(range(0, len(units.image), 64), "masked images", unit=" batches", disable=None):
-        which = np.arange(start, min(start + 64, len(units.image)))
-        batch = run.net.normalise(torch.from_numpy(run.test.images[units.image[which]]))
-        masks = [mask_pixels(top, k, share, rng) for k in which.tolist()]
-        place = units.filter[which], units.row[which], units.column[which]
+    rng, tables = np.random.default_rng(run.seed), []
+    for which in tqdm(
+        np.split(units, range(32, len(units), 32)),
+        "faithfulness: masked images",
+        unit=" batches",
+        disable=None,
+    ):
+        batch = run.net.normalise(torch.from_numpy(run.test.images[top.units.image[which]]))
+        place = np.arange(len(which)), *(entry[which] for entry in top.units[1:4])
         survived = {}
-        for name in masks[0]:
-            mask = torch.from_numpy(np.stack([mask[name] for mask in masks])[:, None]).to(batch.device)
-            pooled = run.net.features(batch * mask)[-1][0].cpu().numpy()
-            survived[name] = pooled[np.arange(len(which)), *place] / units.value[which]
-        rows.append(pd.DataFrame(survived))
-    return pd.concat(rows, ignore_index=True).groupby(units.filter).mean()
+        for name, scores in score_pixels(run, top, which, rng).items():
+            pairs = zip(scores, top.inside[which], strict=True)
+            masks = np.stack([choose_pixels(score, inside, share) for score, inside in pairs])
+            frames = cut_windows(masks, -top.origin[which], IMAGE_SIZE)
+            kept = torch.from_numpy(frames[:, None]).to(batch.device)  # of all three channels
+            for variant, mask in (("kept", kept), ("deleted", ~kept)):
+                pooled = run.net.features(batch * mask)[-1][0].cpu().numpy()
+                survived[variant, name] = pooled[place] / top.units.value[which]
+        tables.append(pd.DataFrame(survived))
+    table = pd.concat(tables, ignore_index=True)
+    return {variant: pd.DataFrame(table[variant]) for variant in ("kept", "deleted")}
 
 
 def draw_partners(top: TopUnits, drawn: Array, rng: np.random.Generator) -> Array:
@@ -602,96 +761,135 @@ def draw_partners(top: TopUnits, drawn: Array, rng: np.random.Generator) -> Arra
     return np.array(partners)
 
 
-def randomise_weights(run: Run, top: TopUnits, count: int, images: Array) -> pd.DataFrame:
+def compare_magnitudes(own: Array, other: Array, shared: Array) -> tuple[float, float]:
+    """Return how alike two projections are: the rank correlation of magnitudes, and the partial one.
+
+    The latter leaves out what both share with the envelope: projections are strong in the middle of any
+    window. Arguments are magnitudes of the same pixels, and their envelope.
+    """
+    table = pd.DataFrame({"own": own, "other": other, "shared": shared}).corr("spearman").to_numpy()
+    plain, of_own, of_other = table[0, 1], table[0, 2], table[1, 2]
+    return plain, (plain - of_own * of_other) / math.sqrt((1 - of_own**2) * (1 - of_other**2))
+
+
+def randomise_weights(run: Run, top: TopUnits, units: Array, images: Array) -> dict[str, Array]:
     """Compare projections with those of ever more random networks (Adebayo et al. 2018, section 3.1).
 
     Weights become random from conv4 downwards. A picture that stays the same shows the image and the
     architecture, not what was learned. Two variants: the random network runs forward itself, or the trained
     one does and keeps its switches, only the weights on the way down being random; what is left then is the
-    switches' doing (Mahendran & Vedaldi 2016, "Salient deconvolutional networks"). `count` units are drawn.
+    switches' doing (Mahendran & Vedaldi 2016, "Salient deconvolutional networks").
 
     Returns:
-        For each condition the rank correlation of each drawn unit's magnitudes with those of the trained
-        network, over its window; the value every projection starts with is 1. Two show how alike projections
-        are anyway: those of another filter at the same place, and of another filter in another image with the
-        same window (nan where there is none). A place is one in the pooled map: the switch, and with it the
-        window, may lie elsewhere in the pooling region when the forward network or the filter differs.
+        For each condition `compare_magnitudes` of each unit, (draws, units, 2). Two conditions show how alike
+        projections are anyway: those of another filter at the same place, and of another filter in another
+        image with the same window (nan where there is none). A place is one in the pooled map: the switch,
+        and with it the window, may lie elsewhere in the pooling region when the forward network or the filter
+        differs; what lies outside the trained window is left out.
     """
     rng, trained, filters = np.random.default_rng(run.seed), run.net, run.net.config["filters"][-1]
-    drawn = np.sort(rng.permutation(len(top.units.image))[:count])
-    image, filter_, row, column, _ = (entry[drawn] for entry in top.units)
-    units = Units(image, filter_, row, column, np.ones(len(drawn), np.float32))
+    image, filter_, row, column, _ = (entry[units] for entry in top.units)
+    to_project = Units(image, filter_, row, column, np.ones(len(units), np.float32))
 
-    def correlate(frames: Array) -> list[float]:
-        pairs = [(top.window(k), top.magnitude[k], frame) for k, frame in zip(drawn, frames, strict=True)]
-        return [rank_correlation(magnitude[window], frame[window]) for window, magnitude, frame in pairs]
+    def compare(windows: Array) -> Array:
+        pairs = zip(units, windows, strict=True)
+        triples = [[of[top.inside[k]] for of in (top.magnitude[k], one, top.envelope)] for k, one in pairs]
+        return np.array([compare_magnitudes(*triple) for triple in triples])
 
-    def project(net: CNN, switches: CNN, units: Units, doing: str) -> list[float]:
-        projector = Projector(net, len(LAYERS) - 1)
-        return correlate(in_frames(*project_windows(projector, run.test.images, units, doing, switches)))
+    def project(net: CNN, switches: CNN, chosen: Units, doing: str) -> Array:
+        projector, doing = Projector(net, len(LAYERS) - 1), f"random weights: {doing}"
+        windows, origins = project_windows(projector, run.test.images, chosen, doing, switches)
+        moved = top.origin[units] - origins  # to the trained window
+        return compare(cut_windows(np.abs(windows).sum(axis=1), moved, len(top.envelope)))
 
-    partners = draw_partners(top, drawn, rng)
-    elsewhere = units._replace(filter=(filter_ + rng.integers(1, filters, len(drawn))) % filters)
+    partners = draw_partners(top, units, rng)
+    elsewhere = to_project._replace(filter=(filter_ + rng.integers(1, filters, len(units))) % filters)
+    others = np.where((partners == units)[:, None], np.nan, compare(top.magnitude[partners]))
     alike = {
-        "other filter, same place": project(trained, trained, elsewhere, "other filters"),
-        "other filter, other image": np.where(partners == drawn, np.nan, correlate(top.magnitude[partners])),
+        "other filter, same place": [project(trained, trained, elsewhere, "other filters")],
+        "other filter, other image": [others],
     }
-    for first in reversed(range(len(LAYERS))):
-        net = copy.deepcopy(trained)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed + 1)
-            for block in net.blocks[first:]:
-                block.conv.reset_parameters()
-                block.bn.reset_parameters()
-        recalibrate_batch_norm(net, first, images)
-        name = LAYERS[-1] if first == len(LAYERS) - 1 else f"{LAYERS[-1]} to {LAYERS[first]}"
-        alike[f"{name}, own switches"] = project(net, net, units, f"random {name}")
-        alike[f"{name}, trained switches"] = project(net, trained, units, f"random {name}")
-    return pd.DataFrame(alike)
+    for draw in range(run.draws):
+        for first in reversed(range(len(LAYERS))):
+            net = copy.deepcopy(trained)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(run.seed + 1 + draw)
+                for block in net.blocks[first:]:
+                    block.conv.reset_parameters()
+                    block.bn.reset_parameters()
+            recalibrate_batch_norm(net, first, images)
+            name = LAYERS[-1] if first == len(LAYERS) - 1 else f"{LAYERS[-1]} to {LAYERS[first]}"
+            for forward, text in ((net, "own"), (trained, "trained")):
+                values = project(net, forward, to_project, f"draw {draw + 1}, {name}")
+                alike.setdefault(f"{name}, {text} switches", []).append(values)
+    return {condition: np.stack(draws) for condition, draws in alike.items()}
 
 
-def draw_trust(survived: pd.DataFrame, alike: pd.DataFrame, share: float) -> Figure:
+def draw_trust(trust: pd.DataFrame, share: float) -> Figure:
     """Draw medians with 95 % intervals: what survives of activations; how alike projections stay."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
-    style: dict[str, Any] = MEDIANS | {"hue": "variant", "markers": ["o", "s"], "dodge": 0.15}
-    baselines, random = alike.iloc[:, :2], alike.iloc[:, 2:]
-    for ax, table, line in ((left, survived, "none"), (right, random, "-")):
-        long = table.melt(var_name="condition")
-        long[["condition", "variant"]] = long["condition"].str.split(", ", expand=True)
-        long["condition"] = long["condition"].str.replace(" to", "\nto")
-        sns.pointplot(long, x="condition", y="value", ax=ax, linestyle=line, **style)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), width_ratios=[1.25, 1], layout="constrained")
+    masked = trust[trust["test"].isin(["kept", "deleted"])]
+    short = {"gradient x input": "gradient\nx input", "guided backpropagation": "guided\nbackprop."}
+    draw_intervals(left, masked.replace({"condition": short}), "condition", "test")
     left.set(xlabel=f"what chooses {share:.0%} of the window's pixels", ylim=(0, None))
-    left.set(ylabel="share of the activation that survives")
-    left.legend(title="these pixels are", frameon=False, bbox_to_anchor=(1, 1.05), loc="upper right")
-    for (text, values), line in zip(baselines.items(), ("--", ":"), strict=True):
-        label = f"no random weights,\n{text}"
-        right.axhline(values.median(), color="0.4", linestyle=line, linewidth=1, label=label)
-    right.set(xlabel="blocks with random weights", ylim=(0, 1))
-    right.set_ylabel("rank correlation with\nthe trained projection")
-    right.legend(frameon=False, fontsize=7, loc="lower left", ncols=2)
-    sns.despine(fig)
+    left.set_ylabel("share of the activation that survives")
+    left.legend(title="these pixels are", frameon=False)
+    rows = trust[trust["test"] == "random weights, envelope taken out"]
+    parts = rows["condition"].str.split(", ", expand=True)
+    rows = rows.assign(blocks=parts[0].str.replace(" to", "\nto"), variant=parts[1])
+    draw_intervals(right, rows[2:], "blocks", "variant", "-")
+    for value, text, line in zip(rows["median"][:2], rows["condition"][:2], ("--", ":"), strict=True):
+        right.axhline(value, color="0.4", linestyle=line, linewidth=1, label=f"trained, {text}")
+    right.set(xlabel="blocks with random weights", ylim=(min(0, rows["low"].min()), 1))
+    right.set_ylabel("partial rank correlation with\nthe trained projection")
+    right.legend(frameon=False, fontsize=8)
     return fig
 
 
-def run_trust(run: Run, top: TopUnits, share: float, count: int, images: Array) -> None:
-    """Mask pixels and randomise weights; write table and figure. Arguments as for the functions above."""
-    survived, alike = surviving_shares(run, top, share), randomise_weights(run, top, count, images)
-    rows = []
-    for test, table in (("masked pixels", survived), ("random weights", alike)):
-        for condition, values in table.items():
-            rows.append((test, condition, *run.median(values.to_numpy()), values.notna().sum()))
+def run_trust(run: Run, top: TopUnits, share: float, images: Array) -> tuple[str, str]:
+    """Mask pixels and randomise weights; write table and figure, return two findings.
+
+    Arguments as for the functions above.
+    """
+    units, rows = one_of_each(top, run.seed), []
+
+    def add(test: str, condition: str, values: Array) -> None:
+        rows.append((test, condition, *run.median(values), int((~np.isnan(values)).sum())))
+
+    for variant, table in surviving_shares(run, top, units, share).items():
+        for name, values in table.items():
+            add(variant, str(name), values.to_numpy())
+            if name != "projection":
+                add(f"{variant}, projection minus", str(name), (table["projection"] - values).to_numpy())
+    for condition, draws in randomise_weights(run, top, units, images).items():
+        for test, values in zip(("", ", envelope taken out"), np.moveaxis(draws, 2, 0), strict=True):
+            add(f"random weights{test}", condition, values.mean(axis=0))  # units are resampled, not draws
+            for number, of_draw in enumerate(values[: len(values) * (len(values) > 1)], start=1):
+                add(f"random weights{test}, draw {number}", condition, of_draw)
     trust = pd.DataFrame(rows, columns=["test", "condition", "median", "low", "high", "n"])
-    print(trust.to_string(index=False, float_format="{:.3f}".format))
-    title = "Do projections of conv4 show what drives a filter, and what was learned?"
     run.save_table("trust", trust)
-    run.save_figure("trust", draw_trust(survived, alike, share), title)
+    title = "Do projections of conv4 show what drives a filter, and what was learned?"
+    run.save_figure("trust", draw_trust(trust, share), title)
+    value, names = trust.set_index(["test", "condition"])["median"], ("projection", "gradient", "random")
+    kept, deleted = (", ".join(f"{value[test, name]:.2f}" for name in names) for test in ("kept", "deleted"))
+    alike, test = (
+        ("conv4 to conv1, own switches", "other filter, other image"),
+        "random weights, envelope taken out",
+    )
+    random, other = (value[test, condition] for condition in alike)
+    return (
+        f"faithfulness: {share:.0%} of the pixels, chosen by {', '.join(names)}: alone they keep\n"
+        f"  {kept} of the activation; without them {deleted} is left",
+        f"random weights: partial rank correlation with the trained projections {random:.2f};\n"
+        f"  of other filters in other images {other:.2f}",
+    )
 
 
 # ---------------------------------------------------------------- linear probes (Table 7 of the paper)
 
 
-def probe(fit: Tensor, labels: Tensor, decay: float, on: Tensor, on_labels: Tensor) -> float:
-    """Return the accuracy `on` some features of a logistic regression that was fitted to others.
+def probe(fit: Tensor, labels: Tensor, decay: float, on: Tensor) -> Tensor:
+    """Return the classes `on` some features by a logistic regression that was fitted to others.
 
     Features are (images, inputs), standardised with mean and deviation of those it is fitted to. To the mean
     loss decay / 2 times the sum of squared weights is added: a convex problem for L-BFGS, started at zero.
@@ -710,41 +908,69 @@ def probe(fit: Tensor, labels: Tensor, decay: float, on: Tensor, on_labels: Tens
         return value
 
     optimiser.step(loss)
-    return float(((on @ weights + bias).argmax(dim=1) == on_labels).float().mean())
+    return (on @ weights + bias).argmax(dim=1)
 
 
-def run_probes(
-    run: Run, features: Mapping[str, tuple[list[Tensor], list[Tensor]]], decays: Sequence[float]
-) -> None:
-    """Probe each layer of each network; write table and figure.
+def mcnemar(one: Array, other: Array) -> float:
+    """Return the two-sided p-value of McNemar's exact test for two classifiers on the same images.
 
-    `features` are those of the training and of the test images, as from `pool_features`. The decay is chosen
-    on a fifth of the training images, drawn by the seed; then all of them are used.
+    Only images on which one of them is right count; if neither is better, each of these is a coin's toss.
+    `one` and `other` say which images each has right.
     """
-    truth = [torch.from_numpy(of.labels).to(run.net.mean.device) for of in (run.train, run.test)]
+    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
+    tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return float(min(1, 2 * tail / 2 ** (wins + losses)))
+
+
+def probe_layers(
+    run: Run, network: str, features: Sequence[Pooled], own: Array, decays: Sequence[float]
+) -> list[tuple[Any, ...]]:
+    """Return rows of probes.csv, one a layer of a network.
+
+    The decay is chosen on a fifth of the training images, drawn by the seed; then all of them are used. p is
+    that of McNemar's test against the trained network's own classifier.
+
+    Args:
+        run: What every experiment needs.
+        network: Its name.
+        features: Of the training and of the test images.
+        own: Which test images the trained network classifies correctly.
+        decays: To choose from.
+    """
+    labels, test_labels = (
+        torch.from_numpy(of.labels).to(run.net.mean.device) for of in (run.train, run.test)
+    )
     rows = []
-    for network, (learned, tested) in features.items():
-        for layer, train, test in zip(LAYERS, learned, tested, strict=True):
-            labels, test_labels = truth
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
-            held, rest = order[: len(order) // 5], order[len(order) // 5 :]
-            scores = [probe(train[rest], labels[rest], d, train[held], labels[held]) for d in decays]
-            decay = decays[int(np.argmax(scores))]
-            accuracy = probe(train, labels, decay, test, test_labels)
-            error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))  # normal interval
-            rows.append((layer, network, accuracy, accuracy - error, accuracy + error, train.shape[1], decay))
-    probes = pd.DataFrame(rows, columns=["layer", "network", "accuracy", "low", "high", "inputs", "decay"])
-    print(probes.to_string(index=False, float_format="{:.3f}".format))
-    run.save_table("probes", probes)
-    run.save_figure("probes", draw_probes(probes, run), "What a linear classifier reads from each layer")
+    for layer in tqdm(LAYERS, f"probes, {network} network", unit=" layers", disable=None):
+        train, test = (pooled.inputs[layer] for pooled in features)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
+        held, rest = order[: len(order) // 5], order[len(order) // 5 :]
+        guesses = [probe(train[rest], labels[rest], decay, train[held]) for decay in decays]
+        decay = decays[int(np.argmax([(guess == labels[held]).sum().item() for guess in guesses]))]
+        right = (probe(train, labels, decay, test) == test_labels).cpu().numpy()
+        accuracy = right.mean()
+        error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))  # normal interval
+        entry = accuracy, accuracy - error, accuracy + error, mcnemar(right, own), train.shape[1], decay
+        rows.append((layer, network, *entry))
+    return rows
+
+
+def describe_probes(probes: pd.DataFrame, own: float) -> str:
+    """Say what the probes read; `own` is the accuracy of the network itself."""
+    learned, raw = (" ".join(f"{share:.1%}" for share in probes["accuracy"][k : k + 4]) for k in (0, 4))
+    return (
+        f"probes of conv1 to conv4: {learned}, untrained {raw};\n  the network itself {own:.1%} "
+        f"(conv4's probe differs with p = {probes['p'][len(LAYERS) - 1]:.2g})"
+    )
 
 
 def draw_probes(probes: pd.DataFrame, run: Run) -> Figure:
     """Draw the accuracy of the probes of each layer, trained and untrained, with 95 % intervals."""
     fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for (network, rows), style in zip(probes.groupby("network", sort=False), ("o-", "s--"), strict=True):
-        accuracy, reach = 100 * rows["accuracy"], 100 * (rows["high"] - rows["accuracy"])
-        ax.errorbar(range(4), accuracy, reach, fmt=style, capsize=2.5, label=str(network))
+    percent = {
+        name: 100 * probes[of] for name, of in (("median", "accuracy"), ("low", "low"), ("high", "high"))
+    }
+    draw_intervals(ax, probes.assign(**percent), "layer", "network", "-")
     levels = {"the network itself": run.checkpoint.metrics["accuracy"], "chance": 1 / len(run.names)}
     for text, share in levels.items():
         ax.axhline(100 * share, color="0.3", linestyle=":", linewidth=1)
@@ -753,7 +979,6 @@ def draw_probes(probes: pd.DataFrame, run: Run) -> Figure:
     ax.set_xticks(range(4), [f"{layer}\n{n:,} inputs" for layer, n in zip(LAYERS, inputs, strict=True)])
     ax.set(ylabel="test accuracy of a\nlogistic regression (%)", ylim=(0, 100))
     ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
-    sns.despine(fig)
     return fig
 
 
@@ -771,32 +996,46 @@ def main() -> None:
     top = read_top_units(OUTPUTS / "projections.npz", checkpoint)
     train, test = (load_split(checkpoint.dataset, DATA_DIR, split) for split in ("train", "test"))
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
-    run, some = Run(checkpoint, train, test, source, OUTPUTS, RESAMPLINGS, SEED), train.images[:NORM_IMAGES]
+    run = Run(checkpoint, train, test, source, OUTPUTS, RESAMPLINGS, RANDOM_ORDERS, RANDOM_DRAWS, SEED)
+    some = train.images[:NORM_IMAGES]
     untrained = load_untrained(CHECKPOINT.parent / "snapshots/epoch_000.pth", checkpoint, some)
     print(f"{source}, projections of {len(projected_labels):,}, torch {torch.__version__}")
 
     filters = tabulate_filters(maxima, averages, statistics, run)
     classes = tabulate_classes(maxima, statistics, projected_labels, run)
-    print_layers(filters)
     run.save_table("filter_metrics", filters)
     run.save_table("class_metrics", classes)
     title = "Distribution of each metric over the active filters"
     run.save_figure("metric_distributions", draw_distributions(filters), title)
 
-    features, tables = {}, {"trained": filters}
+    tables, rows = {"trained": filters}, []
     for name, net in (("trained", run.net), ("untrained", untrained)):
-        learned, *_ = pool_features(net, train.images, PROBE_INPUTS, f"{name}, training images")
-        tested, *strengths = pool_features(net, test.images, PROBE_INPUTS, f"{name}, test images")
-        features[name] = learned, tested
-    tables["untrained"] = tabulate_filters(strengths[0], strengths[1], {}, run)
+        features = [pool_features(net, of.images, PROBE_INPUTS, f"{name} network") for of in (train, test)]
+        if name == "trained":
+            inputs = [of.inputs["conv4"] for of in features]  # what its classifier sees
+            own = run.net.classifier(inputs[1]).argmax(dim=1).cpu().numpy() == test.labels
+        else:
+            tables[name] = tabulate_filters(features[1].maxima, features[1].means, {}, run)
+        rows += probe_layers(run, name, features, own, PROBE_DECAYS)
+    del features
+    columns = ["layer", "network", "accuracy", "low", "high", "p", "inputs", "decay"]
+    probes = pd.DataFrame(rows, columns=columns)
+    run.save_table("probes", probes)
+    run.save_figure("probes", draw_probes(probes, run), "What a linear classifier reads from each layer")
     run.save_table("filter_metrics_untrained", tables["untrained"])
-    print(compare_networks(tables, run).to_string(index=False, float_format="{:.3f}".format))
+    specialisation = compare_networks(tables, run)
+    run.save_table("specialisation", specialisation)
     title = "How much of the specialisation was learned"
-    run.save_figure("specialisation", draw_specialisation(tables), title)
+    run.save_figure("specialisation", draw_specialisation(specialisation), title)
 
-    run_ablation(run, features["trained"][1][-1], classes, RANDOM_ORDERS)
-    run_trust(run, top, KEPT_SHARE, RANDOMISED_UNITS, some)
-    run_probes(run, features, PROBE_DECAYS)
+    findings = [
+        *describe_layers(filters),
+        describe_preferences(filters),
+        run_ablation(run, inputs, filters, classes),
+        *run_trust(run, top, KEPT_SHARE, some),
+        describe_probes(probes, own.mean()),
+    ]
+    print("\n".join(findings))
     print("next: uv run heatmap.py")
 
 

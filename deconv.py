@@ -106,6 +106,56 @@ def project_unit(net: CNN, image: Tensor, layer: int, filter_: int, row: int, co
     return project(net, layer, only, switches, image.shape[-2:])[0]
 
 
+class Rectifier(torch.autograd.Function):
+    """A ReLU with three ways back: `deconvnet`, `gradient` and `guided`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rule: str) -> Tensor:
+        """Return max(values, 0)."""
+        ctx.rule, ctx.fired = rule, values > 0
+        return values.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, *signals: Tensor) -> tuple[Tensor, None]:
+        """Pass the signal: positive ones, those of units that fired, or what satisfies both."""
+        (signal,) = signals
+        if ctx.rule in ("gradient", "guided"):
+            signal = signal * ctx.fired
+        if ctx.rule in ("deconvnet", "guided"):
+            signal = signal.clamp(min=0)
+        return signal, None
+
+
+def backpropagate(
+    net: CNN, images: Tensor, layer: int, filter_: Array, row: Array, column: Array, rule: str
+) -> Tensor:
+    """Send one activation of each image back to its pixels by backpropagation.
+
+    The deconvnet, the gradient (Simonyan et al. 2014) and guided backpropagation (Springenberg et al. 2015)
+    differ in the ReLU alone. With the rule "deconvnet" this is `project` by another way, for an activation
+    of 1.
+
+    Args:
+        net: The network, in evaluation mode.
+        images: Normalised, (images, 3, rows, columns).
+        layer: 0 for conv1 to 3 for conv4.
+        filter_: Number of the filter in each image, (images,).
+        row: Of the unit in the pooled map, likewise.
+        column: Likewise.
+        rule: "deconvnet", "gradient" or "guided".
+
+    Returns:
+        As the images.
+    """
+    with torch.enable_grad():
+        x = pixels = images.detach().requires_grad_()
+        for block in net.blocks[: layer + 1]:
+            x = F.max_pool2d(block.bn(block.conv(x)), block.pool_size)
+            x = cast(Tensor, Rectifier.apply(x, rule))
+        units = x[torch.arange(len(images)), filter_, row, column]
+        return torch.autograd.grad(units.sum(), pixels)[0]
+
+
 def load_picture(path: Path) -> Array:
     """Read a picture file, crop the centre to a square and resize it to 96 pixels: uint8 (3, 96, 96).
 

@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,17 +65,20 @@ EXAMPLES = 3  # at each of these levels
 Arrays = dict[str, Array]
 
 
-# ---------------------------------------------------------------- the engine
-
-
 class Units(NamedTuple):
-    """Some units of one layer, one entry each: (units,), int64 except the value."""
+    """Some units of one layer: image, filter, row and column in the pooled map, int64 (units,) each.
 
-    image: Array  # index of the image
-    filter: Array  # its number
-    row: Array  # of the unit in the pooled map
-    column: Array  # likewise
-    value: Array  # with which the projection starts, float32; the activation
+    `value`, float32, is what the projection starts with: the activation.
+    """
+
+    image: Array
+    filter: Array
+    row: Array
+    column: Array
+    value: Array
+
+
+# ---------------------------------------------------------------- the engine
 
 
 class Span(NamedTuple):
@@ -126,15 +129,10 @@ def interleave(parts: Tensor, stride: int, channels: int) -> Tensor:
 
 
 class Projector:
-    """Projects units of one layer, many at a time, each in its receptive-field window.
+    """Projects units of one layer of a network, many at a time, each in its receptive-field window.
 
-    Arrays inside have channels last, (units, rows, columns, channels): the masks of a window's row are then
-    one piece of memory, which is what makes gathering them cheap.
-
-    Args:
-        net: The network, in evaluation mode; its weights are read once, here.
-        layer: 0 for conv1 to 3 for conv4.
-        batch_size: Images whose masks are held at once by each thread.
+    Masks of `batch_size` images are held at once by each thread. Arrays inside have channels last, (units,
+    rows, columns, channels): the masks of a window's row are then one piece of memory, cheap to gather.
     """
 
     def __init__(self, net: CNN, layer: int, batch_size: int = 32):
@@ -166,13 +164,9 @@ class Projector:
         return spans
 
     def masks(self, features: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Return, for each layer below, 1 where a maximum was and 0 elsewhere.
+        """Return 1 where a maximum was, else 0, (images, rows, columns, filters), for each layer below.
 
-        Args:
-            features: What `net.features` returned for the images.
-
-        Returns:
-            (images, rows, columns, filters) each.
+        `features` is what `net.features` returned for the images.
         """
         masks = []
         for (pooled, switches), block, size in zip(features, self.blocks[:-1], self.map_sizes, strict=False):
@@ -182,22 +176,21 @@ class Projector:
         return masks
 
     def project(self, masks: Sequence[Tensor], units: Sequence[Tensor], row: int, column: int) -> Tensor:
-        """Project units that the border cuts alike.
+        """Project units that the border cuts alike: their windows have one shape at every layer.
 
         Args:
             masks: What `masks` returned.
             units: Index of the image among those of the masks, filter, value, row and column before pooling.
-            row: Row before pooling of one of the units, whose window stands for all.
-            column: Its column.
+            row: Of one of the units, before pooling.
+            column: Likewise.
 
         Returns:
-            float32 (units, rows, columns, 3): the part of each window that lies inside the image, signed, in
-            units of normalised pixels.
+            float32 (units, rows, columns, 3), the part of each window inside the image, signed, in normalised
+            pixels.
         """
         image, filter_, value, *place = units
         n, rows, columns = len(image), self.windows[row], self.windows[column]
-        # Units whose borders are cut alike have windows of the same shape at every layer, only shifted: by
-        # their distance from that one unit, times the steps between the two layers.
+        # windows are shifted against that unit's by their distance times the steps between the two layers
         below, right, step = place[0] - row, place[1] - column, 1
         # of a single unit the transposed convolution is its filter times its value
         own = self.own_filters[:, rows[0].cut(), columns[0].cut()]
@@ -235,9 +228,7 @@ def project_units(
     reduce: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
     forward: CNN | None = None,
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """Project units of many images, under a progress bar.
-
-    On a CPU each thread takes whole batches of images: that beats sharing each operation.
+    """Project units of many images; on a CPU each thread takes whole batches of images.
 
     Args:
         projector: Its network's weights are the way down.
@@ -248,9 +239,8 @@ def project_units(
         forward: The network that records the switches, if not the projector's.
 
     Yields:
-        Of some units at a time: their places in `units` (n,); row and column of the top left pixel of each
-        window in the image (n, 2), negative where it crosses the border; what `reduce` returned for the part
-        of the windows inside the image.
+        Of some units at a time: their places in `units` (n,); row and column of each window's top left pixel
+        in the image (n, 2), negative where it crosses the border; what `reduce` made of the part inside.
     """
     net, side = forward or projector.net, projector.map_sizes[projector.layer]
     device = net.mean.device
@@ -267,18 +257,13 @@ def project_units(
         row, column = np.divmod(switch, side)  # before pooling
         origins = np.stack([row, column], axis=1) * projector.field.jump + projector.field.start
         kinds = projector.pattern[row] * side + projector.pattern[column]
-        order = np.argsort(kinds, kind="stable")
-        entries = image, units.filter[which], units.value[which], row, column
-        tensors = [torch.from_numpy(entry[order]).to(device) for entry in entries]
-        changes = np.flatnonzero(np.diff(kinds[order], prepend=-1, append=-1)).tolist()
         results = []
-        for start, stop in pairwise(changes):  # of units that the border cuts alike
-            for begin in range(start, stop, chunk):
-                part = slice(begin, min(begin + chunk, stop))
-                group = order[part]
-                windows = projector.project(
-                    masks, [entry[part] for entry in tensors], int(row[group[0]]), int(column[group[0]])
-                )
+        for kind in np.unique(kinds):  # units that the border cuts alike
+            alike = np.flatnonzero(kinds == kind)
+            for group in np.split(alike, range(chunk, len(alike), chunk)):
+                entries = image, units.filter[which], units.value[which], row, column
+                tensors = [torch.from_numpy(entry[group]).to(device) for entry in entries]
+                windows = projector.project(masks, tensors, int(row[group[0]]), int(column[group[0]]))
                 results.append((which[group], origins[group], reduce(windows)))
         return results
 
@@ -671,8 +656,10 @@ def main() -> None:
     save_figure(OUTPUTS / "feature_evolution.png", figure)
 
     place = pd.Series(labels).groupby(labels).cumcount()  # among the images of its class
-    print("pictures are ready; what follows are the statistics of all projections of conv4", flush=True)
-    chosen = np.flatnonzero(place < (IMAGES_PER_CLASS or len(labels)))
+    chosen, start = np.flatnonzero(place < (IMAGES_PER_CLASS or len(labels))), time.perf_counter()
+    measure_projections(images, chosen[:64], activations, net, BATCH_SIZE)  # to know how long all will take
+    minutes = (time.perf_counter() - start) * len(chosen) / 64 / 60
+    print(f"pictures are ready; statistics of all projections of conv4 will take about {minutes:.1f} minutes")
     start = time.perf_counter()
     statistics = measure_projections(images, chosen, activations, net, BATCH_SIZE)
     seconds = time.perf_counter() - start

@@ -348,7 +348,7 @@ def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]
 def save_table(path: Path, checkpoint: "Checkpoint", table: pd.DataFrame) -> None:
     """Write a table as csv; its first columns name the checkpoint and the data set it was made from."""
     origin = {"checkpoint": checkpoint.sha256[:12], "dataset": checkpoint.dataset}
-    table = pd.DataFrame(origin, index=table.index).join(table)
+    table = table.assign(**origin)[[*origin, *table.columns]]
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
     print(f"wrote {path}", flush=True)

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from conftest import MakeNet, make_checkpoint
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import analyse_projections as ap
-from CNN import CNN, LAYERS, Checkpoint, load_checkpoint, receptive_fields
-from deconv import project_unit, strongest_units
-from deconv_full import Units, class_selectivity, measure_activations, project_windows, strongest_of
-from load_data import Array, Split, load_split
+from CNN import CNN, LAYERS, Checkpoint, load_checkpoint
+from deconv import project_unit
+from deconv_full import Units, class_selectivity, measure_activations, project_top, project_windows
+from load_data import Array, Split, load_split, save_arrays
 
 NAMES = ["dog", "cat", "ship"]  # not in alphabetical order
 
@@ -24,21 +26,17 @@ def some_images(count: int, size: int = 96) -> Array:
 def make_run(labels: Any, images: Array | None = None, net: CNN | None = None) -> ap.Run:
     checkpoint = make_checkpoint(net or CNN(filters=(2, 2, 2, 2), classes=3), class_names=NAMES)
     split = Split(some_images(len(labels), 1) if images is None else images, np.array(labels))
-    return ap.Run(checkpoint, split, split, "some images", Path("outputs"), 200, 0)
+    return ap.Run(checkpoint, split, split, "some images", Path("outputs"), 200, 5, 2, 0)
 
 
 def run_and_top(make_net: MakeNet, count: int) -> tuple[ap.Run, ap.TopUnits]:
-    """A network most of whose filters fire, with their strongest units in images as deconv.py has them."""
+    """A network most of whose filters fire, and the strongest unit of each in some images."""
     images = some_images(count)
     net = ap.recalibrate_batch_norm(make_net(classes=3), 0, images)
-    batches = [net.normalise(torch.from_numpy(image[None])) for image in images]
-    found = [(k, unit) for k, batch in enumerate(batches) for unit in strongest_units(net, batch, 3, 99)]
-    measured = measure_activations(images, net, 50, "")
-    places = np.array([(k, unit.filter) for k, unit in found]).T
-    units = strongest_of(measured["conv4_max"], measured["conv4_position"], *places)
-    origin, size = np.array([(unit.top, unit.left) for _, unit in found]), receptive_fields(net)[3].size
-    magnitudes = np.array([np.abs(unit.projection).sum(axis=0) for _, unit in found])
-    return make_run([0] * count, images, net), ap.TopUnits(units, origin, magnitudes, size)
+    top = project_top(images, net, measure_activations(images, net, 50, ""), count, 50)
+    checkpoint = make_checkpoint(net)
+    save_arrays(Path("top.npz"), checkpoint, **top)
+    return make_run([0] * count, images, net), ap.read_top_units(Path("top.npz"), checkpoint)
 
 
 def ran(pipeline: Path, data: Path) -> tuple[Checkpoint, Split, Split]:
@@ -169,73 +167,102 @@ def test_the_untrained_network_is_the_start_of_this_training(pipeline: Path, tin
 
 def test_what_was_learned_is_the_median_of_the_differences_over_filters_active_in_both() -> None:
     layers, auc = pd.DataFrame({"layer": np.repeat(LAYERS, 5)}), np.tile([0.1, 0.2, 0.6, 0.7, 0.8], 4)
-    trained = layers.assign(selectivity=[0.5, 0.7, 0.6, 0.9, np.nan] * 4, auc=auc + 0.2)
-    untrained = layers.assign(selectivity=[np.nan, 0.1, 0.3, 0.2, 0.0] * 4, auc=auc)
+    trained = layers.assign(selectivity=[0.5, 0.7, 0.6, 0.9, np.nan] * 4, auc=auc + 0.2, selectivity_space=1)
+    untrained = layers.assign(selectivity=[np.nan, 0.1, 0.3, 0.2, 0.0] * 4, auc=auc, selectivity_space=auc)
     table = ap.compare_networks({"trained": trained, "untrained": untrained}, make_run([0]))
     found = table.query("layer == 'conv3' and metric == 'selectivity'")[["network", "median"]].to_numpy()
     assert dict(found) == pytest.approx({"trained": 0.65, "untrained": 0.15, "learned": 0.6})  # 0.6, 0.3, 0.7
     np.testing.assert_allclose(table.query("metric == 'auc' and network == 'learned'").iloc[:, 3:], 0.2)
 
 
-def net_and_maps(make_net: MakeNet) -> tuple[CNN, Tensor, Tensor]:
-    """A network, maps of conv4 in 40 images, and what its filters add to the logits."""
+def net_and_maps(make_net: MakeNet) -> tuple[CNN, Tensor, Array]:
+    """A network, maps of conv4 in 40 images, and their labels."""
     net, generator = make_net(classes=3, dtype=torch.float64), torch.Generator().manual_seed(1)
-    pooled = 9 * torch.randn(40, 8, 3, 3, generator=generator).double().clamp(min=0)
-    return net, pooled, ap.contributions(net, net.average(pooled).flatten(1))
-
-
-def ablated_right(net: CNN, pooled: Tensor, filters: Any, labels: Array) -> Array:
-    """Whether the network is right with the pooled maps of these filters set to zero."""
-    pooled = pooled.clone()
-    pooled[:, filters] = 0
-    return np.asarray(net.classify(pooled).argmax(dim=1).numpy() == labels, np.float64)
-
-
-def test_contributions_add_up_and_ablation_is_setting_a_pooled_map_to_zero(make_net: MakeNet) -> None:
-    (net, pooled, parts), labels = net_and_maps(make_net), np.arange(40) % 3
-    torch.testing.assert_close(parts.sum(dim=0) + net.classifier.bias, net.classify(pooled))
-    changes, overall = ap.ablate_each(parts, net.classifier.bias, labels, 3)
-    for filter_ in range(8):
-        gain = ablated_right(net, pooled, filter_, labels) - ablated_right(net, pooled, [], labels)
-        assert overall[filter_] == pytest.approx(gain.mean())
-        assert changes[:, filter_] == pytest.approx([gain[labels == label].mean() for label in range(3)])
-    assert np.ptp(overall) > 0
-
-
-def test_ablating_in_order_goes_from_the_network_to_the_class_of_the_bias(make_net: MakeNet) -> None:
-    (net, pooled, parts), labels = net_and_maps(make_net), np.repeat(np.arange(3), (10, 13, 17))
     net.classifier.bias.copy_(torch.tensor([0.0, 2, 1]))
-    order = np.array([3, 7, 0, 1, 2, 4, 5, 6])
-    curve = ap.ablate_in_order(parts, net.classifier.bias, labels, order)
-    assert curve[-1] == 13 / 40 and len(set(curve.tolist())) > 3
-    assert curve.tolist() == [ablated_right(net, pooled, order[:n], labels).mean() for n in range(9)]
+    pooled = 9 * torch.randn(40, 8, 3, 3, generator=generator).double().clamp(min=0)
+    return net, pooled, np.repeat(np.arange(3), (10, 13, 17))
 
 
-def test_damage_by_selective_filters_is_a_positive_correlation(capsys: pytest.CaptureFixture[str]) -> None:
-    index = np.random.default_rng(0).uniform(0, 1, (3, 20))
-    ap.correlate_damage(-index, -index.max(axis=0) / 100, index, make_run([0]))
-    assert capsys.readouterr().out.count(": +1.00 (+1.00 to +1.00)") == 2
+def logits_without(net: CNN, pooled: Tensor, filters: Any, level: Tensor) -> Tensor:
+    """Logits with what the classifier sees of these filters set to a level, (filters, regions)."""
+    averages = net.average(pooled).flatten(2)
+    averages[:, filters] = level[filters]
+    return net.classifier(averages.flatten(1))  # type: ignore[no-any-return]
 
 
-def test_selective_filters_are_ablated_first(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, pooled, _ = net_and_maps(make_net)
-    run, orders = make_run(np.arange(40) % 3, net=net), list[Array]()
-    classes = ap.tabulate_classes({"conv4": pooled.amax(dim=(2, 3)).numpy()}, {}, run.test.labels, run)
-    index = class_selectivity(ap.class_means(classes, NAMES)).max(axis=0)
-    monkeypatch.setattr(ap, "ablate_in_order", lambda *to: orders.append(to[3]) or index)  # type: ignore
-    ap.run_ablation(run, net.average(pooled).flatten(1), classes, 5)
-    most, least, *random = index[np.array(orders)]
-    assert (np.diff(most) < 0).all() and (np.diff(least) > 0).all() and len({*map(tuple, random)}) == 5
+@pytest.mark.parametrize("to_mean", [False, True])
+def test_ablation_sets_what_the_classifier_sees_of_a_filter(make_net: MakeNet, to_mean: bool) -> None:
+    net, pooled, labels = net_and_maps(make_net)
+    inputs = net.average(pooled).flatten(1)
+    level = inputs[:9].mean(dim=0) if to_mean else torch.zeros_like(inputs[0])
+    linear = ap.linear_parts(net, inputs, level, labels)
+    torch.testing.assert_close(linear.parts.sum(dim=0) + linear.base, net.classify(pooled))
+    damage, truth = ap.ablate_each(linear), torch.from_numpy(labels)
+    before = net.classify(pooled)
+    for filter_ in range(8):
+        after = logits_without(net, pooled, [filter_], level.view(8, -1))
+        lost = (before.argmax(dim=1) == truth).int() - (after.argmax(dim=1) == truth).int()
+        assert damage["accuracy lost"][:, filter_].tolist() == lost.tolist()
+        rise = [cross_entropy(of, truth, reduction="none") for of in (after, before)]
+        np.testing.assert_allclose(damage["rise of the loss"][:, filter_], rise[0] - rise[1], atol=1e-9)
+    assert np.ptp(damage["accuracy lost"].mean(axis=0)) > 0
+
+
+def test_ablating_in_order_goes_from_the_network_to_the_class_of_the_base(make_net: MakeNet) -> None:
+    net, pooled, labels = net_and_maps(make_net)
+    zero, truth = torch.zeros(8, 4, dtype=torch.float64), torch.from_numpy(labels)
+    linear = ap.linear_parts(net, net.average(pooled).flatten(1), zero.flatten(), labels)
+    some = [[3, 7, 0, 1, 2, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7]]
+    table = ap.ablate_in_order(linear, {"one": np.array(some[:1]), "random": np.array(some)}, "zero")
+    right = [
+        [
+            (logits_without(net, pooled, order[:n], zero).argmax(dim=1) == truth).double().mean()
+            for n in range(9)
+        ]
+        for order in some
+    ]
+    one, random = (table.loc[table["order"] == name] for name in ("one", "random"))
+    np.testing.assert_allclose(one[["accuracy", "low", "high"]].T, [right[0]] * 3)
+    np.testing.assert_allclose(random["accuracy"], np.mean(right, axis=0))
+    assert one["ablated"].tolist() == list(range(9)) and one["accuracy"].iloc[-1] == pytest.approx(13 / 40)
+    assert (one["below"] == (np.mean(right, axis=1) < np.mean(right[0])).mean()).all()
+
+
+def test_halves_agree_where_damage_is_a_filters_own_and_not_where_it_is_noise() -> None:
+    rng, run = np.random.default_rng(0), make_run(np.arange(400) % 3)
+    own, noise = np.tile(rng.standard_normal(30), (400, 1)), rng.standard_normal((400, 30))
+    np.testing.assert_allclose(ap.split_half(own, run), 1, atol=1e-3)  # rounding unties some ranks
+    assert (abs(ap.split_half(noise, run)) < 0.3).all()
+
+
+def test_damage_is_summarised_by_hand() -> None:
+    run, index = make_run([0, 0, 1, 1, 2, 2]), np.array([[0.9, 0.1], [0.1, 0.2], [0.3, 0.5]])
+    damage = np.array([[1.0, 0], [0, 0], [0, -1], [0, -1], [0, 1], [0, 1]])  # preferred: 0 and 2
+    rows = {text: rest for text, *rest in ap.summarise_damage(damage, {"selectivity": index}, run)}
+    assert rows["on its preferred class"][0] == (0.5 + 1) / 2
+    assert rows["on each other class"][0] == (0 + 0 + 0 - 1) / 4
+    lost = [[0.5, 0], [0, -1], [0, 1]]  # (classes, filters)
+    expected = ap.rank_correlation(index, np.array(lost))
+    assert rows["on a class: rank correlation with selectivity"][0] == pytest.approx(expected)
 
 
 def test_tables_are_those_of_the_network_and_the_test_images(pipeline: Path, tiny_stl10: Path) -> None:
-    (net, *_), _, (images, labels) = ran(pipeline, tiny_stl10)
-    pooled = net.features(net.normalise(torch.from_numpy(images)))[-1][0]
-    before, *after = (ablated_right(net, pooled, which, labels) for which in ([], *range(16)))
-    expected = np.stack([(np.array(after) - before)[:, labels == k].mean(axis=1) for k in range(10)], axis=1)
-    table = pd.read_csv(pipeline / "outputs/ablation.csv")
-    filters = pd.read_csv(pipeline / "outputs/filter_metrics.csv")[-16:]  # those of conv4
-    np.testing.assert_allclose(table["accuracy_change"], expected.ravel(), atol=1e-12)
+    (net, *_), train, (images, labels) = ran(pipeline, tiny_stl10)
+    learned, pooled = (
+        net.features(net.normalise(torch.from_numpy(of)))[-1][0] for of in (train.images, images)
+    )
+    level, truth = net.average(learned).flatten(2).mean(dim=0), torch.from_numpy(labels)
+    table, count = pd.read_csv(pipeline / "outputs/ablation.csv"), 16
+    for column, values in (("accuracy_lost", level), ("accuracy_lost_zero", 0 * level)):
+        before, *after = (
+            (logits_without(net, pooled, which, values).argmax(dim=1) == truth).numpy().astype(np.float64)
+            for which in ([], *([f] for f in range(count)))
+        )
+        lost = before - np.array(after)
+        expected = [[*(row[labels == k].mean() for k in range(10)), row.mean()] for row in lost]
+        np.testing.assert_allclose(table[column], np.ravel(expected), atol=1e-6)
+    assert table["class"][10::11].eq("all").all()
+    filters = pd.read_csv(pipeline / "outputs/filter_metrics.csv")[-count:]  # those of conv4
     np.testing.assert_allclose(table.groupby("filter")["selectivity"].max(), filters["selectivity"])
     largest = np.load(pipeline / "outputs/projection_statistics.npz")["max"].max(axis=0)
     np.testing.assert_allclose(filters["max"], largest)
@@ -253,44 +280,81 @@ def test_top_units_are_projected_where_the_file_says(pipeline: Path, tiny_stl10:
         batch = net.normalise(torch.from_numpy(test.images[[image]]))
         assert float(net.features(batch)[3][0][0, filter_, row, column]) == pytest.approx(value, rel=1e-5)
         magnitude = project_unit(net, batch, 3, filter_, row, column).abs().sum(dim=0).numpy()
-        np.testing.assert_allclose(top.magnitude[k], magnitude, atol=1e-4 * magnitude.max())
-        assert (magnitude[top.window(k)] > 0).sum() == (magnitude > 0).sum()
+        frame = ap.cut_windows(top.magnitude[[k]], -top.origin[[k]], 96)[0]
+        np.testing.assert_allclose(frame, magnitude, atol=1e-4 * magnitude.max())
+        inside = ap.cut_windows(np.ones((1, 96, 96)), top.origin[[k]], len(top.envelope))[0]
+        assert (top.inside[k] == inside).all()
+    drawn = ap.one_of_each(top, 0)
+    assert top.units.filter[drawn].tolist() == np.unique(top.units.filter).tolist()
 
 
-def test_masks_keep_the_right_number_of_the_right_pixels() -> None:
-    rng, window = np.random.default_rng(0), np.zeros((96, 96), bool)
-    window[:45, 21:] = True  # rows -30 to 44, columns 21 to 95; the centre is row 7, column 58
-    magnitude, units = rng.random((1, 96, 96)), Units(*[np.zeros(1, int)] * 5)
-    top = ap.TopUnits(units, np.array([[-30, 21]]), magnitude, 75)
-    masks = ap.mask_pixels(top, 0, 0.3, rng)
-    kept = {name: masks[f"{name}, kept"] for name in ("projection", "centre", "random")}
-    for name, mask in kept.items():
-        assert mask.sum() == round(0.3 * 45 * 75) and not (mask & ~window).any()
-        assert (masks[f"{name}, deleted"] == ~mask).all()
-    for name, score in (("projection", magnitude[0]), ("centre", -np.hypot(*np.ogrid[-7:89, -58:38]))):
-        assert score[kept[name]].min() >= score[window & ~kept[name]].max()
-    assert 0.2 < kept["random"][:20, 21:].mean() < 0.4  # spread evenly
+def test_the_envelope_is_the_mean_over_windows_that_reach_a_place(make_net: MakeNet) -> None:
+    _, top = run_and_top(make_net, 3)
+    shares = top.magnitude / top.magnitude.sum(axis=(1, 2))[:, None, None]
+    for row, column in ((0, 0), (10, 70), (40, 40)):
+        inside = top.inside[:, row, column]
+        expected = shares[inside, row, column].mean() if inside.any() else 0
+        assert top.envelope[row, column] == pytest.approx(expected)
+    assert not top.inside.all()
+
+
+def test_chosen_pixels_are_the_strongest_inside_the_image_and_so_many() -> None:
+    rng, inside = np.random.default_rng(0), np.zeros((75, 75), np.bool_)
+    inside[30:, :60] = True
+    score = rng.random((75, 75))
+    chosen = ap.choose_pixels(score, inside, 0.3)
+    assert chosen.sum() == round(0.3 * 45 * 60) and not (chosen & ~inside).any()
+    assert score[chosen].min() >= score[inside & ~chosen].max()
+
+
+def test_pixels_are_scored_by_projection_gradients_centre_and_chance(make_net: MakeNet) -> None:
+    run, top = run_and_top(make_net, 3)
+    which = np.arange(0, len(top.units.image), 4)
+    scores = ap.score_pixels(run, top, which, np.random.default_rng(0))
+    assert list(scores) == [
+        "projection", "gradient", "gradient x input", "guided backpropagation", "centre", "random",
+    ]  # fmt: skip
+    size = len(top.envelope)
+    for k, unit in enumerate(which):
+        image, filter_, row, column, _ = (entry[unit] for entry in top.units)
+        pixels = run.net.normalise(torch.from_numpy(run.test.images[[image]])).requires_grad_()
+        run.net.features(pixels)[3][0][0, filter_, row, column].backward()
+        assert pixels.grad is not None
+        for name, of in (("gradient", pixels.grad), ("gradient x input", pixels.grad * pixels.detach())):
+            frame = of.abs().sum(dim=1).numpy()
+            expected = ap.cut_windows(frame, top.origin[[unit]], size)[0]
+            np.testing.assert_allclose(scores[name][k], expected, atol=1e-4 * expected.max())
+    assert np.unravel_index(scores["centre"][0].argmax(), (size, size)) == ((size - 1) // 2,) * 2
+    assert (scores["projection"] == top.magnitude[which]).all()
 
 
 def test_what_survives_is_what_the_network_makes_of_the_masked_image(make_net: MakeNet) -> None:
-    run, top = run_and_top(make_net, 10)
-    assert len(top.units.image) > 64  # more than one batch
-    shares, rng, rows = ap.surviving_shares(run, top, 0.25), np.random.default_rng(run.seed), []
-    for k, (image, filter_, row, column, value) in enumerate(zip(*top.units, strict=True)):
+    run, top = run_and_top(make_net, 4)
+    units = ap.one_of_each(top, 0)
+    survived = ap.surviving_shares(run, top, units, 0.25)
+    for k, unit in enumerate(units):
+        image, filter_, row, column, value = (entry[unit] for entry in top.units)
         batch = run.net.normalise(torch.from_numpy(run.test.images[[image]]))
-        masks = ap.mask_pixels(top, k, 0.25, rng)
-        masked = torch.cat([batch * torch.from_numpy(mask) for mask in masks.values()])
-        pooled = run.net.features(masked)[3][0][:, filter_, row, column].numpy()
-        rows.append(dict(zip(masks, pooled / value, strict=True)))
-    expected = pd.DataFrame(rows).groupby(top.units.filter).mean()
-    pd.testing.assert_frame_equal(shares, expected, rtol=1e-3, atol=1e-4)
+        chosen = ap.choose_pixels(top.magnitude[unit], top.inside[unit], 0.25)
+        mask = torch.from_numpy(ap.cut_windows(chosen[None], -top.origin[[unit]], 96))
+        for variant, masked in (("kept", batch * mask), ("deleted", batch * ~mask)):
+            share = float(run.net.features(masked)[3][0][0, filter_, row, column]) / value
+            assert survived[variant]["projection"][k] == pytest.approx(share, rel=1e-3, abs=1e-4)
 
 
 def test_an_activation_survives_whole_if_all_that_it_sees_is_kept(make_net: MakeNet) -> None:
-    shares = ap.surviving_shares(*run_and_top(make_net, 3), 1.0)
-    kept = shares[["projection, kept", "centre, kept", "random, kept"]].to_numpy()
-    assert kept.min() > 1 - 1e-4 and (kept == kept[:, :1]).all()
-    assert shares["projection, deleted"].median() < 0.9
+    run, top = run_and_top(make_net, 3)
+    survived = ap.surviving_shares(run, top, ap.one_of_each(top, 0), 1.0)
+    np.testing.assert_allclose(survived["kept"], 1, rtol=1e-3)
+    assert survived["deleted"]["projection"].median() < 0.9
+
+
+def test_two_projections_alike_by_the_envelope_alone_have_no_partial_correlation() -> None:
+    rng = np.random.default_rng(0)
+    shared, *noise = rng.standard_normal((4, 4000))
+    plain, partial = ap.compare_magnitudes(shared + noise[0], shared + noise[1], shared)
+    assert plain == pytest.approx(0.5, abs=0.05) and abs(partial) < 0.05
+    assert min(ap.compare_magnitudes(noise[0], noise[0] ** 3, shared + noise[1])) > 0.99  # ranks count
 
 
 def test_weights_become_random_from_the_top(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,25 +366,32 @@ def test_weights_become_random_from_the_top(make_net: MakeNet, monkeypatch: pyte
 
     monkeypatch.setattr(ap, "project_windows", spy)
     state, before = torch.get_rng_state(), [value.clone() for value in run.net.state_dict().values()]
-    alike = ap.randomise_weights(run, top, 99, run.train.images)  # 99: all of them
+    every = np.arange(len(top.units.image))
+    alike = ap.randomise_weights(run, top, every, run.train.images)
     assert all(map(torch.equal, (torch.get_rng_state(), *run.net.state_dict().values()), (state, *before)))
-    assert [str(name).split(", ")[1] for name in alike][2:] == ["own switches", "trained switches"] * 4
+    names = list(alike)[2:]
+    assert [name.split(", ")[1] for name in names] == ["own switches", "trained switches"] * 4
     (down, forward, elsewhere), *conditions = calls
     assert down is forward is run.net and (elsewhere.filter != top.units.filter).all()
     assert all((elsewhere[k] == top.units[k]).all() for k in (0, 2, 3))  # image, row and column
+    assert len(conditions) == 2 * 8  # two draws
     for k, (down, forward, units) in enumerate(conditions):
         assert forward is (run.net if k % 2 else down) and (units.filter == top.units.filter).all()
         for number, (block, trained) in enumerate(zip(down.blocks, run.net.blocks, strict=True)):
-            assert all(same(block, trained)) if number < 3 - k // 2 else not any(same(block, trained))
+            assert all(same(block, trained)) if number < 3 - k % 8 // 2 else not any(same(block, trained))
             assert block.bn.running_mean.all()  # recalibrated
-    assert (alike.iloc[:, 2:].median() < 0.95).all()
-    assert 0 < alike["other filter, other image"].isna().sum() < len(alike)
-    for k, value in enumerate(alike["other filter, other image"]):
+    first, second = conditions[0][0], conditions[8][0]
+    assert not torch.equal(first.blocks[3].conv.weight, second.blocks[3].conv.weight)
+    assert all(alike[name].shape == (2, len(every), 2) for name in names)
+    assert all(np.median(alike[name]) < 0.95 for name in names)
+    others = alike["other filter, other image"][0, :, 0]
+    assert 0 < np.isnan(others).sum() < len(others)
+    for k, value in enumerate(others):
         different = (top.units.filter != top.units.filter[k]) & (top.units.image != top.units.image[k])
         partners = np.flatnonzero((top.origin == top.origin[k]).all(axis=1) & different)
-        both = [(top.magnitude[n][top.window(k)], top.magnitude[k][top.window(k)]) for n in partners]
-        ranks = [ap.rank_correlation(*pair) for pair in both]
-        assert value in ranks if ranks else np.isnan(value)
+        inside = top.inside[k]
+        ranks = [ap.rank_correlation(top.magnitude[n][inside], top.magnitude[k][inside]) for n in partners]
+        assert np.isclose(value, ranks).any() if ranks else np.isnan(value)
 
 
 def test_trained_weights_leave_projections_alike(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,14 +399,17 @@ def test_trained_weights_leave_projections_alike(make_net: MakeNet, monkeypatch:
     for layer in (nn.Conv2d, nn.BatchNorm2d):
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     monkeypatch.setattr(ap, "recalibrate_batch_norm", lambda net, first, images: net)
-    alike = ap.randomise_weights(run, top, 10, run.train.images)
-    assert alike.shape == (10, 10) and alike["other filter, same place"].median() < 0.95
-    np.testing.assert_allclose(alike.iloc[:, 2:], 1, atol=1e-3)
+    alike = ap.randomise_weights(run, top, ap.one_of_each(top, 0), run.train.images)
+    assert np.median(alike.pop("other filter, same place")[..., 0]) < 0.95
+    del alike["other filter, other image"]
+    for values in alike.values():
+        np.testing.assert_allclose(values, 1, atol=1e-3)
 
 
 def test_features_are_averages_of_regions_and_conv4_as_the_classifier_sees_it(make_net: MakeNet) -> None:
     net, images = make_net(classes=3, head_size=2), some_images(60)
-    found, maxima, means = ap.pool_features(net, images, 125, "")
+    inputs, maxima, means = ap.pool_features(net, images, 125, "")
+    found = list(inputs.values())
     # maps of 24, 12 and 6 rows; 5 x 5 regions of conv1 and 4 x 4 of conv3 would be few enough, but do not fit
     assert [part.shape for part in found] == [(60, 5 * 16), (60, 6 * 16), (60, 7 * 9), (60, 8 * 4)]
     batch = net.normalise(torch.from_numpy(images))
@@ -362,31 +436,44 @@ def separable(count: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:
 def test_a_probe_learns_what_there_is_and_under_a_strong_decay_only_the_bias(case: tuple[float, ...]) -> None:
     distance, decay, low, high = case
     (fit, labels), (on, on_labels) = separable(200, distance, 0), separable(400, distance, 1)
-    accuracy, scales = ap.probe(fit, labels, decay, on, on_labels), torch.logspace(-3, 3, 10)
+    guess, scales = ap.probe(fit, labels, decay, on), torch.logspace(-3, 3, 10)
+    assert low <= (guess == on_labels).float().mean() <= high
     fit, on = (torch.cat([part * scales + 7, torch.ones(len(part), 1)], dim=1) for part in (fit, on))
-    assert low <= accuracy <= high
-    assert ap.probe(fit, labels, decay, on, on_labels) == pytest.approx(accuracy, abs=0.01)  # standardised
+    assert (ap.probe(fit, labels, decay, on) != guess).float().mean() < 0.01  # standardised
+
+
+def test_mcnemar_counts_images_on_which_one_alone_is_right() -> None:
+    one, other = np.zeros((2, 100), np.bool_)
+    one[:50], other[:40] = True, True
+    one[60], other[70:72] = True, True  # 11 against 2
+    tail = sum(math.comb(13, k) for k in range(3))
+    assert ap.mcnemar(one, other) == ap.mcnemar(other, one) == pytest.approx(2 * tail / 2**13)
+    assert ap.mcnemar(one, one) == 1
 
 
 def test_probes_choose_the_decay_on_training_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, scores = [], {0.1: 0.3, 0.2: 0.6, 0.4: 0.5}
+    calls, right = [], {0.1: 1, 0.2: 3, 0.4: 2}  # of four
 
-    def spy(fit: Tensor, labels: Tensor, decay: float, on: Tensor, on_labels: Tensor) -> float:
-        assert torch.equal(fit[:, 0] % 3, labels) and torch.equal(on[:, 0] % 3, on_labels)
+    def spy(fit: Tensor, labels: Tensor, decay: float, on: Tensor) -> Tensor:
+        assert torch.equal(fit[:, 0] % 3, labels)
         calls.append((fit[:, 0].tolist(), decay, on[:, 0].tolist()))
-        return scores[decay]
+        return on[:, 0] % 3 + (torch.arange(len(on)) >= right[decay])  # so many are right
 
     monkeypatch.setattr(ap, "probe", spy)
-    train, test = torch.arange(20)[:, None], torch.arange(60, 70)[:, None]  # an image's number is its feature
     run = make_run(np.arange(20) % 3)._replace(test=Split(some_images(10, 1), np.arange(60, 70) % 3))
-    ap.run_probes(run, dict.fromkeys(("trained", "untrained"), ([train] * 4, [test] * 4)), list(scores))
+    # an image's number is its feature
+    pooled = [torch.arange(20.0)[:, None], torch.arange(60.0, 70)[:, None]]
+    features = [ap.Pooled(dict.fromkeys(LAYERS, of), {}, {}) for of in pooled]
+    own = np.arange(60, 70) % 3 == 2
+    rows = ap.probe_layers(run, "trained", features, own, list(right))
     for start in range(0, len(calls), 4):
         for fit, _, held in calls[start : start + 3]:
             assert len(held) == 4 and sorted(fit + held) == list(range(20))
         assert calls[start + 3] == (list(range(20)), 0.2, list(range(60, 70)))
-    table = pd.read_csv("outputs/probes.csv")
-    assert table["layer"].tolist() == [*LAYERS, *LAYERS] and (table["decay"] == 0.2).all()
-    np.testing.assert_allclose(table["high"] - table["accuracy"], 1.96 * (0.6 * 0.4 / 10) ** 0.5)
+    error, p = 1.96 * (0.3 * 0.7 / 10) ** 0.5, ap.mcnemar(np.arange(10) < 3, own)
+    for layer, row in zip(LAYERS, rows, strict=True):
+        assert row[:2] == (layer, "trained") and row[5:] == (p, 1, 0.2)
+        assert row[2:5] == pytest.approx((0.3, 0.3 - error, 0.3 + error))
 
 
 def test_a_run_with_the_same_seed_writes_the_same_tables(pipeline: Path, pipeline_copy: Path) -> None:

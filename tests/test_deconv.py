@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captum.attr import NeuronDeconvolution
+from captum.attr import NeuronDeconvolution, NeuronGradient, NeuronGuidedBackprop
 from conftest import MakeNet, write_checkpoint
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -118,6 +118,27 @@ def test_a_projection_is_captums_times_the_activation(make_net: MakeNet, config:
             warnings.simplefilter("ignore")  # captum announces its hooks
             expected = captum.attribute(image, unit)[0] * pooled[0][unit]
         assert deviation(deconv.project_unit(net, image, layer, *unit), expected) < 1e-10
+
+
+def test_backpropagation_with_three_rules_equals_three_references(make_net: MakeNet) -> None:
+    net = make_net(dtype=torch.float64)
+    images = torch.randn(3, 3, 96, 96, dtype=torch.float64)
+    filter_, row, column = np.array([[5, 0, 3], [0, 2, 1], [2, 1, 0]])
+    for layer in (1, 3):
+        found = {
+            rule: deconv.backpropagate(net, images, layer, filter_, row, column, rule)
+            for rule in ("deconvnet", "gradient", "guided")
+        }
+        references = NeuronDeconvolution, NeuronGradient, NeuronGuidedBackprop
+        for (rule, maps), reference in zip(found.items(), references, strict=True):
+            attribution = reference(net, net.blocks[layer].relu)
+            for k, unit in enumerate(zip(filter_.tolist(), row.tolist(), column.tolist(), strict=True)):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # captum announces its hooks
+                    expected = attribution.attribute(images[k : k + 1].clone(), unit)
+                if net.features(images[k : k + 1])[layer][0][0][unit] > 0:
+                    torch.testing.assert_close(maps[k], expected[0], rtol=1e-9, atol=1e-12)
+                    assert rule == "gradient" or (maps[k] - found["gradient"][k]).abs().max() > 1e-6
 
 
 def test_hand_worked_projection_of_a_4_x_4_image() -> None:

@@ -14,11 +14,19 @@ import torch
 from conftest import MakeNet, make_checkpoint, write_checkpoint
 from test_deconv import CONFIGS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deconv
 import deconv_full
 from CNN import CNN, LAYERS, receptive_fields
-from deconv_full import Projector, Units, measure_activations, project_units, project_windows
+from deconv_full import (
+    Projector,
+    Units,
+    magnitude_statistics,
+    measure_activations,
+    project_units,
+    project_windows,
+)
 from load_data import Array
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (12, 3, 96, 96)).astype(np.uint8)
@@ -141,6 +149,30 @@ def three_threads() -> Iterator[None]:
 
 
 ONE_EACH = as_units([(image, 0, 5, 5, 1) for image in range(12)])  # one unit of each image
+
+
+def test_a_gpu_has_all_the_operators_and_no_tensor_is_left_on_the_cpu() -> None:
+    # fake tensors have shapes and devices but no values; torch refuses to mix their devices
+    def numbers(*values: int) -> Tensor:
+        return torch.tensor(values, device="cuda")
+
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            net = CNN().eval().requires_grad_(False)
+        features = net.features(net.normalise(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)))
+        projector = Projector(net, 3)
+        units = [
+            numbers(0, 1, 1),
+            numbers(0, 1, 255),
+            torch.ones(3, device="cuda"),
+            numbers(5, 5, 5),
+            numbers(4, 4, 4),
+        ]
+        windows = projector.project(projector.masks(features), units, 5, 4)
+        measured = magnitude_statistics(windows)
+        devices = {of.device for of in (windows, measured, net.classify(features[-1][0]))}
+        assert devices == {torch.device("cuda", 0)}
+        assert windows.shape == (3, 96 - (16 * 5 - 30), 96 - (16 * 4 - 30), 3)  # jumps of 16 pixels from -30
 
 
 @pytest.mark.usefixtures("three_threads")

@@ -96,17 +96,27 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
         (
             "filter_metrics_untrained",
             sum(FILTERS),
-            "layer filter dead activation_mean activation_variance activation_nonzero preferred_class runner_up "
-            "top_class preferred_share selectivity selectivity_low selectivity_high selectivity_space auc",
+            "layer filter dead activation_mean activation_variance activation_nonzero preferred_class "
+            "runner_up top_class preferred_share selectivity selectivity_low selectivity_high "
+            "selectivity_space auc",
         ),
         (
             "class_metrics",
             10 * sum(FILTERS),
-            "layer filter class activation_mean activation_low activation_high nonzero_count mean variance max",
+            "layer filter class activation_mean activation_low activation_high nonzero_count mean variance "
+            "max",
         ),
-        ("ablation", 10 * FILTERS[-1], "filter class accuracy_change selectivity"),
-        ("trust", 16, "test condition median low high n"),
-        ("probes", 8, "layer network accuracy low high inputs decay"),
+        ("specialisation", 36, "metric layer network median low high"),
+        (
+            "ablation",
+            11 * FILTERS[-1],
+            "filter class selectivity contribution accuracy_lost rise_loss contribution_zero "
+            "accuracy_lost_zero rise_loss_zero",
+        ),
+        ("ablation_curves", 2 * 4 * 17, "level order ablated accuracy low high below"),
+        ("ablation_summary", 2 * 2 * 8, "level measure quantity value low high"),
+        ("trust", 2 * 11 + 2 * (2 + 8 * 3), "test condition median low high n"),
+        ("probes", 8, "layer network accuracy low high p inputs decay"),
         (
             "training_log",
             2,
