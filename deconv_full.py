@@ -60,6 +60,8 @@ DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 OUTPUTS = Path("outputs")  # where results go
 
+LEVELS = (99, 90, 75, 50)  # weaker examples: near these percentiles of a filter's activations above zero
+EXAMPLES = 3  # at each of these levels
 Arrays = dict[str, Array]
 
 
@@ -382,37 +384,93 @@ def class_selectivity(means: Array) -> Array:
         return np.asarray((means - rest) / (means + rest))
 
 
-def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_size: int) -> Arrays:
-    """Project every filter's strongest activations in `n_top` different images (Figure 2 of the paper).
+def level_images(values: Array, top: Array) -> Array:
+    """Choose `EXAMPLES` images near each of the `LEVELS`, of those on which a filter fires.
+
+    They are drawn by a fixed seed from the three times as many whose activation is nearest to the percentile.
+    None is among the filter's `top` images, and none is chosen twice.
+
+    Args:
+        values: Strongest activation of each filter in each image, (images, filters).
+        top: What `top_images` returned.
 
     Returns:
-        For k = 1 to 4: conv{k}_image, _value, _position, _origin, _projection and _patch, as the README's
-        table of outputs describes them.
+        int32 (filters, levels * examples), at each level strongest first; -1 where too few images are left.
+    """
+    rng, chosen = np.random.default_rng(0), np.full((len(top), len(LEVELS), EXAMPLES), -1, np.int32)
+    for of_filter, own, strongest in zip(chosen, values.T, top, strict=True):
+        fires = np.flatnonzero(own > 0)
+        left = np.setdiff1d(fires, strongest)
+        for places, level in zip(of_filter, LEVELS, strict=True):
+            if not len(left):
+                break
+            distance = np.abs(own[left] - np.percentile(own[fires], level))
+            nearest = left[np.argsort(distance, kind="stable")[: 3 * EXAMPLES]]
+            drawn = rng.permutation(nearest)[:EXAMPLES]
+            places[: len(drawn)] = drawn[np.argsort(-own[drawn], kind="stable")]
+            left = np.setdiff1d(left, drawn)
+    return chosen.reshape(len(top), -1)
+
+
+def project_examples(
+    projector: Projector,
+    images: Array,
+    image: Array,
+    maxima: Array,
+    positions: Array,
+    dtype: type = np.float32,
+) -> Arrays:
+    """Project every filter of a layer in images of its own, each from its strongest unit there.
+
+    Args:
+        projector: Of the layer.
+        images: uint8 (images, 3, 96, 96).
+        image: Which images, int32 (filters, examples); -1 for none.
+        maxima: conv{k}_max of `measure_activations`.
+        positions: conv{k}_position likewise.
+        dtype: Of the projections.
+
+    Returns:
+        image, value, position, origin, projection and patch, as the README's table of outputs describes them;
+        zero where there is no image.
+    """
+    fires, size = np.nonzero(image >= 0), projector.field.size  # filter and rank of each unit
+    units = strongest_of(maxima, positions, image[fires], fires[0])
+    doing = f"{LAYERS[projector.layer]}, {image.shape[1]} images a filter"
+    projections, origins = project_windows(projector, images, units, doing)
+    found = {
+        "value": units.value,
+        "position": np.stack([units.row, units.column], axis=1).astype(np.int16),
+        "origin": origins,
+        "projection": projections.astype(dtype, copy=False),
+    }
+    del projections
+    arrays = {"image": image, "patch": np.zeros((*image.shape, 3, size, size), np.uint8)}
+    for *place, n, (top, left) in zip(*fires, units.image, origins, strict=True):
+        arrays["patch"][*place] = window_of(images[n], top, left, size, 0)
+    for name, values in found.items():  # (units, ...) -> (filters, examples, ...)
+        arrays[name] = np.zeros((*image.shape, *values.shape[1:]), values.dtype)
+        arrays[name][fires] = values
+    return arrays
+
+
+def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_size: int) -> Arrays:
+    """Project every filter's strongest activations in `n_top` different images (Figure 2), and weaker ones.
+
+    Returns:
+        For k = 1 to 4 what `project_examples` returns, as conv{k}_image and so on, and the same of the
+        `level_images`, as conv{k}_level_image and so on; their projections are float16, to save memory.
     """
     arrays: Arrays = {}
     for k, layer in enumerate(LAYERS):
-        maxima, positions = activations[f"{layer}_max"], activations[f"{layer}_position"]
-        projector, image = Projector(net, k, batch_size), top_images(maxima, n_top)
-        fires, size = np.nonzero(image >= 0), projector.field.size  # filter and rank of each unit
-        units = strongest_of(maxima, positions, image[fires], fires[0])
-        projections, origins = project_windows(projector, images, units, f"top images of {layer}")
-        patches = [
-            window_of(images[n], top, left, size, 0)
-            for n, (top, left) in zip(units.image, origins, strict=True)
-        ]
-        arrays[f"{layer}_image"] = image
-        found = {
-            "value": units.value,
-            "position": np.stack([units.row, units.column], axis=1).astype(np.int16),
-        }
-        found |= {
-            "origin": origins,
-            "projection": projections,
-            "patch": np.array(patches, np.uint8).reshape(-1, 3, size, size),
-        }
-        for name, values in found.items():  # (units, ...) -> (filters, n_top, ...), zero where nothing fires
-            arrays[f"{layer}_{name}"] = np.zeros((*image.shape, *values.shape[1:]), values.dtype)
-            arrays[f"{layer}_{name}"][fires] = values
+        measured = activations[f"{layer}_max"], activations[f"{layer}_position"]
+        projector, top = Projector(net, k, batch_size), top_images(measured[0], n_top)
+        levels = project_examples(
+            projector, images, level_images(measured[0], top), *measured, dtype=np.float16
+        )
+        arrays |= {f"{layer}_level_{name}": values for name, values in levels.items()}
+        examples = project_examples(projector, images, top, *measured)
+        arrays |= {f"{layer}_{name}": values for name, values in examples.items()}
     return arrays
 
 

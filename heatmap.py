@@ -1,10 +1,12 @@
 """Draw what the filters of conv4 respond to: over all classes, in each class, in single and changed images.
 
 Run:    uv run heatmap.py
-Reads:  outputs/CNN.pth, outputs/activations.npz, outputs/filter_metrics.csv, outputs/class_metrics.csv,
-        data/stl10_binary/test_{X,y}.bin
+Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/activations.npz, outputs/projections.npz,
+        outputs/filter_metrics.csv, outputs/class_metrics.csv; outputs/ablation.csv, outputs/trust.csv if they
+        are there; data/stl10_binary/test_{X,y}.bin
 Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png, outputs/heatmaps/images.png,
-        outputs/heatmaps/occlusion.png, outputs/heatmaps/invariance.png
+        outputs/heatmaps/occlusion.png, outputs/heatmaps/invariance.png,
+        outputs/explorer/index.html, outputs/explorer/conv*.webp, outputs/explorer/conv*/*.webp
 
 The projection of a filter in an image starts from its strongest unit there. Its magnitude at a pixel is the
 sum over RGB of absolute values, in units of normalised pixels.
@@ -14,8 +16,10 @@ Zeiler & Fergus 2014 change images in two ways to see what the network uses: a g
 classified correctly. Grey is the mean colour of the training images, 0 in normalised pixels.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,16 +32,37 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
 from analyse_projections import class_means, rank_filters
-from CNN import CNN, LAYERS, choose_device, load_checkpoint
-from deconv import displayed, robust_scale
-from deconv_full import Projector, Units, project_units, strongest_of
-from load_data import IMAGE_SIZE, TITLES, Array, load_arrays, load_split, load_table, save_figure, set_style
+from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
+from deconv import displayed, robust_scale, window_of
+from deconv_full import (
+    LEVELS,
+    Projector,
+    Units,
+    project_evolution,
+    project_units,
+    read_snapshots,
+    strongest_of,
+)
+from load_data import (
+    IMAGE_SIZE,
+    TITLES,
+    Array,
+    Split,
+    atomic_write,
+    lay_out,
+    load_arrays,
+    load_split,
+    load_table,
+    save_figure,
+    set_style,
+)
 
 TOP_FILTERS = 4  # filters drawn of each class
 TOP_IMAGES = 3  # images drawn of each filter: those of the class that drive it most
@@ -48,6 +73,7 @@ INVARIANCE_IMAGES = 5  # images in invariance.png, each of another class; the pa
 SHIFTS = range(-24, 25, 2)  # pixels by which they are moved, down is positive
 ZOOMS = [1 + k / 20 for k in range(17)]  # factors by which they are enlarged
 ANGLES = range(0, 351, 10)  # degrees by which they are turned clockwise
+EVOLUTION_IMAGES = 1000  # test images in which each snapshot's strongest activation is sought, for explorer/
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
@@ -441,6 +467,196 @@ def draw_invariance(changes: Mapping[str, Change], texts: Sequence[str], heading
     return fig
 
 
+# ---------------------------------------------------------------- explorer: every filter on one page
+
+
+def as_pixels(pictures: Array) -> Array:
+    """Return pictures (n, rows, columns, 3) from 0 to 1 as opaque uint8 (n, rows, columns, 4)."""
+    return np.pad((255 * pictures).round().astype(np.uint8), [(0, 0)] * 3 + [(0, 1)], constant_values=255)
+
+
+def cut_patches(images: Array, image: Array, origins: Array, size: int) -> Array:
+    """Cut windows out of images, uint8 (n, size, size, 4); transparent beyond the border and for image -1."""
+    opaque, patches = np.full((1, IMAGE_SIZE, IMAGE_SIZE), 255, np.uint8), []
+    for n, (top, left) in zip(image, origins, strict=True):
+        frame = np.concatenate([images[n], opaque]) * np.uint8(n >= 0)
+        patches.append(window_of(frame, top, left, size, 0).transpose(1, 2, 0))
+    return np.stack(patches)
+
+
+def save_panels(path: Path, panels: Array, columns: int) -> None:
+    """Write panels (n, rows, columns, 4) as one WebP picture, `columns` of them a row.
+
+    With losses WebP halves the resolution of colours, which shows in small windows. Those are stored without,
+    after rounding to multiples of 8, which halves the file.
+    """
+    small = panels.shape[2] < 32
+    if small:
+        panels = np.minimum((panels + np.uint16(4)) // 8 * 8, 255).astype(np.uint8)
+    options: dict[str, Any] = {"lossless": True} if small else {"quality": 55}
+    with atomic_write(path) as partial:
+        Image.fromarray(lay_out(panels, columns, 0)).save(partial, "WEBP", **options)
+
+
+def draw_filters(
+    folder: Path, layer: str, examples: Mapping[str, Array], developed: Array, images: Array
+) -> None:
+    """Write the pictures of a layer.
+
+    LAYER/NNN.webp has two rows of panels. Above: projections of the filter's strongest images, of weaker
+    ones, and of its strongest activation after some epochs; each level and each epoch has its own scale.
+    Below: the patches of the former two. LAYER.webp has the first projection of every filter, 16 a row, each
+    above its patch.
+
+    Args:
+        folder: Where they go.
+        layer: Its name.
+        examples: Of `deconv_full.project_top`, without the name of the layer.
+        developed: Projections after each epoch as pixels, (filters, epochs, rows, columns, 4).
+        images: uint8 (images, 3, 96, 96).
+    """
+
+    def draw(n: int) -> Array:
+        levels = np.split(examples["level_projection"][n].astype(np.float32), len(LEVELS))
+        shown = [displayed(part) for part in (examples["projection"][n], *levels)]
+        above = np.concatenate([as_pixels(np.concatenate(shown)), developed[n]])
+        which, origins = (
+            np.concatenate([examples[key][n], examples[f"level_{key}"][n]]) for key in ("image", "origin")
+        )
+        below = cut_patches(images, which, origins, above.shape[1])
+        save_panels(folder / layer / f"{n:03d}.webp", np.concatenate([above, below]), len(above))
+        return np.concatenate([above[0], below[0]])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        numbers = range(len(developed))
+        first = list(tqdm(pool.map(draw, numbers), f"pictures of {layer}", len(numbers), disable=None))
+    save_panels(folder / f"{layer}.webp", np.stack(first), 16)
+
+
+def describe_filters(
+    layer: str, maxima: Array, labels: Array, names: Sequence[str], tables: Mapping[str, pd.DataFrame]
+) -> list[dict[str, Any]]:
+    """Return what the page says of each filter of a layer, but for its pictures.
+
+    Its row of filter_metrics.csv; `means` of each class with both limits; `lost`, the accuracy of each class
+    and of all that ablation costs (conv4); `similar`, the five filters whose activations correlate most with
+    its own, and the coefficients. Of the images of the preferred class and of the others: `images`, how many;
+    `zeros`, on how many it does not fire; `counts` in 24 bins from 0 to `largest` of those on which it does.
+
+    Args:
+        layer: Its name.
+        maxima: Strongest activation of each filter in each test image, (images, filters).
+        labels: Of the images.
+        names: Of the classes.
+        tables: filter, class and ablation, the latter only if there is one.
+    """
+    filters, classes = (table[table["layer"] == layer] for table in (tables["filter"], tables["class"]))
+    means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
+    lost = (
+        tables["ablation"]["accuracy_lost"].to_numpy() if layer == "conv4" and "ablation" in tables else None
+    )
+    with np.errstate(invalid="ignore"):  # a dead filter correlates with none
+        correlation = np.nan_to_num(np.corrcoef(maxima.T), nan=-1)
+    np.fill_diagonal(correlation, -1)
+    described = cast(list[dict[str, Any]], filters.drop(columns="layer").to_dict("records"))
+    for n, (of_filter, own) in enumerate(zip(described, maxima.T, strict=True)):
+        nearest = np.argsort(-correlation[n], kind="stable")[:5]
+        prefers = labels == (-1 if of_filter["dead"] else names.index(of_filter["preferred_class"]))
+        groups, largest = (own[prefers], own[~prefers]), max(own.max(), 1e-9)
+        of_filter["means"] = means.reshape(len(described), len(names), 3)[n]
+        of_filter["lost"] = None if lost is None else lost.reshape(len(described), -1)[n]
+        of_filter["similar"] = [(k, correlation[n, k]) for k in nearest if correlation[n, k] > 0]
+        of_filter |= {"images": [len(group) for group in groups], "largest": largest}
+        of_filter["zeros"] = [np.count_nonzero(group == 0) for group in groups]
+        of_filter["counts"] = [np.histogram(group[group > 0], 24, (0, largest))[0] for group in groups]
+    return described
+
+
+def as_json(content: Any) -> str:
+    """Return JSON that can stand inside a page: numbers with five digits, null for nan, no < that ends it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(of_key) for key, of_key in value.items()}
+        if isinstance(value, list | tuple | np.ndarray):
+            return [plain(item) for item in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float):
+            return float(f"{value:.5g}") if np.isfinite(value) else None
+        return value
+
+    return json.dumps(plain(content), separators=(",", ":")).replace("<", r"\u003c")
+
+
+def write_explorer(
+    outputs: Path, checkpoint: Checkpoint, snapshots: Sequence[Checkpoint], test: Split, evolution_images: int
+) -> None:
+    """Write explorer/index.html and its pictures.
+
+    Args:
+        outputs: Folder with the files of the earlier stages.
+        checkpoint: The network.
+        snapshots: What `read_snapshots` returned.
+        test: Test images and labels.
+        evolution_images: In how many of them each snapshot's strongest activation is sought.
+    """
+    folder, names, net = outputs / "explorer", checkpoint.class_names, checkpoint.net
+    for old in [*folder.glob("index.html"), *folder.rglob("*.webp")]:  # of a network with more filters
+        old.unlink()
+    files = {"filter": "filter_metrics", "class": "class_metrics", "ablation": "ablation", "trust": "trust"}
+    paths = {name: outputs / f"{file}.csv" for name, file in files.items()}
+    needed = "filter", "class"
+    tables = {n: load_table(path, checkpoint) for n, path in paths.items() if n in needed or path.is_file()}
+
+    developed: dict[str, list[Array]] = {layer: [] for layer in LAYERS}
+    for snapshot in snapshots:
+        found = project_evolution(test.images[:evolution_images], [snapshot], max(net.config["filters"]), 32)
+        for layer, (_, projections) in found.items():
+            shown = [displayed(projection) for projection in projections[:, 0]]
+            developed[layer].append(as_pixels(np.stack(shown)))
+    layers = {}
+    for layer, after in developed.items():
+        (maxima,) = load_arrays(outputs / "activations.npz", checkpoint, f"{layer}_max")
+        keys = [
+            f"{prefix}{k}" for prefix in ("", "level_") for k in ("image", "value", "origin", "projection")
+        ]
+        arrays = load_arrays(outputs / "projections.npz", checkpoint, *(f"{layer}_{key}" for key in keys))
+        examples = dict(zip(keys, arrays, strict=True))
+        draw_filters(folder, layer, examples, np.stack(after, axis=1), test.images)
+        filters = describe_filters(layer, maxima, test.labels, names, tables)
+        for n, of_filter in enumerate(filters):
+            for name, prefix in (("top", ""), ("levels", "level_")):
+                pairs = examples[f"{prefix}image"][n], examples[f"{prefix}value"][n]
+                of_filter[name] = list(zip(*pairs, strict=True))
+        layers[layer] = {"size": after[0].shape[1], "columns": min(16, len(filters)), "filters": filters}
+
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    for which in np.array_split(np.arange(len(test.labels)), -(-len(test.labels) // 32)):
+        guesses = net(net.normalise(torch.from_numpy(test.images[which]))).argmax(dim=1).cpu().numpy()
+        np.add.at(confusion, (test.labels[which], guesses), 1)
+    figures = sorted(str(path.relative_to(outputs)) for path in outputs.rglob("*.png"))
+    facts = {
+        "title": TITLES[checkpoint.dataset],
+        "generated": checkpoint.dataset == "shapes",
+        "classes": names,
+        "colours": sns.color_palette("colorblind", len(names)).as_hex(),
+        "labels": test.labels,
+        "accuracy": checkpoint.accuracy(),
+        "epochs": [snapshot.epochs for snapshot in snapshots],
+        "evolution_images": len(test.images[:evolution_images]),
+        "levels": LEVELS,
+        "layers": layers,
+        "confusion": confusion,
+        "trust": tables["trust"].to_dict("records") if "trust" in tables else None,
+        "run": {"epochs": checkpoint.epochs, **checkpoint.metrics, **checkpoint.settings},
+        "figures": [name for name in figures if not name.startswith("readme")],
+    }
+    with atomic_write(folder / "index.html") as partial:
+        partial.write_text(EXPLORER.replace("__DATA__", as_json(facts)), encoding="utf-8")
+    print(f"wrote {folder / 'index.html'}")
+
+
 def main() -> None:
     """Draw filters over all classes, in each class, in single images, in occluded and in changed ones."""
     set_style()
@@ -525,7 +741,302 @@ def main() -> None:
     heading += "those of\nthe unchanged image, as a share of the norm"
     texts = [names[label] for label in labels[moved]]
     save_figure(folder / "invariance.png", draw_invariance(changes, texts, heading))
-    print(f"this was the last stage: look at the pictures in {folder}/")
+
+    # every filter on one page
+    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
+    write_explorer(OUTPUTS, checkpoint, snapshots, Split(images, labels), EVOLUTION_IMAGES)
+    print(f"this was the last stage: open {OUTPUTS / 'explorer/index.html'}")
+
+
+# ---------------------------------------------------------------- the page of the explorer
+
+EXPLORER = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>Filter explorer</title>
+<style>
+:root { color-scheme: light dark; --paper: #fbfaf6; --ink: #1d1c1a; --soft: #5c5952; --line: #d8d3c6;
+  --hatch: #e4dfd2; --link: #0b5796; --bar: #9a9484; }
+@media (prefers-color-scheme: dark) { :root { --paper: #171614; --ink: #e9e6df; --soft: #aaa69b;
+  --line: #3b3933; --hatch: #2d2b27; --link: #8fc4f2; --bar: #77725f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; }
+header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
+header { display: flex; flex-wrap: wrap; gap: 2px 18px; border-bottom: 1px solid var(--line); }
+header span { color: var(--soft); margin-right: auto; }
+h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; outline: none; }
+h2 { font-size: 16px; margin: 26px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
+h3 { font-size: 13px; margin: 16px 0 6px; }
+p { max-width: 80ch; margin: 6px 0 12px; }
+.soft, small, th { color: var(--soft); font-weight: normal; font-size: inherit; }
+.loud { background: #ffd54a; color: #000; font-weight: 600; padding: 8px; text-align: center; }
+a { color: var(--link); text-underline-offset: 3px; }
+a[aria-current] { color: var(--ink); font-weight: 600; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+select, label { font: inherit; margin-right: 14px; }
+.chip { display: inline-block; padding: 0 7px; border-radius: 9px; }
+.dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
+.panel { display: block; aspect-ratio: 1; image-rendering: pixelated; background:
+  var(--image) var(--x) var(--y) / var(--wide) var(--high) no-repeat,
+  repeating-linear-gradient(45deg, var(--paper) 0 5px, var(--hatch) 5px 10px); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(92px, 114px)); gap: 14px 10px; }
+.tile { color: inherit; text-decoration: none; font-size: 12px; }
+.tile:hover .panel, .tile:focus .panel, .patches .panel { background-position: var(--x) var(--below), 0 0; }
+.tile div { display: flex; justify-content: space-between; margin-top: 3px; }
+.large .panel { image-rendering: auto; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, calc(2 * var(--p))); gap: 10px 20px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; font-size: 12px; }
+.pair > :last-child { grid-column: span 2; }
+.grown { display: grid; grid-template-columns: repeat(auto-fill, var(--p)); gap: 10px; font-size: 12px; }
+table { border-collapse: collapse; width: 100%; max-width: 760px; font-size: 13px; }
+th, td { text-align: left; padding: 2px 8px 2px 0; }
+.own { font-weight: 600; }
+.track { position: relative; width: 110px; height: 11px; }
+.track * { position: absolute; top: 1px; bottom: 1px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; font-size: 14px; margin: 6px 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+dt { color: var(--soft); }
+[title] { text-decoration: underline dotted; text-underline-offset: 3px; }
+svg { display: block; width: 100%; max-width: 480px; font-size: 12px; fill: var(--soft); }
+@media (min-width: 1180px) { .two { display: grid; grid-template-columns: 1fr 460px; gap: 0 40px; } }
+@media (max-width: 700px) { header, main { padding: 10px 14px; } .two { --p: var(--q) !important; } }
+</style>
+<noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
+<header></header>
+<main></main>
+<script id="data" type="application/json">__DATA__</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent), layers = Object.keys(data.layers);
+const main = document.querySelector("main"), header = document.querySelector("header");
+let order = {}, query = "";  // tiles last shown, which arrow keys follow, and how they were chosen
+
+// ---- what numbers mean: name, definition, value of a filter (largest first), how it is written
+const count = (v) => v.toLocaleString("en"), two = (v) => v.toFixed(2);
+const four = (v) => count(Number(v.toPrecision(4))), share = (v) => `${(100 * v).toFixed(v < 0.0995 ? 1 : 0)} %`;
+const points = (v) => (v < 0 ? "" : "+") + (100 * v).toFixed(2);
+const METRICS = {
+  filter: ["number", "Its place in the network", (f) => -f.filter, (v) => -v],
+  preferred_class: ["preferred class", "Class of the largest mean activation",
+    (f) => -data.classes.indexOf(f.preferred_class), (v) => data.classes[-v]],
+  selectivity: ["selectivity", "(mean activation on the preferred class - mean of the other classes' means) "
+    + "/ their sum; 0: fires alike on all classes, 1: on one only", (f) => f.selectivity, two],
+  auc: ["AUC", "Area under the ROC curve: how often a random image of the preferred class drives it more than "
+    + "one of another class; 0.5 is chance", (f) => f.auc, two],
+  activation_mean: ["mean activation", "Mean over all test images of its activation: its strongest value in an "
+    + "image", (f) => f.activation_mean, two],
+  activation_nonzero: ["fires on", "Share of the test images with an activation above zero",
+    (f) => f.activation_nonzero, share],
+  lost: ["points lost", "Percentage points of accuracy lost when its map is replaced by its mean over the "
+    + "training images; negative: gained", (f) => f.lost && f.lost.at(-1), points],
+  twin: ["twin", "Largest correlation of its activations over the test images with those of another filter of "
+    + "the layer; near 1 the two are duplicates", (f) => f.similar.length ? f.similar[0][1] : null, two],
+};
+const few = (f) => !f.dead && f.activation_nonzero < 0.01;  // nearly dead
+
+// ---- building blocks; text is never read as HTML
+function el(tag, attributes, ...children) {
+  const inSvg = ["svg", "path", "text"].includes(tag);
+  const node = document.createElementNS(`http://www.w3.org/${inSvg ? "2000/svg" : "1999/xhtml"}`, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children.flat(9).filter((child) => child !== null && child !== undefined));
+  return node;
+}
+const soft = (...text) => el("p", { class: "soft" }, ...text);
+const section = (title, note, ...content) => [el("h2", {}, title), soft(note), ...content];
+const link = (parts, ...text) => el("a", { href: `#${parts.map(encodeURIComponent).join("/")}` }, ...text);
+const list = (rows) => el("dl", {}, rows.map(([name, text, title]) => [
+  el("dt", {}, el("span", title ? { title } : {}, name)), el("dd", {}, text)]));
+const row = (cells, attributes = {}, tag = "td") => el("tr", attributes, cells.map((cell) => el(tag, {}, cell)));
+const colour = (name) => data.colours[data.classes.indexOf(name)];
+const named = (name) => [el("span", { class: "dot", style: `background:${colour(name)}` }), name];
+function chip(name) {  // in black or white, whichever contrasts more: 4.6 to 1 at least
+  const [r, g, b] = [1, 3, 5].map((k) => parseInt(colour(name).slice(k, k + 2), 16) / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const ink = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+  return el("span", { class: "chip", style: `background:${colour(name)};color:${ink}` }, name);
+}
+function panel(file, columns, rows, column, line, text) {  // one of columns x rows panels of a picture
+  const at = (k, n) => n > 1 ? `${100 * k / (n - 1)}%` : 0;
+  return el("span", { class: "panel", role: "img", "aria-label": text, style: `--image:url(${file});`
+    + `--wide:${100 * columns}%;--high:${100 * rows}%;--x:${at(column, columns)};--y:${at(line, rows)};`
+    + `--below:${at(line + 1, rows)}` });
+}
+function tiles(layer, numbers, note) {
+  const { columns, filters, size } = data.layers[layer], rows = 2 * Math.ceil(filters.length / columns);
+  return el("div", { class: size < 30 ? "tiles" : "tiles large" }, numbers.map((n) => {
+    const f = filters[n], text = f.dead ? "never fires" : few(f) ? "nearly dead" : note(f), node = link([layer, n],
+      panel(`${layer}.webp`, columns, rows, n % columns, 2 * Math.floor(n / columns), `projection of filter ${n}`),
+      el("div", {}, el("b", {}, n), f.dead ? "dead" : chip(f.preferred_class)), el("small", {}, text));
+    node.className = "tile";
+    return node;
+  }));
+}
+
+// ---- the four views
+function layerView(layer) {
+  const wanted = new URLSearchParams(query), name = wanted.get("class") || "", all = data.layers[layer].filters;
+  const by = METRICS[wanted.get("sort")] ? wanted.get("sort") : "filter", [label, title, value, write] = METRICS[by];
+  const key = (f) => f.dead || value(f) === null ? -1e9 : value(f);
+  const shown = all.filter((f) => !name || f.preferred_class === name).sort((a, b) => key(b) - key(a));
+  const choose = (what, text, now, options) => {
+    const select = el("select", {}, options.map(([v, t]) => el("option", { value: v }, t)));
+    select.value = now;
+    select.onchange = () => { wanted.set(what, select.value); location.hash = `${layer}?${wanted}`; };
+    return el("label", {}, text, select);
+  };
+  const sorts = Object.entries(METRICS).filter(([k]) => k !== "lost" || all[0].lost).map(([k, m]) => [k, m[0]]);
+  order = { layer, numbers: shown.map((f) => f.filter) };
+  const box = el("input", { type: "checkbox" }), grid = tiles(layer, order.numbers, (f) => value(f) === null ? ""
+    : ["filter", "preferred_class"].includes(by) ? `selectivity ${two(f.selectivity)}`
+      : `${label} ${write(value(f))}` + (by === "twin" ? `, ${f.similar[0][0]}` : ""));
+  box.onchange = () => grid.classList.toggle("patches", box.checked);
+  return [el("h1", { tabindex: -1 }, layer), soft(`${all.length} filters that see ${data.layers[layer].size} pixels; `
+    + `${all.filter((f) => f.dead).length} dead, ${all.filter(few).length} nearly dead (firing on less than 1 % of `
+    + `${count(data.labels.length)} test images). Tiles: projection of the strongest activation; hover for the patch.`),
+  choose("sort", "Sort by ", by, sorts),
+  choose("class", "Show ", name, [["", "all classes"], ...data.classes.map((c) => [c, c])]),
+  el("label", {}, box, " patches"), el("p", { id: "shown", class: "soft" }, `${shown.length} of ${all.length} filters`
+    + `${name && ` that prefer ${name}`}, sorted by `, el("span", { title }, label), "; dead ones last."), grid];
+}
+function pairs(file, columns, examples, first) {
+  return el("div", { class: "pairs" }, examples.map(([image, value], k) => {
+    const name = data.classes[data.labels[image]];
+    return image < 0 ? null : el("div", { class: "pair" },
+      panel(file, columns, 2, first + k, 0, `projection in test image ${image}, activation ${two(value)}`),
+      panel(file, columns, 2, first + k, 1, `patch of test image ${image}, ${name}`),
+      el("span", {}, el("b", {}, two(value)), " ", named(name), el("small", {}, ` image ${image}`)));
+  }));
+}
+function classTable(f) {
+  const top = Math.max(...f.means.flat()), losses = f.lost || [], most = Math.max(...losses.map(Math.abs)) || 1;
+  const bar = (left, width, style) => el("div", { style: `left:${left}%;width:${width}%;${style}` });
+  const track = (...bars) => el("div", { class: "track" }, ...bars);
+  const lost = (v) => f.lost ? [track(bar(50 + Math.min(0, 50 * v / most), 50 * Math.abs(v) / most,
+    "background:var(--bar)"), bar(50, 0, "border-left:1px solid")), points(v)] : [];
+  return el("table", {}, row(["class", el("span", { title: "Line: 95 % interval" }, "mean activation"), "",
+    ...f.lost ? [el("span", { title: METRICS.lost[1] }, "points lost without it"), ""] : []], {}, "th"),
+  data.classes.map((name, k) => row([named(name), track(bar(0, 100 * f.means[k][0] / top, `background:${colour(name)}`),
+    bar(100 * f.means[k][1] / top, 100 * (f.means[k][2] - f.means[k][1]) / top, "top:5px;bottom:5px;background:var(--ink)")),
+  two(f.means[k][0]), ...lost(losses[k])], name === f.preferred_class ? { class: "own" } : {})),
+  f.lost && row(["all", "", "", ...lost(losses.at(-1))]));
+}
+function histogram(f) {
+  const shares = f.counts.map((counts, g) => counts.map((c) => c / f.images[g])), top = Math.max(...shares.flat());
+  const steps = ([...v]) => "M40 112" + v.map((y, k) => `V${112 - 100 * y / top}H${57 + 17 * k}`).join("") + "V112Z";
+  const text = (x, y, t, anchor = "middle") => el("text", { x, y, "text-anchor": anchor }, t);
+  return [el("svg", { viewBox: "0 0 460 146", role: "img", "aria-label": "histogram of its activations" },
+    el("path", { d: steps(shares[1]), fill: "var(--bar)", opacity: 0.6 }),
+    el("path", { d: steps(shares[0]), fill: colour(f.preferred_class), "fill-opacity": 0.4, stroke: "var(--ink)" }),
+    text(34, 20, share(top), "end"), text(34, 115, "0 %", "end"), text(40, 128, "0"), text(448, 128, two(f.largest)),
+    text(244, 143, "activation; share of the images of each group")),
+  soft(...named(f.preferred_class), " outlined, the other classes grey. Zero, and not drawn, on "
+    + f.zeros.map((z, g) => `${count(z)} of ${count(f.images[g])}`).join(" and ") + ".")];
+}
+function filterView(layer, n) {
+  const { filters, size } = data.layers[layer], f = filters[n], file = `${layer}/${String(n).padStart(3, "0")}.webp`;
+  if (order.layer !== layer || !order.numbers.includes(n)) order = { layer, numbers: filters.map((g) => g.filter) };
+  const [before, after] = [-1, 1].map((step) => order.numbers[order.numbers.indexOf(n) + step]);
+  const top = f.top.length, start = top + f.levels.length, columns = start + data.epochs.length;
+  const each = f.levels.length / data.levels.length, pixels = (most) => size * Math.floor(Math.max(1, most / size));
+  const metric = (key) => [METRICS[key][0], METRICS[key][3](METRICS[key][2](f)), METRICS[key][1]];
+  const head = [el("h1", { tabindex: -1 }, `${layer} / ${n} `, f.dead ? "" : chip(f.preferred_class)), soft(
+    before === undefined ? "" : link([layer, before], `previous: ${before}`), " ",
+    after === undefined ? "" : link([layer, after], `next: ${after}`), " (arrow keys), ", link([layer], `all of ${layer}`), " (Escape)")];
+  if (f.dead) return [...head, el("p", {}, "Dead: it fires on none of the test images.")];
+  return [...head, el("div", { class: "two", style: `--p:${pixels(152)}px;--q:${pixels(76)}px` }, el("div", {},
+    section("Strongest activations", `In ${top} different test images: projection and patch, ${size} x ${size} pixels. `
+      + "Grey is zero, one scale for all.", pairs(file, columns, f.top, 0)),
+    section("Weaker ones", "Drawn near percentiles of the images on which it fires; a scale for each level.",
+      data.levels.map((level, k) => [el("h3", {}, `${level}th percentile`),
+        pairs(file, columns, f.levels.slice(k * each, (k + 1) * each), top + k * each)])),
+    section("How it developed", `Strongest activation in ${count(data.evolution_images)} test images after each epoch, `
+      + "each with a scale of its own." + (data.epochs.length > 1 ? "" : " uv run train_CNN.py adds earlier epochs."),
+    el("div", { class: "grown" }, data.epochs.map((epoch, k) => el("div", {},
+      panel(file, columns, 2, start + k, 0, `projection after epoch ${epoch}`), `epoch ${epoch}`))))),
+  el("div", {}, section("By class", f.lost || layer !== layers.at(-1) ? "" : "uv run analyse_projections.py adds ablation.",
+    classTable(f)), section("Activations on the test images", "", histogram(f)), section("In numbers", "", list([
+    ["preferred class", `${f.preferred_class} (stays so in ${share(f.preferred_share)} of bootstrap samples), then `
+      + `${f.runner_up}; most frequent in its ${top} images: ${f.top_class}`, METRICS.preferred_class[1]],
+    ["selectivity", `${two(f.selectivity)} (95 % interval ${two(f.selectivity_low)} to ${two(f.selectivity_high)}); `
+      + `${two(f.selectivity_space)} with activations averaged over the map`, METRICS.selectivity[1]],
+    metric("auc"), metric("activation_nonzero"), metric("activation_mean"),
+    ...f.nonzero_count === null ? [] : [["projections", `${four(f.nonzero_count)} pixels above zero; magnitude: mean `
+      + `${four(f.mean)}, variance ${four(f.variance)}, largest ${four(f.max)} normalised pixels`,
+    "Magnitude: sum over RGB of absolute values. Mean: over pixels above zero; variance: over the image"]]])),
+  section("Filters that fire alike", "Correlation of activations over the test images.", tiles(layer,
+    f.similar.map(([k]) => k), (g) => `r = ${two(f.similar.find(([k]) => k === g.filter)[1])}`))))];
+}
+function classView(name) {
+  const k = data.classes.indexOf(name), counts = data.confusion[k], all = counts.reduce((a, b) => a + b);
+  const wrong = data.classes.map((c, j) => [counts[j], c]).filter(([n, c]) => n && c !== name).sort((a, b) => b[0] - a[0]);
+  const harm = data.layers[layers.at(-1)].filters.filter((f) => f.lost).sort((a, b) => b.lost[k] - a.lost[k]);
+  return [el("p", {}, data.classes.map((c) => [link(["class", c], chip(c)), " "])), el("h1", { tabindex: -1 }, name),
+    el("p", {}, `${share(counts[k] / all)} of ${count(all)} test images are recognised. Mistaken for `
+      + `${wrong.map(([n, c]) => `${c} (${n})`).join(", ") || "nothing"}.`),
+    harm.length ? section("Needed most", `Filters of ${layers.at(-1)} whose ablation costs it most percentage points.`,
+      tiles(layers.at(-1), harm.slice(0, 12).map((f) => f.filter), (f) => `${points(f.lost[k])} points`)) : [],
+    [...layers].reverse().map((layer) => section(`Filters of ${layer} that prefer it`, "By selectivity.", tiles(layer,
+      data.layers[layer].filters.filter((f) => f.preferred_class === name).sort((a, b) => b.selectivity - a.selectivity)
+        .map((f) => f.filter), (f) => `selectivity ${two(f.selectivity)}`)))];
+}
+function runView() {
+  const trust = data.trust || [], write = (v) => typeof v === "number" ? four(v) : v === null || typeof v !== "object"
+    ? String(v) : Object.entries(v).map(([key, of]) => `${key} ${write(of)}`).join(", ");
+  const median = (test, of) => (([r]) => r ? two(r.median) : "?")(trust.filter((r) => r.test === test && r.condition === of));
+  const test = "random weights, envelope taken out";
+  return [el("h1", { tabindex: -1 }, "The run"), el("p", {}, `${data.run.epochs} epochs on ${data.title}, ${data.accuracy}.`),
+    section("How to read a projection", "", el("p", {}, "Grey is zero, light and dark are opposite signs. It shows what in "
+      + "this one image an activation went back to, not what the filter responds to in general: compare all of them."),
+    trust.length ? [el("p", {}, "It points at what matters, up to a point: the quarter of a window's pixels where it is "
+      + `strongest keeps ${median("kept", "projection")} of an activation of ${layers.at(-1)} alive (median); a quarter chosen by `
+      + `the gradient keeps ${median("kept", "gradient")}, the middle ${median("kept", "centre")}, chance ${median("kept", "random")}.`),
+    el("p", {}, "It does not show only what was learned: through random weights, projections have a rank correlation of "
+      + `${median(test, "conv4 to conv1, own switches")} with the trained ones, those of other filters in other images `
+      + `${median(test, "other filter, other image")} (what all windows share taken out).`),
+    el("details", {}, el("summary", {}, "all numbers (trust.csv)"), el("table", {}, row(["test", "condition", "median",
+      "95 % interval", "units"], {}, "th"), trust.filter((r) => !r.test.includes("draw")).map((r) => row([r.test, r.condition,
+      two(r.median), `${two(r.low)} to ${two(r.high)}`, r.n]))))]
+      : el("p", {}, "How far to trust it is not measured yet: uv run analyse_projections.py adds it.")),
+    section("What the numbers mean", "", list(Object.values(METRICS))),
+    section("Training", "", list(Object.entries(data.run).map(([key, v]) => [key.replaceAll("_", " "), write(v)]))),
+    section("Other figures", "", data.figures.map((name) => [el("a", { href: `../${encodeURI(name)}` }, name), " "]))];
+}
+
+// ---- addresses (#conv4, #conv4/137, #conv4?sort=auc&class=car, #class/car, #run) and keys
+function show() {
+  const [path, search] = location.hash.slice(1).split("?"), [view, item] = path.split("/").map(decodeURIComponent);
+  const layer = layers.includes(view) ? view : layers.at(-1), n = Number(item), last = main.dataset.filter;
+  const one = ["class", "run"].includes(view) ? view : item && data.layers[layer].filters[n] ? "filter" : "layer";
+  query = one === "layer" && search !== undefined ? search : query;
+  main.replaceChildren(...{ layer: () => layerView(layer), filter: () => filterView(layer, n), run: runView,
+    class: () => classView(data.classes.includes(item) ? item : data.classes[0]) }[one]().flat(9));
+  header.replaceChildren(el("b", {}, "Filter explorer"), el("span", {}, `${data.title}, ${data.accuracy}`),
+    ...layers.map((name) => link([name], name)), link(["class", data.classes[0]], "classes"), link(["run"], "run"));
+  header.children[layers.includes(layer) && one in { layer: 0, filter: 0 } ? 2 + layers.indexOf(layer)
+    : one === "class" ? 6 : 7].setAttribute("aria-current", "page");
+  if (data.generated) main.prepend(el("div", { class: "loud" }, "Generated shapes, no photographs: they show that the code works"));
+  document.title = `${main.querySelector("h1").textContent}, ${data.title}`;
+  main.dataset.filter = one === "filter" ? `#${layer}/${n}` : "";
+  const back = one === "layer" && last && main.querySelector(`.tile[href="${last}"]`);
+  if (!back) scrollTo(0, 0);
+  (back || main.querySelector("h1")).focus({ preventScroll: !back });
+}
+addEventListener("hashchange", show);
+addEventListener("keydown", (event) => {
+  const [layer, n] = main.dataset.filter.slice(1).split("/"), step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!n || event.altKey || event.ctrlKey || event.metaKey) return;
+  const next = step && order.numbers[order.numbers.indexOf(Number(n)) + step];
+  if (event.key === "Escape") location.hash = layer;
+  else if (next !== undefined) location.hash = `${layer}/${next}`;
+});
+show();
+</script>
+</html>
+"""
 
 
 if __name__ == "__main__":

@@ -62,11 +62,12 @@ def test_projections_have_every_key_shape_and_type(pipeline: Path) -> None:
     net = load_checkpoint(pipeline / "outputs/CNN.pth").net
     expected: Shapes = {}
     for k, (filters, field) in enumerate(zip(FILTERS, receptive_fields(net), strict=True), start=1):
-        window = (filters, 9, 3, field.size, field.size)
-        of_layer: Shapes = {"image": ((filters, 9), "int32"), "value": ((filters, 9), "float32")}
-        of_layer |= {name: ((filters, 9, 2), "int16") for name in ("position", "origin")}
-        of_layer |= {"projection": (window, "float32"), "patch": (window, "uint8")}
-        expected |= {f"conv{k}_{name}": value for name, value in of_layer.items()}
+        for prefix, n, dtype in (("", 9, "float32"), ("level_", 12, "float16")):
+            window = (filters, n, 3, field.size, field.size)
+            of_layer: Shapes = {"image": ((filters, n), "int32"), "value": ((filters, n), "float32")}
+            of_layer |= {name: ((filters, n, 2), "int16") for name in ("position", "origin")}
+            of_layer |= {"projection": (window, dtype), "patch": (window, "uint8")}
+            expected |= {f"conv{k}_{prefix}{name}": value for name, value in of_layer.items()}
     arrays = check(pipeline / "outputs/projections.npz", expected)
     activations = np.load(pipeline / "outputs/activations.npz")
     assert (arrays["conv4_value"][:, 0] == activations["conv4_max"].max(axis=0)).all()
