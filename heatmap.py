@@ -5,7 +5,8 @@ Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/activations.npz,
         outputs/filter_metrics.csv, outputs/class_metrics.csv; outputs/ablation.csv, outputs/trust.csv if they
         are there; data/stl10_binary/test_{X,y}.bin
 Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png, outputs/heatmaps/images.png,
-        outputs/heatmaps/occlusion.png, outputs/heatmaps/invariance.png,
+        outputs/heatmaps/occlusion.png, outputs/heatmaps/invariance.png, outputs/occlusion.csv,
+        outputs/invariance.csv,
         outputs/explorer/index.html, outputs/explorer/conv*.webp, outputs/explorer/conv*/*.webp
 
 The projection of a filter in an image starts from its strongest unit there. Its magnitude at a pixel is the
@@ -31,14 +32,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import class_means, rank_filters
+from analyse_projections import class_means, rank_correlation, rank_filters
 from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import displayed, robust_scale, window_of
 from deconv_full import (
@@ -61,6 +62,7 @@ from load_data import (
     load_split,
     load_table,
     save_figure,
+    save_table,
     set_style,
 )
 
@@ -70,15 +72,20 @@ SUMMED_FILTERS = 16  # strongest filters of an image, whose projections are adde
 OCCLUDER = 24  # pixels, side of the grey square that slides over an image: it hides a head or a wheel
 OCCLUSION_STRIDE = 2  # pixels from one position of the square to the next
 INVARIANCE_IMAGES = 5  # images in invariance.png, each of another class; the paper has 5
-SHIFTS = range(-24, 25, 2)  # pixels by which they are moved, down is positive
-ZOOMS = [1 + k / 20 for k in range(17)]  # factors by which they are enlarged
-ANGLES = range(0, 351, 10)  # degrees by which they are turned clockwise
+MEAN_IMAGES = 500  # images behind the means there, as many of each class, however they are classified
+DEGREES: dict[str, list[float]] = {  # how far they are changed
+    "shift": [*range(-24, 25, 2)],  # pixels, down is positive
+    "zoom": [1 + k / 20 for k in range(17)],  # factor
+    "angle": [*range(0, 351, 10)],  # degrees clockwise
+}
 EVOLUTION_IMAGES = 1000  # test images in which each snapshot's strongest activation is sought, for explorer/
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 OUTPUTS = Path("outputs")  # where results go
 
+VEHICLES = ("airplane", "car", "ship", "truck")  # drawn above the animals
+FILTERS_PER_LINE = 60  # columns of class_filter_heatmap.png
 CHANGES = {  # arguments of `change`, and what figures call them
     "shift": "vertical shift (pixels)",
     "zoom": "scale (factor)",
@@ -97,7 +104,7 @@ def show(ax: Axes, picture: Array, text: str = "", **options: Any) -> Any:
 
 
 def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str], heading: str) -> Figure:
-    """Draw classes x filters: mean activation as a share of the filter's largest; above it the selectivity.
+    """Draw classes x filters: mean activation on the class over the filter's mean of all classes.
 
     Args:
         means: What `class_means` returned, (classes, filters).
@@ -105,25 +112,37 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
         names: Of the classes.
         heading: Title.
     """
-    active = filters[~filters["dead"]]
-    active = active.assign(preferred_class=pd.Categorical(active["preferred_class"], list(names)))
-    active = active.sort_values(["preferred_class", "selectivity"], ascending=[True, False])
-    sizes = active["preferred_class"].value_counts(sort=False).tolist()
-    fig, (top, ax) = plt.subplots(
-        2, 1, figsize=(8, 4), sharex=True, height_ratios=[1, 4], layout="constrained"
-    )
-    top.stairs(active["selectivity"].to_numpy(np.float64), fill=True, color="0.5")
-    top.set(ylim=(0, 1), ylabel="selectivity")
-    shares = (means / means.max(axis=0).clip(min=1e-12))[:, active["filter"]]
-    options: dict[str, Any] = {"vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
-    drawn = ax.imshow(shares, "viridis", extent=(0, len(active), len(names), 0), **options)
-    for number, (left, size) in enumerate(zip(np.cumsum([0, *sizes]), sizes, strict=False)):
-        ax.axvline(left, color="white", linewidth=0.8)
-        ax.add_patch(Rectangle((left, number), size, 1, fill=False, edgecolor="white", linewidth=1.8))
-    texts = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True)]
-    ax.set_yticks(np.arange(len(names)) + 0.5, texts)
-    ax.set(xlabel="active filters, by preferred class (how many prefer it), then falling selectivity")
-    fig.colorbar(drawn, ax=ax, pad=0.01, label="mean activation on the class /\nfilter's largest class mean")
+    order = sorted(
+        range(len(names)), key=lambda label: names[label] not in VEHICLES
+    )  # vehicles, then animals
+    active = filters[~filters["dead"]].sort_values("selectivity", ascending=False)
+    groups = [active.loc[active["preferred_class"] == names[label], "filter"].tolist() for label in order]
+    lines: list[list[tuple[int, list[int]]]] = [[]]  # (row of the preferred class, its filters), side by side
+    for row, group in enumerate(groups):
+        for start in range(0, len(group), FILTERS_PER_LINE):
+            part = group[start : start + FILTERS_PER_LINE]
+            if sum(len(others) + 1 for _, others in lines[-1]) + len(part) > FILTERS_PER_LINE:
+                lines.append([])
+            lines[-1].append((row, part))
+    size = 8.3, 1.1 + (0.11 * len(names) + 0.4) * len(lines)
+    fig, axes = plt.subplots(len(lines), 1, figsize=size, squeeze=False, layout="constrained")
+    relative = (means / means.mean(axis=0).clip(min=1e-12))[order]
+    for ax, line in zip(axes.flat, lines, strict=True):
+        left = 0
+        for row, part in line:
+            extent = left, left + len(part), len(names), 0
+            options: dict[str, Any] = {"vmin": 0, "vmax": 2, "cmap": "RdBu_r", "interpolation": "nearest"}
+            drawn = ax.imshow(relative[:, part], aspect="auto", extent=extent, **options)
+            ax.add_patch(Rectangle((left, row), len(part), 1, fill=False, edgecolor="black", linewidth=0.8))
+            for place, number in enumerate(part):
+                style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "top", "fontsize": 6}
+                ax.text(left + place + 0.5, len(names) + 0.3, str(number), **style)
+            left += len(part) + 1
+        ax.set(xlim=(0, FILTERS_PER_LINE), ylim=(len(names), 0), xticks=[])
+        ax.set_yticks(np.arange(len(names)) + 0.5, [names[label] for label in order], fontsize=7)
+        sns.despine(ax=ax, left=True, bottom=True)
+    bar = fig.colorbar(drawn, ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.02, extend="max")
+    bar.set_label("mean activation on the class / mean over all classes")
     fig.suptitle(heading)
     return fig
 
@@ -164,7 +183,7 @@ def draw_class(
     Each filter has a scale of its own: a filter's gain, not what it shows, makes it weak.
 
     Args:
-        ranking: What `rank_filters` says of these filters.
+        ranking: What `rank_filters` says of these filters, with their columns of filter_metrics.csv.
         means: Magnitude averaged over all images of the class, (filters, 96, 96).
         images: That drive each filter most, uint8 (filters, images, 3, 96, 96).
         magnitudes: Of the projections in these images, (filters, images, 96, 96).
@@ -183,8 +202,10 @@ def draw_class(
             row[0], means[k] / means[k].max(), "" if k else "mean over the class", cmap="mako", **style
         )
         text = f"filter {of_filter.filter}\nselectivity {of_filter.selectivity:.2f}\n"
-        text += f"mean activation {of_filter.activation_mean:.2f}"
-        text += "" if of_filter.prefers else "\nprefers another class"
+        text += f"mean activation {of_filter.activation_mean:.2f}\nprefers {of_filter.preferred_class}"
+        text += f" in\n{of_filter.preferred_share:.0%} of samples"
+        if str(of_filter.top_class) != str(of_filter.preferred_class):
+            text += f"\nnine strongest images:\nmostly {of_filter.top_class}"
         row[0].set_ylabel(text, rotation=0, ha="right", va="center")
         top = robust_scale(magnitudes[k])
         for i, (left, right) in enumerate(row[1:].reshape(-1, 2)):
@@ -261,104 +282,127 @@ def square_positions(side: int, stride: int) -> Array:
 
 
 class Occlusion(NamedTuple):
-    """What the network makes of an image with a grey square at each position.
+    """What the network makes of an image with a grey square at each position, (down, across) each."""
 
-    The activity of a filter is the sum over its pooled map.
-    """
+    activity: Array  # sum over the filter's map, as a share of that without the square
+    unit: Array  # activation of the filter's strongest unit, likewise
+    probability: Array  # of each class, (down, across, classes)
+    label: int  # the true class
 
-    whole: float  # activity without a square
-    activity: Array  # with the square there, (positions down, positions across)
-    probability: Array  # of each class, (positions down, positions across, classes)
+    @property
+    def truth(self) -> Array:
+        """Return the probability of the true class."""
+        return self.probability[:, :, self.label]
+
+    @property
+    def taken(self) -> Array:
+        """Return whether another class comes first."""
+        return np.asarray(self.probability.argmax(axis=2) != self.label)
 
 
-def occlusion_sensitivity(image: Array, filter_: int, net: CNN, covered: Array) -> Occlusion:
-    """Slide a grey square over an image and measure one filter of conv4, and the probabilities.
+def occlusion_sensitivity(
+    image: Array, label: int, unit: Sequence[int], net: CNN, covered: Array
+) -> Occlusion:
+    """Slide a grey square over an image; measure a filter of conv4, its strongest unit, and the classes.
+
+    The paper measures the sum over the map (Figure 6 of the ECCV version); the projection shows one unit.
 
     Args:
         image: uint8 (3, 96, 96).
-        filter_: Filter that is measured.
+        label: Its class.
+        unit: Filter, row and column in the pooled map.
         net: The network.
         covered: What `square_positions` returned.
     """
-    whole, n = net.normalise(torch.from_numpy(image[None])), len(covered)
-    lines = torch.from_numpy(covered).to(whole.device)
-    activity, probability = [], []
+    whole, (filter_, row, column) = net.normalise(torch.from_numpy(image[None])), unit
+    lines, found = torch.from_numpy(covered).to(whole.device), []
+    before = net.features(whole)[-1][0][0, filter_]
     for rows in lines:  # one copy of the image for each place across
         squares = rows[None, :, None] & lines[:, None, :]  # (places across, 96, 96)
         pooled = net.features(whole.masked_fill(squares[:, None], 0))[-1][0]
-        activity.append(pooled[:, filter_].sum(dim=(1, 2)))
-        probability.append(net.classify(pooled).softmax(dim=1))
-    return Occlusion(
-        float(net.features(whole)[-1][0][0, filter_].sum()),
-        torch.stack(activity).cpu().numpy(),
-        torch.stack(probability).cpu().numpy().reshape(n, n, -1),
-    )
+        maps = pooled[:, filter_]
+        shares = maps.sum(dim=(1, 2)) / before.sum(), maps[:, row, column] / before[row, column]
+        found.append((*shares, net.classify(pooled).softmax(dim=1)))
+    activity, of_unit, probability = (torch.stack(of).cpu().numpy() for of in zip(*found, strict=True))
+    return Occlusion(activity, of_unit, probability, label)
+
+
+def tabulate_occlusion(
+    occlusions: Sequence[Occlusion], units: Units, under: Array, names: Sequence[str]
+) -> pd.DataFrame:
+    """Return occlusion.csv, one row an image.
+
+    activity and unit: the lowest share that a square leaves. correlation: over the square's positions, of the
+    unit's loss with the projection's magnitude `under` the square (ranks). taken_for: the classes that come
+    first instead of the true one, with the share of positions.
+    """
+    rows = []
+    for k, found in enumerate(occlusions):
+        shares = np.bincount(found.probability.argmax(axis=2).ravel(), minlength=len(names)) / found.unit.size
+        others = [other for other in np.argsort(-shares, kind="stable") if other != found.label]
+        entry = found.activity.min(), found.unit.min(), rank_correlation(1 - found.unit, under[k])
+        texts = [f"{names[other]} {shares[other]:.0%}" for other in others if shares[other] >= 0.005]
+        rows.append(
+            (*(of[k] for of in units[:2]), names[found.label], units.value[k], *entry, ", ".join(texts))
+        )
+    columns = ["image", "filter", "label", "activation", "activity", "unit", "correlation", "taken_for"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def draw_occlusion(
     images: Array,
     occlusions: Sequence[Occlusion],
     magnitudes: Array,
-    texts: Sequence[str],
-    labels: Array,
-    names: Sequence[str],
-    side: int,
-    stride: int,
+    table: pd.DataFrame,
+    square: Sequence[int],
     heading: str,
 ) -> Figure:
-    """Draw the paper's maps of an occluded image, one image a row (Figure 6 of the ECCV version).
+    """Draw maps of an occluded image, one image a row (Figure 6 of the paper's ECCV version).
 
     Args:
         images: uint8 (images, 3, 96, 96).
         occlusions: What `occlusion_sensitivity` returned for them.
-        magnitudes: Of the filters' projections, (images, 96, 96).
-        texts: What is written beside each image.
-        labels: Of the images.
-        names: Of the classes.
-        side: Of the square, in pixels.
-        stride: Pixels from one position to the next.
+        magnitudes: Of the units' projections, (images, 96, 96).
+        table: What `tabulate_occlusion` returned.
+        square: Its side, and the pixels from one position to the next.
         heading: Title.
     """
-    size = 8, 1.7 + 1.36 * len(images)
+    size, (side, stride) = (8, 1.7 + 1.5 * len(images)), square
     fig, axes = plt.subplots(len(images), 5, figsize=size, squeeze=False, layout="constrained")
-    # a value stands for the stride x stride pixels around the centre of its square
-    first = stride // 2 - stride / 2
-    last = first + stride * len(occlusions[0].activity)
-    where, whole = (first, last, last, first), (0, IMAGE_SIZE, IMAGE_SIZE, 0)
-    colours = ListedColormap(sns.color_palette("colorblind", len(names)))
-    above = ["image, square", "activity of its\nstrongest filter", "projection of\nthis filter"]
-    above += ["probability of\nthe true class", "most probable\nclass"]
-    top, winners = robust_scale(magnitudes), [found.probability.argmax(axis=2) for found in occlusions]
-    for k, (row, found) in enumerate(zip(axes, occlusions, strict=True)):
-        column_texts = [""] * 5 if k else above
-        show(row[0], np.moveaxis(images[k], 0, 2), column_texts[0], extent=whole)
-        row[0].set_ylabel(texts[k], rotation=0, ha="right", va="center", fontsize=8)
-        lowest = np.unravel_index(found.activity.argmin(), found.activity.shape)
-        top_left = [int(place) * stride + stride // 2 - side // 2 for place in reversed(lowest)]
+    above = ["image, square", "activity of its\nstrongest filter", "activation of its\nstrongest unit"]
+    above += ["projection of\nthis unit", "probability of\nthe true class"]
+    top, reach = robust_scale(magnitudes), max(abs(found.activity - 1).max() for found in occlusions)
+    centres = np.arange(len(occlusions[0].unit)) * stride + stride // 2
+    first, last = centres[0] - stride / 2, centres[-1] + stride / 2
+    whole: dict[str, Any] = {"extent": (0, IMAGE_SIZE, IMAGE_SIZE, 0)}
+    maps: dict[str, Any] = {"extent": (first, last, last, first)}  # a value stands for stride x stride pixels
+    for k, (row, found, of_image) in enumerate(zip(axes, occlusions, table.itertuples(), strict=True)):
+        texts = [""] * 5 if k else above
+        lowest = np.unravel_index(found.unit.argmin(), found.unit.shape)
+        corner = [centres[place] - side / 2 for place in reversed(lowest)]
+        show(row[0], np.moveaxis(images[k], 0, 2), texts[0], **whole)
         for colour, width in (("black", 2.2), ("white", 1.0)):
             style: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": width}
-            row[0].add_patch(Rectangle((top_left[0], top_left[1]), side, side, **style))
-        options: dict[str, Any] = {"vmin": 0, "extent": where}
-        activity = show(
-            row[1], found.activity / found.whole, column_texts[1], cmap="RdBu_r", vmax=2, **options
-        )
-        projection = show(row[2], magnitudes[k], column_texts[2], cmap="mako", vmin=0, vmax=top, extent=whole)
-        true_class = found.probability[:, :, labels[k]]
-        probability = show(row[3], true_class, column_texts[3], cmap="viridis", vmax=1, **options)
-        show(row[4], winners[k], column_texts[4], cmap=colours, vmax=len(names), **options)
+            row[0].add_patch(Rectangle((corner[0], corner[1]), side, side, **style))
+        name = f"{of_image.label}\nfilter {of_image.filter}\nactivation {of_image.activation:.2f}"
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach}
+        activity = show(row[1], found.activity, texts[1], **scale, **maps)
+        unit = show(row[2], found.unit, texts[2], cmap="RdBu_r", vmin=0, vmax=2, **maps)
+        projection = show(row[3], magnitudes[k], texts[3], cmap="mako", vmin=0, vmax=top, **whole)
+        probability = show(row[4], found.truth, texts[4], cmap="viridis", vmin=0, vmax=1, **maps)
+        if of_image.taken_for:
+            row[4].contour(centres, centres, found.taken, levels=[0.5], colors="white", linewidths=1)
+            row[4].set_xlabel(of_image.taken_for, fontsize=7, labelpad=2)
         for ax in row:
             ax.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0))
     below: dict[str, Any] = {"location": "bottom", "aspect": 12, "pad": 0.01, "shrink": 0.9}
-    units = ["share of the activity\nwithout the square", "magnitude\n(normalised pixels)", "probability"]
-    for column, drawn in enumerate((activity, projection, probability), start=1):
+    units = ["share of that\nwithout a square"] * 2 + ["magnitude\n(normalised pixels)"]
+    units.append("probability; outlined:\nanother class comes first")
+    for column, drawn in enumerate((activity, unit, projection, probability), start=1):
         bar = fig.colorbar(drawn, ax=axes[:, column], **below)
         bar.ax.tick_params(labelsize=7)
         bar.set_label(units[column - 1], fontsize=8)
-    handles = [Patch(color=colours(int(label)), label=names[label]) for label in np.unique(winners)]
-    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "ncols": 2}
-    style = {"frameon": False, "handlelength": 1, "columnspacing": 1, "labelspacing": 0.3, "fontsize": 7}
-    legend = axes[-1, 4].legend(handles=handles, **place, **style)
-    legend.set_in_layout(False)  # it stands beside the colour bars, which make room for it
     fig.suptitle(heading)
     return fig
 
@@ -380,90 +424,119 @@ def change(image: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -
     return cast(Tensor, affine(image, float(angle), place, float(zoom), [0.0, 0.0], **options))
 
 
-class Change(NamedTuple):
-    """What one kind of `change` does to some images."""
-
-    degrees: Sequence[float]  # how far they are changed
-    curves: Array  # what `measure_invariance` returns, (images, 3, degrees)
-    shown: Sequence[float]  # five of the degrees
-    examples: Array  # the images after these: (images, 5, 3, 96, 96)
+MEASURES = ("distance in conv1", "distance in conv4", "probability of the true class", "accuracy")
 
 
-def measure_invariance(net: CNN, image: Tensor, label: int, kind: str, degrees: Sequence[float]) -> Array:
-    """Measure how far features of an image move when it is changed (Figure 5 of the paper).
+def measure_invariance(
+    net: CNN, images: Array, labels: Array, kind: str, degrees: Sequence[float]
+) -> dict[str, Array]:
+    """Measure how far features of images move when these are changed (Figure 5 of the paper).
 
     Args:
         net: The network, in evaluation mode.
-        image: Normalised, (3, 96, 96).
-        label: Its class.
+        images: uint8 (images, 3, 96, 96).
+        labels: Their classes.
         kind: One of `CHANGES`.
-        degrees: How far it is changed.
+        degrees: How far they are changed.
 
     Returns:
-        (3, degrees): Euclidean distance between the pooled maps of conv1 of the changed and the unchanged
-        image, as a share of the norm of the unchanged ones; that of conv4; probability of `label`.
+        (images, degrees) for each of `MEASURES`: Euclidean distance between the pooled maps of the changed
+        and the unchanged image, as a share of the norm of the latter; probability of the true class; 1 where
+        the image is classified correctly.
     """
-    copies = torch.stack([image, *(change(image, **{kind: degree}) for degree in degrees)])
-    features = net.features(copies)
-    rows = []
-    for pooled in (features[0][0], features[-1][0]):
-        flat = pooled.flatten(1)
-        rows.append((flat[1:] - flat[0]).norm(dim=1) / flat[0].norm())
-    rows.append(net.classify(features[-1][0]).softmax(dim=1)[1:, label])
-    return torch.stack(rows).cpu().numpy().astype(np.float64)
+    found: dict[str, list[Array]] = {name: [] for name in MEASURES}
+    for start in range(0, len(images), 50):
+        batch = net.normalise(torch.from_numpy(images[start : start + 50]))
+        truth = torch.from_numpy(labels[start : start + 50]).to(batch.device)
+        whole, columns = net.features(batch), []
+        for degree in degrees:
+            features = net.features(change(batch, **{kind: degree}))
+            distances = [
+                (features[k][0] - whole[k][0]).flatten(1).norm(dim=1) / whole[k][0].flatten(1).norm(dim=1)
+                for k in (0, -1)
+            ]
+            shares = net.classify(features[-1][0]).softmax(dim=1)
+            of_truth = shares.gather(1, truth[:, None])[:, 0]
+            columns.append(torch.stack([*distances, of_truth, (shares.argmax(dim=1) == truth).float()]))
+        for name, values in zip(MEASURES, torch.stack(columns, dim=2).cpu().numpy(), strict=True):
+            found[name].append(values.astype(np.float64))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def change_images(images: Array, labels: Array, net: CNN, kind: str, degrees: Sequence[float]) -> Change:
-    """Change images in one of the `CHANGES`, measure what the network makes of it and keep some to show."""
-    normalised = net.normalise(torch.from_numpy(images))
-    pairs = zip(normalised, labels.tolist(), strict=True)
-    curves = [measure_invariance(net, image, label, kind, degrees) for image, label in pairs]
+def tabulate_invariance(kind: str, degrees: Sequence[float], measured: Mapping[str, Array]) -> pd.DataFrame:
+    """Return rows of invariance.csv: mean over the images with its 95 % interval (normal)."""
+    tables = []
+    for name, values in measured.items():
+        mean, reach = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / len(values) ** 0.5
+        columns = {"kind": kind, "degree": degrees, "measure": name, "mean": mean}
+        columns |= {"low": mean - reach, "high": mean + reach, "n": len(values)}
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def draw_examples(ax: Axes, net: CNN, images: Array, kind: str, degrees: Sequence[float]) -> None:
+    """Draw the images, one a row with a bar in its colour, changed by five of the degrees."""
     shown = [degrees[k] for k in np.linspace(0, len(degrees) - 1, 5).round().astype(int)]
+    normalised = net.normalise(torch.from_numpy(images))
     changed = torch.stack([change(normalised, **{kind: degree}) for degree in shown], dim=1)
-    examples = (255 * (changed * net.std + net.mean)).clamp(0, 255).byte()
-    return Change(degrees, np.stack(curves), shown, examples.cpu().numpy())
+    pixels = (255 * (changed * net.std + net.mean)).clamp(0, 255).byte().cpu().numpy()
+    # (images, examples, 3, rows, columns) -> one sheet
+    sheet = pixels.transpose(0, 3, 1, 4, 2).reshape(len(images) * IMAGE_SIZE, -1, 3)
+    ax.imshow(sheet, interpolation="nearest", extent=(0, len(shown), len(images), 0))
+    ax.set_xticks(np.arange(len(shown)) + 0.5, [f"{degree:g}" for degree in shown])
+    ax.set_yticks([])
+    for k in range(len(images)):
+        ax.add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=f"C{k}", clip_on=False))
 
 
-def draw_invariance(changes: Mapping[str, Change], texts: Sequence[str], heading: str) -> Figure:
-    """Draw the layout of the paper's Figure 5, one kind of change a row: examples, distances, probability.
+def draw_invariance(
+    net: CNN,
+    images: Array,
+    degrees: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Mapping[str, Array]],
+    table: pd.DataFrame,
+    names: Sequence[str],
+) -> Figure:
+    """Draw the layout of the paper's Figure 5, one kind of change a row, and means over many images.
 
     Args:
-        changes: By kind, one of `CHANGES`.
-        texts: Names of the images.
-        heading: Title.
+        net: The network.
+        images: Of the examples, uint8 (images, 3, 96, 96).
+        degrees: How far they are changed, by kind.
+        curves: Of the examples, what `measure_invariance` returned, by kind.
+        table: invariance.csv.
+        names: Of the examples.
     """
-    size, widths = (8, 0.9 + 1.95 * len(changes)), [1.15, 1, 1, 1]
-    fig, axes = plt.subplots(
-        len(changes), 4, figsize=size, sharey="col", width_ratios=widths, layout="constrained"
-    )
-    above = "examples", "distance in conv1", "distance in conv4", "probability of\nthe true class"
-    for number, (row, (kind, found)) in enumerate(zip(axes, changes.items(), strict=True)):
-        images, columns = found.examples.shape[:2]
-        # (images, examples, 3, rows, columns) -> one sheet
-        sheet = found.examples.transpose(0, 3, 1, 4, 2).reshape(images * IMAGE_SIZE, -1, 3)
-        row[0].imshow(sheet, interpolation="nearest", extent=(0, columns, images, 0))
-        row[0].set_xticks(np.arange(columns) + 0.5, [f"{degree:g}" for degree in found.shown])
-        row[0].set_yticks([])
-        for k, text in enumerate(texts):
-            line: dict[str, Any] = {
-                "color": f"C{k}",
-                "linestyle": ("-", "--", "-.", ":")[k % 4],
-                "label": text,
-            }
-            row[0].add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=f"C{k}", clip_on=False))
-            for ax, curve in zip(row[1:], found.curves[k], strict=True):
-                ax.plot(found.degrees, curve, **line)
-        for ax, text in zip(row, above, strict=True):
-            ax.set(xlabel=CHANGES[kind])
-            ax.set_title("" if number else text, fontsize=9)
+    size, widths = (9, 0.9 + 1.95 * len(curves)), [1.15, 1, 1, 1, 1]
+    layout: dict[str, Any] = {"sharey": "col", "width_ratios": widths, "layout": "constrained"}
+    fig: Figure
+    fig, axes = plt.subplots(len(curves), 5, figsize=size, squeeze=False, **layout)
+    for row, (kind, measured) in zip(axes, curves.items(), strict=True):
+        draw_examples(row[0], net, images, kind, degrees[kind])
+        for ax, (name, values) in zip(row[1:], measured.items(), strict=True):
+            for k, curve in enumerate(values if name != "accuracy" else ()):
+                style = ("-", "--", "-.", ":")[k % 4]
+                ax.plot(degrees[kind], curve, color=f"C{k}", linestyle=style, linewidth=0.9, label=names[k])
+            rows = table[(table["kind"] == kind) & (table["measure"] == name)]
+            ax.plot(
+                rows["degree"],
+                rows["mean"],
+                color="black",
+                linewidth=1.6,
+                label=f"mean of {rows['n'].iloc[0]} images",
+            )
+            ax.fill_between(rows["degree"], rows["low"], rows["high"], color="black", alpha=0.25, linewidth=0)
+        for ax in row:
+            ax.set_xlabel(CHANGES[kind], fontsize=8)
             ax.tick_params(labelsize=7)
             sns.despine(ax=ax)
-    for ax in axes[:, 1:3].flat:
-        ax.set_ylabel("share of the norm", fontsize=8)
+        row[0].spines[:].set_visible(False)
+    texts = "examples", "distance in conv1\n(share of the norm)", "distance in conv4\n(share of the norm)"
+    for ax, text in zip(axes[0], (*texts, "probability of\nthe true class", "accuracy"), strict=True):
+        ax.set_title(text, fontsize=9)
     for ax in axes[0, 1:]:  # of a column, which shares them
         ax.set_ylim(bottom=0)
-    fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    fig.suptitle(heading)
+    fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return fig
 
 
@@ -682,6 +755,7 @@ def main() -> None:
     sums, shown = [], []
     for label, name in enumerate(names):
         ranking = rank_filters(filters, classes, names, name).head(TOP_FILTERS)
+        ranking = ranking.merge(conv4[["filter", "preferred_class", "preferred_share", "top_class"]])
         members, chosen = np.flatnonzero(labels == label), ranking["filter"].to_numpy()
         order = np.argsort(-maxima[members][:, chosen], axis=0, kind="stable")[:TOP_IMAGES]
         top = members[order].T  # (filters, images)
@@ -713,34 +787,39 @@ def main() -> None:
 
     # in occluded images
     right = first_correct(images, labels, net)
-    strongest, covered = maxima[right].argmax(axis=1), square_positions(OCCLUDER, OCCLUSION_STRIDE)
+    units = strongest_of(maxima, positions, right, maxima[right].argmax(axis=1))
+    covered = square_positions(OCCLUDER, OCCLUSION_STRIDE)
     occlusions = [
-        occlusion_sensitivity(images[k], f, net, covered)
-        for k, f in zip(tqdm(right, "occlusion", unit=" images", disable=None), strongest, strict=True)
+        occlusion_sensitivity(images[n], int(labels[n]), (f, row, column), net, covered)
+        for n, f, row, column, _ in tqdm(zip(*units, strict=True), "occlusion", len(right), disable=None)
     ]
-    units = strongest_of(maxima, positions, right, strongest)
     magnitudes, _ = sum_projections(images, net, units, np.arange(len(right)), "projections")
+    table = tabulate_occlusion(occlusions, units, covered @ magnitudes @ covered.T, names)
+    save_table(OUTPUTS / "occlusion.csv", checkpoint, table)
     heading = f"A grey square of {OCCLUDER} x {OCCLUDER} pixels slides over the first correctly classified"
-    heading += f" image of each class,\n{len(right)} of the {source}. Strongest filter: of conv4;\n"
-    heading += "its activity: sum over its map. Frame: the square where the activity is lowest"
-    entries = zip(labels[right], strongest, occlusions, strict=True)
-    texts = [f"{names[label]}\nfilter {f}\nactivity {found.whole:.2f}" for label, f, found in entries]
+    heading += f" image of each class,\n{len(right)} of the {source}. Strongest filter: of conv4; its\n"
+    heading += "activity: sum over its map. Frame: the square that takes most of the unit's activation"
     square = OCCLUDER, OCCLUSION_STRIDE
-    figure = draw_occlusion(
-        images[right], occlusions, magnitudes, texts, labels[right], names, *square, heading
-    )
+    figure = draw_occlusion(images[right], occlusions, magnitudes, table, square, heading)
     save_figure(folder / "occlusion.png", figure)
 
     # in images that are moved, enlarged and turned
-    moved = right[:INVARIANCE_IMAGES]
-    changes = {
-        kind: change_images(images[moved], labels[moved], net, kind, list(degrees))
-        for kind, degrees in (("shift", SHIFTS), ("zoom", ZOOMS), ("angle", ANGLES))
-    }
-    heading = f"{len(moved)} of the {source},\nmoved, enlarged and turned: distance of their features from "
-    heading += "those of\nthe unchanged image, as a share of the norm"
-    texts = [names[label] for label in labels[moved]]
-    save_figure(folder / "invariance.png", draw_invariance(changes, texts, heading))
+    place = pd.Series(labels).groupby(labels).cumcount()  # of an image in its class
+    moved, many = right[:INVARIANCE_IMAGES], np.flatnonzero(place < MEAN_IMAGES // len(names))
+    curves, tables = {}, []
+    for kind, degrees in tqdm(DEGREES.items(), "invariance", disable=None):
+        curves[kind] = measure_invariance(net, images[moved], labels[moved], kind, degrees)
+        measured = measure_invariance(net, images[many], labels[many], kind, degrees[::2])
+        tables.append(tabulate_invariance(kind, degrees[::2], measured))
+    table = pd.concat(tables, ignore_index=True)
+    save_table(OUTPUTS / "invariance.csv", checkpoint, table)
+    figure = draw_invariance(
+        net, images[moved], DEGREES, curves, table, [names[label] for label in labels[moved]]
+    )
+    heading = f"{len(moved)} correctly classified of the {source}, moved, enlarged and turned.\n"
+    heading += f"Black: mean of {len(many)} images, as many of each class, with its 95 % interval"
+    figure.suptitle(heading)
+    save_figure(folder / "invariance.png", figure)
 
     # every filter on one page
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)

@@ -50,9 +50,7 @@ from load_data import (
 
 # data
 DATASET = "auto"  # "stl10", "folders" (your own), "shapes" (generated) or "auto": STL-10, else shapes
-DATA_DIR = Path(
-    "data"
-)  # holds the folder stl10_binary, or data/train/CLASS and data/test/CLASS with pictures
+DATA_DIR = Path("data")  # holds stl10_binary, or train/CLASS and test/CLASS with pictures
 TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,000; "fold 0" to "fold 9"
 # network
 FILTERS = (48, 96, 192, 256)  # of conv1 to conv4, as the three below

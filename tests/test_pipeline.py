@@ -116,6 +116,8 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
         ("ablation_curves", 2 * 4 * 17, "level order ablated accuracy low high below"),
         ("ablation_summary", 2 * 2 * 8, "level measure quantity value low high"),
         ("trust", 2 * 11 + 2 * (2 + 8 * 3), "test condition median low high n"),
+        ("occlusion", -1, "image filter label activation activity unit correlation taken_for"),
+        ("invariance", 4 * (13 + 9 + 18), "kind degree measure mean low high n"),
         ("probes", 8, "layer network accuracy low high p inputs decay"),
         (
             "training_log",
@@ -129,7 +131,7 @@ def test_tables_name_their_checkpoint_and_have_their_columns(
 ) -> None:
     table = pd.read_csv(pipeline / f"outputs/{name}.csv", dtype={"checkpoint": str})
     assert list(table.columns) == ["checkpoint", "dataset", *columns.split()]
-    assert len(table) == rows
+    assert len(table) == rows or rows == -1  # as many as classes of which an image is classified correctly
     digest = sha256((pipeline / "outputs/CNN.pth").read_bytes()).hexdigest()
     assert set(table["checkpoint"]) == {digest[:12]} and set(table["dataset"]) == {"stl10"}
 
@@ -144,7 +146,9 @@ def test_every_figure_is_a_picture_that_is_not_empty(pipeline: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_stage_run_too_early_ends_with_one_line_and_writes_nothing(stage: Any) -> None:
-    with pytest.raises(SystemExit, match=r"^outputs/CNN.pth not found: run `uv run train_CNN.py` first$"):
+    with pytest.raises(
+        SystemExit, match=rf"^{Path.cwd()}/outputs/CNN.pth not found: run `uv run train_CNN.py` first$"
+    ):
         stage.main()
     assert not list(Path().iterdir())
 
@@ -152,7 +156,7 @@ def test_a_stage_run_too_early_ends_with_one_line_and_writes_nothing(stage: Any)
 def test_an_error_goes_to_stderr_in_one_line_with_status_1() -> None:
     script = ROOT / "heatmap.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ})
-    line = "outputs/CNN.pth not found: run `uv run train_CNN.py` first\n"
+    line = f"{Path.cwd()}/outputs/CNN.pth not found: run `uv run train_CNN.py` first\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
 
 
