@@ -647,9 +647,9 @@ def explain_layer(filters: Sequence[Mapping[str, Any]], size: int, images: int) 
     dead = sum(of_filter["dead"] for of_filter in filters)
     few = sum(of_filter["activation_nonzero"] < NEARLY_DEAD for of_filter in filters) - dead
     return (
-        f"Each of {len(filters)} filters sees {size} x {size} pixels. {dead} are dead, {few} nearly dead: they "
-        f"fire on less than {NEARLY_DEAD:.0%} of {images:,} test images. A tile shows a filter's strongest "
-        "activation, projected; hover to see the image there."
+        f"Each of {len(filters)} filters sees {size} x {size} pixels. {dead} are dead, {few} nearly dead: "
+        f"they fire on less than {NEARLY_DEAD:.0%} of {images:,} test images. A tile shows a filter's "
+        "strongest activation, projected; hover to see the image there."
     )
 
 
@@ -769,7 +769,10 @@ def write_explorer(
             "reading": explain_reading(tables.get("trust")),
         },
         "run": [
-            (key.replace("_", " "), f"{fact:.4g}" if isinstance(fact, float) else str(fact))
+            (
+                key.replace("_", " "),
+                f"{fact:.4g}" if isinstance(fact, float) else re.sub("[{}']", "", str(fact)),
+            )
             for key, fact in run.items()
         ],
         "figures": [name for name in figures if not name.startswith("readme")],
@@ -872,8 +875,7 @@ def main() -> None:
 
 # ---------------------------------------------------------------- the page of the explorer
 
-EXPLORER = r"""<!DOCTYPE html>
-<html lang="en">
+EXPLORER = r"""<!DOCTYPE html><html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>Filter explorer</title>
 <style>
@@ -886,22 +888,23 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 s
   font-variant-numeric: tabular-nums; }
 header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
 header { display: flex; flex-wrap: wrap; gap: 2px 18px; border-bottom: 1px solid var(--line); }
-header span { margin-right: auto; }
+header span { flex-grow: 1; }
 h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; }
 h2 { font-size: 16px; margin: 26px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
-h3 { font-size: 13px; margin: 16px 0 6px; } p { max-width: 80ch; margin: 6px 0 12px; }
+h3 { font-size: 13px; margin: 16px 0 6px; } dl { margin: 6px 0; } p { max-width: 80ch; margin: 6px 0 12px; }
 .soft, small, th, dt { color: var(--soft); font-weight: normal; font-size: inherit; }
 .loud { background: #ffd54a; color: #000; font-weight: 600; padding: 8px; text-align: center; }
 a { color: var(--link); } a[aria-current] { color: inherit; font-weight: 600; }
 [title] { text-decoration: underline dotted; text-underline-offset: 3px; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; } h1:focus { outline: none; }
 select, label { font: inherit; margin-right: 14px; }
+.files { columns: 250px; } .files a { display: block; overflow-wrap: anywhere; }
 .chip { padding: 0 7px; border-radius: 9px; } .large .panel { image-rendering: auto; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
 .panel { display: block; aspect-ratio: 1; image-rendering: pixelated; background:
   var(--image) var(--x) var(--y) / var(--wide) var(--high) no-repeat,
   repeating-linear-gradient(45deg, var(--paper) 0 5px, var(--hatch) 5px 10px); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(92px, 114px)); gap: 14px 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 14px 10px; }
 .tiles a { color: inherit; text-decoration: none; font-size: 12px; }
 .tiles div { display: flex; justify-content: space-between; margin-top: 3px; }
 .tiles a:is(:hover, :focus) .panel, .patches .panel { background-position: var(--x) var(--below), 0 0; }
@@ -916,9 +919,9 @@ th, td { text-align: left; padding: 2px 8px 2px 0; }
 dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px; }
 dd { margin: 0; overflow-wrap: anywhere; } svg { max-width: 480px; font-size: 12px; fill: var(--soft); }
 @media (min-width: 1180px) { .two { display: grid; grid-template-columns: 1fr 460px; gap: 0 40px; } }
-@media (max-width: 700px) { header, main { padding: 10px 14px; } .two { --p: var(--q) !important; } }
-</style>
-<noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
+@media (max-width: 700px) { header, main { padding: 10px 14px; } .two { --p: var(--q) !important; }
+  header span { flex-basis: 100%; } }
+</style><noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
 <header></header><main></main>
 <script id="data" type="application/json">__DATA__</script>
 <script>
@@ -1036,7 +1039,7 @@ function layerView(layer) {
       + `${name && ` that prefer ${name}`}, sorted by `, metric(by)), grid];
 }
 function filterView(layer, n) {
-  const { filters, size } = data.layers[layer], f = filters[n], top = f.top.length;
+  const { filters, size } = data.layers[layer], f = filters[n], top = f.top.length, alike = f.similar;
   const listed = order.layer === layer && order.numbers.includes(n);
   if (!listed) order = { layer, numbers: filters.map((g) => g.filter) };
   const near = (step, text) => ((k) => k === undefined ? "" : link([layer, k], `${text}: ${k}`))(
@@ -1065,8 +1068,8 @@ function filterView(layer, n) {
       value("auc"), value("activation_nonzero"), value("activation_mean"),
       f.nonzero_count === null ? [] : [metric("projections"), `${four(f.nonzero_count)} pixels above zero; `
         + `mean ${four(f.mean)}, variance ${four(f.variance)}, largest ${four(f.max)}`]])),
-    section("Filters that fire alike", data.metrics.twin[1], tiles(layer, f.similar.map(([k]) => k),
-      (g) => `r = ${two(f.similar.find(([k]) => k === g.filter)[1])}`))))];
+    section("Filters that fire alike", "Correlation of activations over the test images.",
+      tiles(layer, alike.map(([k]) => k), (g) => `r = ${two(new Map(alike).get(g.filter))}`))))];
 }
 function classView(name) {
   const k = data.classes.indexOf(name), by = (value, most, note) => (layer) => tiles(layer,
@@ -1082,11 +1085,12 @@ function classView(name) {
       section(`Filters of ${layer} that prefer it`, "By selectivity.", own(layer)))];
 }
 function runView() {
-  const figures = data.figures.map((name) => [el("a", { href: `../${encodeURI(name)}` }, name), " "]);
+  const figures = data.figures.map((name) => [el("a", { href: `../${encodeURI(name)}` }, name)]);
   const reading = data.notes.reading.map((text) => el("p", {}, text));
   return [h1("The run"), section("How to read a projection", "", reading),
     section("What the numbers mean", "", list(Object.values(data.metrics))),
-    section("Training", "", list(data.run)), section("Other figures", "", el("div", {}, figures))];
+    section("Training", "", list(data.run)),
+    section("Other figures", "", el("div", { class: "files" }, figures))];
 }
 // ---- addresses (#conv4, #conv4/137, #conv4?sort=auc&class=car, #class/car, #run) and keys
 function show() {
