@@ -176,10 +176,10 @@ def frame_sizes(net: CNN, image_size: int) -> tuple[list[int], list[int]]:
     """
     inputs, outputs, size = [], [], image_size
     for block in net.blocks:
-        kernel, stride, padding = block.sizes()
+        kernel, stride, padding = block.conv.kernel_size[0], block.conv.stride[0], block.conv.padding[0]
         inputs.append(size)
-        outputs.append((size + 2 * padding - kernel) // stride + 1)
-        size = outputs[-1] // block.pool_size
+        outputs.append((size + 2 * int(padding) - kernel) // stride + 1)
+        size = outputs[-1] // cast(int, block.pool.kernel_size)
     return inputs, outputs
 
 
@@ -205,7 +205,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         net: In evaluation mode, without gradients.
-        dataset: "stl10" or "shapes".
+        dataset: "stl10", "folders" or "shapes".
         class_names: Of classes 0, 1, ...
         epochs: How many were trained.
         settings: All that decided the training.
@@ -228,6 +228,7 @@ class Checkpoint(NamedTuple):
 
 def save_whole(content: dict[str, Any], path: Path) -> None:
     """Write tensors, text, numbers, lists and dicts to `path`, whole or not at all."""
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     torch.save(content, partial)
@@ -235,7 +236,11 @@ def save_whole(content: dict[str, Any], path: Path) -> None:
 
 
 def save_checkpoint(path: Path, net: CNN, **facts: Any) -> None:
-    """Write the network and the other entries of `Checkpoint` to `path`, whole or not at all."""
+    """Write the network and the other entries of `Checkpoint` to `path`, whole or not at all.
+
+    A network that torch.compile or DataParallel has wrapped is unwrapped.
+    """
+    net = getattr(net, "_orig_mod", getattr(net, "module", net))
     weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
     save_whole({"state_dict": weights, "config": net.config, **facts}, path)
 
@@ -246,8 +251,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     Raises:
         SystemExit: If the file is missing, damaged or foreign.
     """
+    path = path.expanduser()
     if not path.is_file():
-        raise SystemExit(f"{path} not found: run `uv run train_CNN.py` first")
+        raise SystemExit(f"{path.absolute()} not found: run `uv run train_CNN.py` first")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         net = CNN(**content["config"])

@@ -2,7 +2,7 @@
 
 Run:    uv run deconv.py
 Reads:  outputs/CNN.pth, data/stl10_binary/test_{X,y}.bin or the picture IMAGE
-Writes: outputs/deconv_image.png
+Writes: outputs/deconv_image.png, outputs/deconv_image.npz
 
 Zeiler & Fergus 2014, section 2.1: to see what a unit responds to, keep its activation, set all others of the
 layer to zero, and go down layer by layer: unpool with the recorded switches, rectify, filter with the
@@ -21,19 +21,19 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from CNN import CNN, LAYERS, ConvBlock, choose_device, frame_sizes, load_checkpoint, receptive_fields
-from load_data import IMAGE_SIZE, TITLES, Array, load_split, save_figure, set_style
+from load_data import IMAGE_SIZE, TITLES, Array, load_split, read_picture, save_arrays, save_figure, set_style
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (cropped and resized to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
+FILTERS: str | list[int] = "strongest"  # or numbers of filters of the one layer, such as [3, 17]
 N_FILTERS = 6  # strongest filters drawn of each layer
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
-FIGURE = Path("outputs/deconv_image.png")  # what is written
+FIGURE = Path("outputs/deconv_image.png")  # what is written; the arrays go beside it
 
 
 def fold_batch_norm(block: ConvBlock) -> Tensor:
@@ -53,35 +53,49 @@ def project(
     """Project pooled maps of one layer back to pixels (section 2.1).
 
     Args:
-        net: The network, in evaluation mode.
+        net: A network in evaluation mode: any object whose `blocks` have conv, bn, pool and relu, which run
+            in this order.
         layer: 0 for conv1 to 3 for conv4.
         pooled: (images, filters, rows, columns), what is to be seen; usually one activation, zero elsewhere.
         switches: Of each layer from conv1 up to `layer`, as `CNN.features` returns them for the images.
         image_size: Rows and columns of the images.
 
     Returns:
-        Signed projection (images, 3, rows, columns) in units of normalised pixels.
+        Signed projection (images, channels, rows, columns) in units of normalised pixels.
 
     Raises:
         ValueError: If images of that size have other switches.
+
+    Example:
+        >>> from types import SimpleNamespace as Block
+        >>> convs = [torch.nn.Conv2d(1, 1, 3, padding=1, bias=False) for _ in range(2)]
+        >>> bn, pool = torch.nn.BatchNorm2d(1).eval(), torch.nn.MaxPool2d(2, return_indices=True)
+        >>> net = Block(blocks=[Block(conv=conv, bn=bn, pool=pool, relu=F.relu) for conv in convs])
+        >>> x, switches = torch.rand(1, 1, 8, 8), []
+        >>> for block in net.blocks:
+        ...     x, switch = block.pool(block.bn(block.conv(x)))
+        ...     x, switches = block.relu(x), [*switches, switch]
+        >>> project(net, 1, x, switches, (8, 8)).shape
+        torch.Size([1, 1, 8, 8])
     """
-    sizes = [frame_sizes(net, side) for side in image_size]  # of rows, of columns
+    (input_rows, map_rows), (input_columns, map_columns) = (frame_sizes(net, side) for side in image_size)
+    for k, found in enumerate(switches[: layer + 1]):
+        pool = cast(int, net.blocks[k].pool.kernel_size)
+        expected = map_rows[k] // pool, map_columns[k] // pool
+        if found.shape[-2:] != expected:
+            text = f"switches of conv{k + 1} are {tuple(found.shape[-2:])}"
+            raise ValueError(f"{text}; images of {tuple(image_size)} pixels have {expected}")
     signal = pooled
     for k in reversed(range(layer + 1)):
-        block = net.blocks[k]
-        input_size, map_size = zip(*((inputs[k], outputs[k]) for inputs, outputs in sizes), strict=True)
-        expected = tuple(side // block.pool_size for side in map_size)
-        if switches[k].shape[-2:] != expected:
-            found = f"switches of {LAYERS[k]} are {tuple(switches[k].shape[-2:])}"
-            raise ValueError(f"{found}; images of {tuple(image_size)} pixels have {expected}")
-        signal = F.max_unpool2d(signal, switches[k], [block.pool_size] * 2, output_size=map_size)
+        block, map_size = net.blocks[k], (map_rows[k], map_columns[k])
+        pools = [cast(int, block.pool.kernel_size)] * 2
+        signal = F.max_unpool2d(signal, switches[k], pools, output_size=map_size)
         signal = signal.clamp(min=0)  # rectify; the pixels at the end are not rectified
-        kernel, stride, padding = block.sizes()
-        # a stride may leave rows that no filter reached last; without them the frame would come out smaller
-        unreached = [(side + 2 * padding - kernel) % stride for side in input_size]
-        signal = F.conv_transpose2d(
-            signal, fold_batch_norm(block), stride=stride, padding=padding, output_padding=unreached
-        )
+        signal = F.conv_transpose2d(signal, fold_batch_norm(block), stride=block.conv.stride)
+        # to the frame of the input: what lies in the padding goes; what no filter reached is zero
+        padding = int(block.conv.padding[0])
+        below, right = input_rows[k] + padding - signal.shape[2], input_columns[k] + padding - signal.shape[3]
+        signal = F.pad(signal, (-padding, right, -padding, below))
     return signal
 
 
@@ -156,32 +170,22 @@ def backpropagate(
         return torch.autograd.grad(units.sum(), pixels)[0]
 
 
-def load_picture(path: Path) -> Array:
-    """Read a picture file, crop the centre to a square and resize it to 96 pixels: uint8 (3, 96, 96).
-
-    The picture is turned as its camera says (EXIF) and put on white where it is transparent. Where a channel
-    has more than 8 bits, the brightest value becomes white.
+def load_picture(name: str) -> Array:
+    """Read the picture file IMAGE, see `load_data.read_picture`: uint8 (3, 96, 96).
 
     Raises:
         SystemExit: If the file is missing or no picture.
     """
+    path = Path(name).expanduser()
+    if "://" in name:
+        raise SystemExit(f"IMAGE is {name!r}: download the picture first and give the path of the file")
     if not path.is_file():
-        raise SystemExit(
-            f"IMAGE is {str(path)!r}; no such file: give a picture or an index into the test split"
-        )
+        there = f"no such file in {Path.cwd()}" if not path.is_absolute() else "no such file"
+        raise SystemExit(f"IMAGE is {name!r}; {there}: give a picture or an index into the test split")
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):  # 16 or 32 bits; convert() would cut them off at 255
-                values = np.asarray(picture, np.float64).clip(min=0)
-                picture = Image.fromarray((255 * values / max(values.max(), 1)).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            square = ImageOps.fit(picture.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+        return read_picture(path)
     except Exception as error:  # a damaged picture can raise nearly anything
-        raise SystemExit(f"IMAGE is {str(path)!r}, which cannot be read as a picture: {error}") from None
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))  # (rows, columns, 3) -> (3, ...)
+        raise SystemExit(f"IMAGE is {name!r}, which cannot be read as a picture: {error}") from None
 
 
 class Unit(NamedTuple):
@@ -190,6 +194,8 @@ class Unit(NamedTuple):
     Attributes:
         filter: Index of the filter.
         value: Activation.
+        row: Row in the pooled map.
+        column: Column likewise.
         top: Row of the top left pixel of its receptive field, negative where the field crosses the border.
         left: Column likewise.
         projection: (3, rows, columns) of the whole image, signed, in units of normalised pixels.
@@ -197,28 +203,44 @@ class Unit(NamedTuple):
 
     filter: int
     value: float
+    row: int
+    column: int
     top: int
     left: int
     projection: Array
 
 
-def strongest_units(net: CNN, image: Tensor, layer: int, count: int) -> list[Unit]:
+def strongest_units(
+    net: CNN, image: Tensor, layer: int, count: int, filters: Sequence[int] | None = None
+) -> list[Unit]:
     """Return the strongest unit of each of the `count` filters of a layer that an image drives most.
 
-    Filters that do not fire at all are left out.
+    Or of each of the given `filters`. Filters that do not fire at all are left out.
     """
     pooled, switches = net.features(image)[layer]
     field, (_, outputs) = receptive_fields(net)[layer], frame_sizes(net, image.shape[-1])
     values, places = pooled[0].flatten(1).max(dim=1)
     units = []
-    for filter_ in values.argsort(descending=True, stable=True)[:count].tolist():
+    for filter_ in filters or values.argsort(descending=True, stable=True)[:count].tolist():
         if values[filter_] > 0:
             row, column = divmod(int(places[filter_]), pooled.shape[-1])
             at_row, at_column = divmod(int(switches[0, filter_, row, column]), outputs[layer])
             top, left = at_row * field.jump + field.start, at_column * field.jump + field.start
             projection = project_unit(net, image, layer, filter_, row, column).cpu().numpy()
-            units.append(Unit(filter_, float(values[filter_]), top, left, projection))
+            units.append(Unit(filter_, float(values[filter_]), row, column, top, left, projection))
     return units
+
+
+def as_arrays(layers: dict[str, list[Unit]]) -> dict[str, Array]:
+    """Return filter, value, position, origin and projection of each layer's units, for deconv_image.npz."""
+    arrays = {}
+    for layer, units in layers.items():
+        arrays[f"{layer}_filter"] = np.array([unit.filter for unit in units], np.int64)
+        arrays[f"{layer}_value"] = np.array([unit.value for unit in units], np.float32)
+        arrays[f"{layer}_position"] = np.array([(unit.row, unit.column) for unit in units], np.int16)
+        arrays[f"{layer}_origin"] = np.array([(unit.top, unit.left) for unit in units], np.int16)
+        arrays[f"{layer}_projection"] = np.array([unit.projection for unit in units], np.float32)
+    return arrays
 
 
 def robust_scale(values: Array) -> float:
@@ -271,12 +293,16 @@ def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int]
         whole.set_title(
             f"{layer}, receptive field {field} px" + ("" if units else "\nno filter fires"), fontsize=8
         )
-        windows = [window_of(unit.projection, unit.top, unit.left, field, 0) for unit in units]
-        panels = displayed(np.stack(windows)) if units else ()
-        colors = sns.color_palette("bright", len(units))
-        for column, (unit, panel, color) in enumerate(zip(units, panels, colors, strict=True), start=2):
+        colors = sns.color_palette("colorblind", len(units))
+        for column, (unit, color) in enumerate(zip(units, colors, strict=True), start=2):
             style: dict[str, Any] = {"fill": False, "edgecolor": color, "linewidth": 1.4}
             whole.add_patch(Rectangle((unit.left - 0.5, unit.top - 0.5), field, field, **style))
+            # numbers stand side by side where several frames lie on each other
+            at = max(unit.left, 0) + 1 + 9 * (column - 2), max(unit.top, 0) + 1
+            number: dict[str, Any] = {"color": "white", "fontsize": 6, "va": "top", "clip_on": True}
+            box = {"boxstyle": "square,pad=0.15", "facecolor": color, "linewidth": 0}
+            whole.text(*at, str(column - 1), bbox=box, **number)
+            panel = displayed(window_of(unit.projection, unit.top, unit.left, field, 0))
             patch = window_of(pixels, unit.top, unit.left, field, 1).transpose(1, 2, 0)
             for row, picture in enumerate((panel, patch)):
                 ax = fig.add_subplot(grid[2 * k + row, column])
@@ -284,7 +310,7 @@ def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int]
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set(color=color, linewidth=1.4)
                 if row == 0:
-                    ax.set_title(f"filter {unit.filter}\n{unit.value:.2f}", fontsize=7)
+                    ax.set_title(f"{column - 1}: filter {unit.filter}\n{unit.value:.2f}", fontsize=7)
     fig.suptitle(heading, fontsize=9)
     return fig
 
@@ -305,20 +331,30 @@ def main() -> None:
         image, name = split.images[IMAGE], f"test image {IMAGE} of {title}"
         truth = f", class {checkpoint.class_names[split.labels[IMAGE]]}"
     else:
-        image, name, truth = load_picture(Path(IMAGE)), Path(IMAGE).name, ""
+        image, name, truth = load_picture(IMAGE), Path(IMAGE).name, ""
     print(f"projecting {name}, network trained on {title}, on {device}, torch {torch.__version__}")
     batch = net.normalise(torch.from_numpy(image[None]))
     probabilities = net(batch).softmax(dim=1)[0]
     guess = checkpoint.class_names[int(probabilities.argmax())]
-    layers = {LAYERS[k]: strongest_units(net, batch, k, N_FILTERS) for k in chosen}
+    numbers = None if isinstance(FILTERS, str) else FILTERS
+    count = net.config["filters"][chosen[0]]
+    if numbers and (len(chosen) > 1 or not all(0 <= number < count for number in numbers)):
+        allowed = "one layer in LAYER" if len(chosen) > 1 else f"filters 0 to {count - 1} of {LAYER}"
+        raise SystemExit(f"FILTERS is {FILTERS}; such a list takes {allowed}")
+    layers = {LAYERS[k]: strongest_units(net, batch, k, N_FILTERS, numbers) for k in chosen}
     for layer, units in layers.items():
-        strongest = ", ".join(f"{unit.filter} ({unit.value:.2f})" for unit in units)
-        print(f"{layer}: strongest filters {strongest}")
+        texts = ", ".join(f"{unit.filter} ({unit.value:.2f})" for unit in units)
+        print(f"{layer}: filters {texts or 'none fires'}")
     heading = f"{name}{truth}, predicted {guess} ({float(probabilities.max()):.0%}); network trained on "
-    heading += f"{title}\nabove: projections of the strongest filters, with number and "
-    heading += "activation; grey is zero. below: the image there, white outside"
+    heading += (
+        f"{title}\nabove: projections of {'the strongest' if numbers is None else 'the chosen'} filters "
+    )
+    heading += (
+        "with their activations, each with its own scale; grey is zero. below: the image there, white outside"
+    )
     fields = [receptive_fields(net)[k].size for k in chosen]
     save_figure(FIGURE, draw(image, layers, fields, heading))
+    save_arrays(FIGURE.with_suffix(".npz"), checkpoint, image=image, **as_arrays(layers))
     print("next: uv run deconv_full.py")
 
 

@@ -1,10 +1,12 @@
-"""Read, check and download STL-10, or generate the stand-in `shapes`; read and write array files.
+"""Read, check and download STL-10, read pictures of one's own, or generate the stand-in `shapes`.
 
 Run:    uv run load_data.py
-Reads:  data/stl10_binary/{train,test}_{X,y}.bin, downloaded if they are missing
+Reads:  data/stl10_binary/{train,test}_{X,y}.bin, downloaded if they are missing; or the pictures
+        data/{train,test}/CLASS/*
 Writes: outputs/sample_images.png, and what it downloads
 
-Every later stage takes its images from here, and the functions that write a file whole or not at all.
+Every later stage takes its images from here, and the functions that write a file whole or not at all. In all
+paths ~ is the home folder.
 """
 
 import cmath
@@ -28,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import STL10
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -38,8 +42,8 @@ Array = NDArray[Any]  # docstrings say shape and type
 if TYPE_CHECKING:
     from CNN import Checkpoint  # only its name: this file does not know the network
 
-DATASET = "auto"  # "stl10", "shapes" (generated) or "auto": STL-10 if it can be had, else shapes
-DATA_DIR = Path("data")  # holds the folder stl10_binary
+DATASET = "auto"  # "stl10", "folders" (your own), "shapes" (generated) or "auto": STL-10, else shapes
+DATA_DIR = Path("data")  # holds the folder stl10_binary, or the folders train and test
 
 # STL-10 as published
 URL: str = STL10.url  # 2.6 GB; the labelled files are the first eighth
@@ -54,7 +58,8 @@ FILES = {  # name: (bytes, md5 sum)
     "test_y.bin": (8_000, MD5["test_y.bin"]),
 }
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-TITLES = {"stl10": "STL-10", "shapes": "generated shapes"}  # what figures and log lines call a data set
+TITLES = {"stl10": "STL-10", "folders": "your pictures", "shapes": "generated shapes"}  # in figures and logs
+DPI = 200  # of figures
 
 # The generated stand-in: signed distance to the outline of a shape, negative inside, in units of its radius,
 # at points x, y (polar: r, t in turns); approximate for the last four, the textures. Cut off beyond r = 1.
@@ -93,35 +98,68 @@ class DownloadError(Exception):
     """STL-10 could not be downloaded; the text says why in one line."""
 
 
-def class_names(dataset: str) -> list[str]:
-    """Return the names of classes 0 to 9 of "stl10" or "shapes"."""
-    return list(STL10_CLASSES if dataset == "stl10" else SHAPES)
+def class_names(dataset: str, data_dir: Path) -> list[str]:
+    """Return the names of the classes, 0, 1, ..., of "stl10", "folders" or "shapes".
+
+    Raises:
+        SystemExit: If the folders are missing, their classes are not the same, or fewer than two.
+    """
+    if dataset != "folders":
+        return list(STL10_CLASSES if dataset == "stl10" else SHAPES)
+    names = {}
+    for part in ("train", "test"):
+        folder = data_dir.expanduser() / part
+        if not folder.is_dir():
+            raise SystemExit(
+                f"{folder.absolute()} not found: put pictures into {folder}/CLASS/ for each class"
+            )
+        names[part] = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if names["train"] != names["test"]:
+        differing = ", ".join(sorted(set(names["train"]) ^ set(names["test"])))
+        raise SystemExit(
+            f"{data_dir}/train and {data_dir}/test must hold the same classes; they differ in {differing}"
+        )
+    if len(names["train"]) < 2:
+        raise SystemExit(
+            f"{data_dir}/train holds {len(names['train'])} folders; one for each of two classes is least"
+        )
+    return names["train"]
+
+
+def stl10_folder(data_dir: Path) -> Path:
+    """Return the folder of STL-10's files: stl10_binary in `data_dir`, or `data_dir` if one lies there."""
+    data_dir = data_dir.expanduser()
+    return data_dir if any((data_dir / name).exists() for name in FILES) else data_dir / FOLDER
 
 
 def find_dataset(dataset: str, data_dir: Path) -> str:
-    """Return what the setting DATASET means here, "stl10" or "shapes"; download what is missing of STL-10.
+    """Return what the setting DATASET means here, never "auto"; unpack or download what is missing of STL-10.
 
     Generated images replace STL-10 only for "auto", only where no file of STL-10 is there, and with a notice.
 
     Raises:
         SystemExit: If the setting is unknown, or STL-10 is asked for and cannot be had.
     """
-    if dataset not in ("auto", "stl10", "shapes"):
-        raise SystemExit(f"DATASET is {dataset!r}; allowed are 'auto', 'stl10', 'shapes'")
-    folder = data_dir / FOLDER
-    if dataset == "shapes":
-        return "shapes"
+    if dataset not in ("auto", *TITLES):
+        raise SystemExit(f"DATASET is {dataset!r}; allowed are 'auto', {str(list(TITLES))[1:-1]}")
+    folder = stl10_folder(data_dir)
+    if dataset in ("folders", "shapes"):
+        return dataset
     if all((folder / name).exists() for name in FILES):
         return "stl10"
-    print(f"downloading STL-10 from {URL} to {folder}", flush=True)
+    places = (place / PurePosixPath(URL).name for place in (data_dir.expanduser(), folder))
+    archive = next((path for path in places if path.is_file()), None)
+    print(f"reading STL-10 from {archive or URL} to {folder}", flush=True)
     try:
-        download(folder)
+        download(folder, archive)
         return "stl10"
     except DownloadError as error:
-        failed = f"STL-10 could not be downloaded from {URL} ({error})"
+        failed = (
+            f"STL-10 could not be {'unpacked' if archive else 'downloaded'} from {archive or URL} ({error})"
+        )
     by_hand = f"put {', '.join(FILES)} into {folder}"
-    # Where one of the files has arrived, STL-10 can be had: go on with it rather than make do.
-    if dataset == "stl10" or any((folder / name).exists() for name in FILES):
+    # Where one of the files or the archive is, STL-10 can be had: go on with it rather than make do.
+    if dataset == "stl10" or archive or any((folder / name).exists() for name in FILES):
         raise SystemExit(f'{failed}: run again, {by_hand}, or set DATASET = "shapes"')
     rule = "!" * 100
     print(f"{rule}\n!!  {failed}.\n!!  THIS RUN USES GENERATED IMAGES, the set called shapes. To have STL-10")
@@ -130,14 +168,16 @@ def find_dataset(dataset: str, data_dir: Path) -> str:
 
 
 def load_split(dataset: str, data_dir: Path, split: str) -> Split:
-    """Read and check, or generate, the split "train" or "test" of "stl10" or "shapes".
+    """Read and check, or generate, the split "train" or "test" of "stl10", "folders" or "shapes".
 
     Raises:
         SystemExit: If a file is missing or is not the published one.
     """
     if dataset == "shapes":
         return generate_shapes(split)
-    image_path, label_path = (data_dir / FOLDER / f"{split}_{kind}.bin" for kind in "Xy")
+    if dataset == "folders":
+        return read_folders(data_dir.expanduser() / split, class_names(dataset, data_dir))
+    image_path, label_path = (stl10_folder(data_dir) / f"{split}_{kind}.bin" for kind in "Xy")
     for path in (image_path, label_path):
         check_file(path)
     # Each channel is stored column by column: (images, 3, columns, rows) -> (images, 3, rows, columns).
@@ -149,7 +189,7 @@ def load_split(dataset: str, data_dir: Path, split: str) -> Split:
 def check_file(path: Path) -> None:
     """Raise SystemExit unless `path` is the published file of STL-10: there, right in size and md5 sum."""
     if not path.is_file():
-        raise SystemExit(f"{path} not found: run `uv run load_data.py` first")
+        raise SystemExit(f"{path.absolute()} not found: run `uv run load_data.py` first")
     size, md5 = FILES[path.name]
     again = "move it elsewhere and run `uv run load_data.py`, which downloads it anew"
     if path.stat().st_size != size:
@@ -160,8 +200,59 @@ def check_file(path: Path) -> None:
         raise SystemExit(f"{path} has the md5 sum {found}, expected {md5}: {again}")
 
 
-def download(folder: Path) -> None:
+def read_picture(path: Path) -> Array:
+    """Read a picture, crop its centre to a square and resize it to 96 pixels: uint8 (3, 96, 96).
+
+    The picture is turned as its camera says (EXIF) and put on white where it is transparent. Where a channel
+    has more than 8 bits, the brightest value becomes white.
+
+    Raises:
+        Exception: Of nearly any type, if it is no picture or damaged.
+    """
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith(("I", "F")):  # 16 or 32 bits; convert() would cut them off at 255
+            values = np.asarray(picture, np.float64).clip(min=0)
+            picture = Image.fromarray((255 * values / max(values.max(), 1)).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        square = ImageOps.fit(picture.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))  # (rows, columns, 3) -> (3, ...)
+
+
+def read_folders(folder: Path, names: list[str]) -> Split:
+    """Read the pictures folder/NAME/*, also in folders below; what cannot be read is named and left out.
+
+    Raises:
+        SystemExit: If a class has no picture.
+    """
+    images, labels, skipped = [], [], 0
+    paths = [(p, k) for k, name in enumerate(names) for p in sorted((folder / name).rglob("*"))]
+    pictures = [(path, label) for path, label in paths if path.suffix.lower() in IMG_EXTENSIONS]
+    for path, label in tqdm(pictures, f"reading {folder}", unit=" pictures", disable=None):
+        try:
+            images.append(read_picture(path))
+            labels.append(label)
+        except Exception as error:  # what Pillow raises for a damaged picture is of nearly any type
+            tqdm.write(f"{path} cannot be read as a picture and is left out: {error}")
+            skipped += 1
+    if skipped:
+        print(f"{skipped} of {len(pictures):,} pictures in {folder} were left out")
+    empty = [name for label, name in enumerate(names) if label not in labels]
+    if empty:
+        raise SystemExit(
+            f"{folder} has no picture of {', '.join(empty)}: put some there, or remove the class"
+        )
+    return Split(np.stack(images), np.array(labels, np.int64))
+
+
+def download(folder: Path, archive: Path | None = None) -> None:
     """Read the published archive as a stream and stop as soon as the missing labelled files are out.
+
+    Args:
+        folder: Where they go.
+        archive: The archive, if it was downloaded before.
 
     Raises:
         DownloadError: If it failed; files that were whole by then stay.
@@ -171,12 +262,12 @@ def download(folder: Path) -> None:
     try:
         with (
             bar,
-            urllib.request.urlopen(URL, timeout=TIMEOUT) as response,
-            tarfile.open(fileobj=response, mode="r|gz") as archive,
+            archive.open("rb") if archive else urllib.request.urlopen(URL, timeout=TIMEOUT) as stream,
+            tarfile.open(fileobj=stream, mode="r|gz") as members,
         ):
-            for member in archive:
+            for member in members:
                 name = PurePosixPath(member.name).name  # never its path: it could lead out of the folder
-                content = archive.extractfile(member)
+                content = members.extractfile(member)
                 if content and name in missing:
                     save_member(content, folder / name, bar)
                     missing.remove(name)
@@ -306,6 +397,7 @@ def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a path to write to; it is renamed to `path` if the block ends well, so no file is half-written."""
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -330,9 +422,9 @@ def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]
     Raises:
         SystemExit: If the file is missing, damaged, foreign or made from another checkpoint.
     """
-    run = "run `uv run deconv_full.py`"
+    run, path = "run `uv run deconv_full.py`", path.expanduser()
     if not path.is_file():
-        raise SystemExit(f"{path} not found: {run} first")
+        raise SystemExit(f"{path.absolute()} not found: {run} first")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             origin, *arrays = (stored[key] for key in ("checkpoint_sha256", *keys))
@@ -360,9 +452,9 @@ def load_table(path: Path, checkpoint: "Checkpoint") -> pd.DataFrame:
     Raises:
         SystemExit: If the file is missing, no table or made from another checkpoint.
     """
-    run = "run `uv run analyse_projections.py`"
+    run, path = "run `uv run analyse_projections.py`", path.expanduser()
     if not path.is_file():
-        raise SystemExit(f"{path} not found: {run} first")
+        raise SystemExit(f"{path.absolute()} not found: {run} first")
     try:  # checkpoint: as text, or 123456789012 would be read as a number
         table = pd.read_csv(path, dtype={"checkpoint": str})
         matches = (table["checkpoint"] == checkpoint.sha256[:12]).all()
@@ -384,9 +476,10 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def set_style() -> None:
-    """Give all figures one look; draw to files only."""
+    """Give all figures one look, whatever the user's matplotlib settings are; draw to files only."""
     plt.switch_backend("agg")
-    sns.set_theme(context="paper", style="white", palette="colorblind", rc={"figure.dpi": 200})
+    plt.rcdefaults()
+    sns.set_theme(context="paper", style="white", palette="colorblind", rc={"figure.dpi": DPI})
 
 
 def lay_out(pictures: Array, columns: int, gap: int) -> Array:
@@ -414,7 +507,7 @@ def main() -> None:
     """Say what is there and draw ten images of each class."""
     set_style()
     dataset = find_dataset(DATASET, DATA_DIR)
-    names, title = class_names(dataset), TITLES[dataset]
+    names, title = class_names(dataset, DATA_DIR), TITLES[dataset]
     train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
     print(f"{title}: {len(train.images):,} training and {len(test.images):,} test images, 3 x 96 x 96")
     print(f"{'class':<12}{'training':>10}{'test':>10}")

@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from CNN import CNN, choose_device, load_checkpoint, save_checkpoint, save_whole
 from load_data import (
-    FOLDER,
     IMAGE_SIZE,
     TITLES,
     Array,
@@ -46,11 +45,14 @@ from load_data import (
     save_figure,
     save_table,
     set_style,
+    stl10_folder,
 )
 
 # data
-DATASET = "auto"  # "stl10", "shapes" (generated) or "auto": STL-10 if it can be had, else shapes
-DATA_DIR = Path("data")  # holds the folder stl10_binary
+DATASET = "auto"  # "stl10", "folders" (your own), "shapes" (generated) or "auto": STL-10, else shapes
+DATA_DIR = Path(
+    "data"
+)  # holds the folder stl10_binary, or data/train/CLASS and data/test/CLASS with pictures
 TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,000; "fold 0" to "fold 9"
 # network
 FILTERS = (48, 96, 192, 256)  # of conv1 to conv4, as the three below
@@ -116,7 +118,7 @@ def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> t
         allowed = "'all', 'validation', 'fold 0' to 'fold 9'"
         raise SystemExit(f"TRAIN_ON is {train_on!r}; allowed are {allowed}")
     try:
-        indices = np.loadtxt(folds, dtype=np.int64, ndmin=2)
+        indices = np.loadtxt(folds, dtype=np.int64, ndmin=2, encoding="utf-8-sig")
         if len(indices) != 10 or indices.min() < 0:
             raise ValueError(f"{len(indices)} lines, expected ten of indices")
         return train.select(indices[int(train_on[-1])]), test, "test"
@@ -407,10 +409,12 @@ def main() -> None:
     """Train, measure now and then, and write checkpoint, log and figures."""
     set_style()
     device, dataset = choose_device(DEVICE), find_dataset(DATASET, DATA_DIR)
-    names, title, precision = class_names(dataset), TITLES[dataset], choose_precision(device)
+    names, title, precision = class_names(dataset, DATA_DIR), TITLES[dataset], choose_precision(device)
     train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
-    train, measured, split = part_of_training(train, test, TRAIN_ON, DATA_DIR / FOLDER / "fold_indices.txt")
-    epochs = EPOCHS if dataset == "stl10" else min(EPOCHS, SHAPES_EPOCHS)
+    train, measured, split = part_of_training(
+        train, test, TRAIN_ON, stl10_folder(DATA_DIR) / "fold_indices.txt"
+    )
+    epochs = min(EPOCHS, SHAPES_EPOCHS) if dataset == "shapes" else EPOCHS
     settings: dict[str, Any] = {  # with these a run that goes on is the run that was interrupted
         "network": {
             "filters": FILTERS,
@@ -446,19 +450,18 @@ def main() -> None:
     state_path = CHECKPOINT.with_name(
         f"training_state_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.pth"
     )
-    rows = resume(state_path, trainer)
-    print(f"epoch  training: loss  accuracy  {split:>10}: loss  accuracy  learning rate   time")
-    steps = len(train.images) // BATCH_SIZE
-    bar = tqdm(total=epochs * steps, initial=len(rows) * steps, unit=" steps", disable=None)
-    start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
 
     def save_snapshot(epoch: int, accuracy: float) -> None:
         path = CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth"
         metrics = {"split": split, "accuracy": accuracy}
         save_checkpoint(path, trainer.net, epochs=epoch, metrics=metrics, **facts)
 
-    if not rows:
-        save_snapshot(0, math.nan)
+    save_snapshot(0, math.nan)  # also of a run that goes on: another training may have been here since
+    rows = resume(state_path, trainer)
+    print(f"epoch  training: loss  accuracy  {split:>10}: loss  accuracy  learning rate   time")
+    steps = len(train.images) // BATCH_SIZE
+    bar = tqdm(total=epochs * steps, initial=len(rows) * steps, unit=" steps", disable=None)
+    start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
     try:
         for epoch in range(len(rows) + 1, epochs + 1):
             learned = trainer.epoch(bar)

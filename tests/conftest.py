@@ -86,7 +86,8 @@ def tiny_stl10(write_split: WriteSplit) -> Path:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which all stages have run in order on the tiny STL-10; tests only read it."""
     folder = tmp_path_factory.mktemp("pipeline")
-    with pytest.MonkeyPatch.context() as patch, mpl.rc_context({"savefig.dpi": 30}):
+    with pytest.MonkeyPatch.context() as patch, mpl.rc_context():
+        patch.setattr(load_data, "DPI", 30)
         patch.chdir(folder)
         patch.setattr(load_data, "FILES", {})
         write_tiny_stl10()
@@ -110,7 +111,7 @@ def pipeline_copy(pipeline: Path, tiny_stl10: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(script, "DEVICE", "cpu")
         for name, value in FAST.get(script, {}).items():
             monkeypatch.setattr(script, name, value)
-    monkeypatch.setitem(mpl.rcParams, "savefig.dpi", 30)
+    monkeypatch.setattr(load_data, "DPI", 30)
     return Path("outputs")
 
 

@@ -132,7 +132,9 @@ def test_a_checkpoint_comes_back_whole(make_net: MakeNet) -> None:
 
 
 def test_a_missing_checkpoint_names_the_command() -> None:
-    with pytest.raises(SystemExit, match=r"^outputs/CNN.pth not found: run `uv run train_CNN.py` first$"):
+    with pytest.raises(
+        SystemExit, match=rf"^{Path.cwd()}/outputs/CNN.pth not found: run `uv run train_CNN.py` first$"
+    ):
         load_checkpoint(PATH)
 
 
@@ -194,3 +196,11 @@ def test_main_prints_shape_parameters_and_receptive_field(capsys: pytest.Capture
     assert conv4[:6] == f"conv4 256 x {rows} x {rows}".split()
     assert conv4[-2:] == f"{receptive_fields(CNN())[3].size} px".split()
     assert total == ["total", f"{sum(p.numel() for p in CNN().parameters()):,}"]
+
+
+def test_a_wrapped_network_is_saved_without_its_wrapper(make_net: MakeNet) -> None:
+    net = make_net()
+    for wrapped in (torch.nn.DataParallel(net), torch.compile(net)):
+        write_checkpoint(wrapped)  # type: ignore[arg-type]
+        loaded = load_checkpoint(Path("outputs/CNN.pth")).net
+        assert all(map(torch.equal, loaded.state_dict().values(), net.state_dict().values()))

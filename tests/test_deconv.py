@@ -1,3 +1,5 @@
+import doctest
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 import deconv
-from CNN import CNN, LAYERS, receptive_fields
-from load_data import Array
+from CNN import CNN, LAYERS, load_checkpoint, receptive_fields
+from load_data import Array, load_split
 
 CONFIGS: list[dict[str, Any]] = [  # even kernels, strides, rows that pooling or a stride leaves over
     {},
@@ -161,7 +163,9 @@ def test_hand_worked_projection_of_a_4_x_4_image() -> None:
     expected[0, 3, 1], expected[0, 3, 2] = 3 * 2 * 17, 3 * 1 * 17  # gain x weight x activation
     assert torch.equal(deconv.project_unit(net, image, 0, 0, 1, 0), expected)
     (unit,) = deconv.strongest_units(net, image, 0, 6)
-    assert unit[:4] == (0, 17, 2, 0) and (unit.projection == expected.numpy()).all()  # from row 2, column 0
+    assert (
+        unit[:6] == (0, 17, 1, 0, 2, 0) and (unit.projection == expected.numpy()).all()
+    )  # from row 2, column 0
 
 
 def test_unpooling_puts_each_maximum_back_where_it_came_from() -> None:
@@ -180,7 +184,7 @@ def test_switches_of_images_of_another_size_are_refused(make_net: MakeNet) -> No
     net = make_net()
     features = net.features(torch.randn(1, 3, 64, 96))
     switches = [switches for _, switches in features]
-    message = r"switches of conv4 are \(2, 3\); images of \(96, 96\) pixels have \(3, 3\)"
+    message = r"switches of conv1 are \(16, 24\); images of \(96, 96\) pixels have \(24, 24\)"
     with pytest.raises(ValueError, match=message):
         deconv.project(net, 3, features[3][0], switches, (96, 96))
 
@@ -228,11 +232,11 @@ def test_the_figure_shows_fields_projections_and_patches_and_says_where_nothing_
     image = np.random.default_rng(0).integers(0, 255, (3, 96, 96)).astype(np.uint8)
     projection = np.zeros((3, 96, 96), np.float32)
     projection[0, 0, 0] = 2
-    unit = deconv.Unit(filter=7, value=1.5, top=-2, left=-1, projection=projection)
+    unit = deconv.Unit(filter=7, value=1.5, row=0, column=0, top=-2, left=-1, projection=projection)
     figure = deconv.draw(image, {"conv1": [unit], "conv2": []}, [5, 15], "heading")
     plt.close(figure)
     whole, panel, patch, without = figure.axes
-    assert whole.get_title() == "conv1, receptive field 5 px" and panel.get_title() == "filter 7\n1.50"
+    assert whole.get_title() == "conv1, receptive field 5 px" and panel.get_title() == "1: filter 7\n1.50"
     assert without.get_title() == "conv2, receptive field 15 px\nno filter fires" and not without.patches
     (frame,) = whole.patches
     assert isinstance(frame, Rectangle)
@@ -245,7 +249,7 @@ def test_the_figure_shows_fields_projections_and_patches_and_says_where_nothing_
 
 def loaded(picture: Image.Image, name: str = "picture.png", **options: Any) -> Array:
     picture.save(name, **options)
-    pixels = deconv.load_picture(Path(name))
+    pixels = deconv.load_picture(name)
     assert pixels.shape == (3, 96, 96) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
     return pixels.astype(int)
 
@@ -292,11 +296,21 @@ def test_a_picture_is_turned_as_its_camera_says_and_its_centre_is_kept() -> None
 
 
 def test_a_missing_file_and_one_that_is_no_picture_are_refused() -> None:
-    with pytest.raises(SystemExit, match=r"IMAGE is 'none.png'; no such file"):
-        deconv.load_picture(Path("none.png"))
+    with pytest.raises(SystemExit, match=f"IMAGE is 'none.png'; no such file in {Path.cwd()}: give"):
+        deconv.load_picture("none.png")
     Path("text.png").write_text("no picture")
     with pytest.raises(SystemExit, match=r"IMAGE is 'text.png', which cannot be read as a picture"):
-        deconv.load_picture(Path("text.png"))
+        deconv.load_picture("text.png")
+    with pytest.raises(SystemExit, match=r"^IMAGE is 'https://a.org/b.png': download the picture first"):
+        deconv.load_picture("https://a.org/b.png")
+
+
+def test_the_example_in_the_docstring_holds() -> None:
+    finder = doctest.DocTestFinder()
+    (example,) = finder.find(
+        deconv.project, "project", globs={"torch": torch, "F": F, "project": deconv.project}
+    )
+    assert len(example.examples) >= 6 and doctest.DocTestRunner().run(example).failed == 0
 
 
 @pytest.fixture
@@ -332,13 +346,47 @@ def test_main_draws_the_chosen_layers_of_a_test_image_or_a_picture(
     assert figures[0].get_suptitle().startswith(heading)
 
 
+def test_chosen_filters_are_drawn_and_their_arrays_kept(
+    figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(Path("outputs/CNN.pth"))
+    images = load_split("stl10", Path("data"), "test").images
+    for name, value in (("IMAGE", 3), ("LAYER", "conv3"), ("FILTERS", [6, 3])):
+        monkeypatch.setattr(deconv, name, value)
+    deconv.main()
+    assert [ax.get_title()[:11] for ax in figures[0].axes if ": filter" in ax.get_title()] == [
+        "1: filter 6", "2: filter 3",
+    ]  # fmt: skip
+    arrays = np.load("outputs/deconv_image.npz")
+    assert arrays["conv3_filter"].tolist() == [6, 3] and (arrays["image"] == images[3]).all()
+    batch = checkpoint.net.normalise(torch.from_numpy(images[[3]]))
+    pooled = checkpoint.net.features(batch)[2][0][0].numpy()
+    for k, number in enumerate([6, 3]):
+        row, column = arrays["conv3_position"][k].tolist()
+        assert arrays["conv3_value"][k] == pooled[number, row, column] == pooled[number].max()
+        expected = deconv.project_unit(checkpoint.net, batch, 2, number, row, column)
+        np.testing.assert_array_equal(arrays["conv3_projection"][k], expected)
+        top, left = arrays["conv3_origin"][k]
+        rows, columns = np.nonzero(arrays["conv3_projection"][k].any(axis=0))
+        size = receptive_fields(checkpoint.net)[2].size
+        assert top <= rows.min() and rows.max() < top + size and left <= columns.min()
+    for layer, numbers, message in (
+        ("all", [1], "FILTERS is [1]; such a list takes one layer in LAYER"),
+        ("conv3", [7], "FILTERS is [7]; such a list takes filters 0 to 6 of conv3"),
+    ):
+        monkeypatch.setattr(deconv, "LAYER", layer)
+        monkeypatch.setattr(deconv, "FILTERS", numbers)
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            deconv.main()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("IMAGE", 30, "IMAGE is 30; the test split has images 0 to 29"),
         ("IMAGE", -1, "IMAGE is -1; the test split has images 0 to 29"),
         ("LAYER", "conv5", "LAYER is 'conv5'; this network has conv1, conv2, conv3, conv4"),
-        ("CHECKPOINT", Path("none.pth"), "none.pth not found: run `uv run train_CNN.py` first"),
+        ("CHECKPOINT", Path("/none.pth"), "/none.pth not found: run `uv run train_CNN.py` first"),
     ],
 )
 def test_settings_out_of_range_and_a_stage_run_too_early_are_refused(

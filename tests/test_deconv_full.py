@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deconv
 import deconv_full
+import load_data
 from CNN import CNN, LAYERS, receptive_fields
 from deconv_full import (
     Projector,
@@ -389,7 +389,7 @@ def test_main_of_a_network_whose_last_layer_is_dead(
     write_checkpoint(net)
     for name, value in {"DEVICE": "cpu", "N_TOP": 40, "EVOLUTION_FILTERS": 2}.items():
         monkeypatch.setattr(deconv_full, name, value)
-    monkeypatch.setitem(mpl.rcParams, "savefig.dpi", 30)
+    monkeypatch.setattr(load_data, "DPI", 30)
     deconv_full.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("projecting 26 filters over 30 test images of STL-10 on cpu, torch ")

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ import torch
 from conftest import MakeNet, WriteSplit, make_checkpoint
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
+from PIL import Image
 
 import load_data
 from CNN import Checkpoint
@@ -54,7 +56,7 @@ def test_the_published_files_have_their_sizes_md5_sums_and_order_of_classes() ->
     sizes = {"train_X.bin": 138_240_000, "train_y.bin": 5_000, "test_X.bin": 221_184_000, "test_y.bin": 8_000}
     assert {name: size for name, (size, _) in load_data.FILES.items()} == sizes
     assert load_data.FILES["test_y.bin"][1] == "36f9794fa4beb8a2c72628de14fa638e"
-    assert load_data.class_names("stl10")[::9] == ["airplane", "truck"]
+    assert load_data.class_names("stl10", Path("data"))[::9] == ["airplane", "truck"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_a_file_that_is_not_the_published_one_is_refused_and_left_alone(
 
 def test_a_missing_file_names_the_command(tiny_stl10: Path) -> None:
     (FOLDER / "test_y.bin").unlink()
-    expected = f"{FOLDER / 'test_y.bin'} not found: run `uv run load_data.py` first"
+    expected = f"{(FOLDER / 'test_y.bin').absolute()} not found: run `uv run load_data.py` first"
     assert error_of(load_split, "stl10", tiny_stl10, "test") == expected
 
 
@@ -87,7 +89,7 @@ def test_auto_and_stl10_take_what_is_there_and_an_unknown_data_set_is_refused(
 ) -> None:
     chosen = [find_dataset(name, tiny_stl10) for name in ("auto", "stl10", "shapes")]
     assert chosen == ["stl10", "stl10", "shapes"] and capsys.readouterr().out == ""
-    expected = "DATASET is 'cifar'; allowed are 'auto', 'stl10', 'shapes'"
+    expected = "DATASET is 'cifar'; allowed are 'auto', 'stl10', 'folders', 'shapes'"
     assert error_of(find_dataset, "cifar", tiny_stl10) == expected
 
 
@@ -344,7 +346,9 @@ def test_arrays_and_tables_come_back_and_say_what_made_them(made: Checkpoint) ->
 
 def test_missing_arrays_and_tables_name_the_command(made: Checkpoint) -> None:
     stages = {ARRAYS: "deconv_full.py", TABLE: "analyse_projections.py"}
-    assert both_errors(made) == [f"{p} not found: run `uv run {s}` first" for p, s in stages.items()]
+    assert both_errors(made) == [
+        f"{path.absolute()} not found: run `uv run {stage}` first" for path, stage in stages.items()
+    ]
 
 
 def test_arrays_and_tables_of_another_checkpoint_are_refused(made: Checkpoint) -> None:
@@ -378,7 +382,7 @@ def test_pictures_are_laid_out_row_by_row_on_white() -> None:
 
 
 def test_the_sheet_of_samples_has_one_row_a_class_with_its_name(tiny_stl10: Path) -> None:
-    data, names = load_split("stl10", tiny_stl10, "train"), load_data.class_names("stl10")
+    data, names = load_split("stl10", tiny_stl10, "train"), load_data.class_names("stl10", tiny_stl10)
     (ax,) = load_data.draw_samples(data, names, "heading").axes
     plt.close()
     assert [tick.get_text() for tick in ax.get_yticklabels()] == names
@@ -398,3 +402,95 @@ def test_main_says_what_is_there_and_whether_it_is_generated(
         assert lines[0].startswith(first) and plt.get_fignums() == before
         assert lines[-2:] == ["wrote outputs/sample_images.png", "next: uv run train_CNN.py"]
         assert contents(Path("outputs"))["sample_images.png"].startswith(b"\x89PNG")
+
+
+def test_files_beside_the_folder_and_the_home_folder_are_found(
+    tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_split("stl10", tiny_stl10, "test").images
+    (tiny_stl10 / load_data.FOLDER).rename("home")  # now they lie in the folder itself
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    for data_dir in (Path("home"), Path("~/home")):
+        assert find_dataset("auto", data_dir) == "stl10"
+        assert (load_split("stl10", data_dir, "test").images == expected).all()
+    with load_data.atomic_write(Path("~/some.txt")) as partial:
+        partial.write_text("x")
+    assert Path("some.txt").is_file() and not Path("~").exists()
+
+
+def test_the_archive_in_the_data_folder_is_unpacked_and_a_damaged_one_is_no_reason_for_shapes(
+    tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    expected, archive = load_split("stl10", tiny_stl10, "train").images, Path("data/stl10_binary.tar.gz")
+    with tarfile.open(archive, "w:gz") as members:
+        members.add(tiny_stl10 / "stl10_binary", "stl10_binary")
+    shutil.rmtree(tiny_stl10 / "stl10_binary")
+    assert find_dataset("auto", tiny_stl10) == "stl10"
+    assert (load_split("stl10", tiny_stl10, "train").images == expected).all()
+    assert "reading STL-10 from data/stl10_binary.tar.gz" in capsys.readouterr().out
+    shutil.rmtree(tiny_stl10 / "stl10_binary")
+    archive.write_bytes(archive.read_bytes()[:5_000])
+    assert error_of(find_dataset, "auto", tiny_stl10).startswith(
+        "STL-10 could not be unpacked from data/stl10_b"
+    )
+
+
+@pytest.fixture
+def folders() -> Path:
+    """Two pictures of each of three classes, without loss, and one that is none."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("zebra", "ant", "a & b"):
+            folder = Path("data") / split / name
+            folder.mkdir(parents=True)
+            for ending in ("png", "BMP"):
+                Image.fromarray(rng.integers(0, 256, (96, 130, 3), np.uint8)).save(folder / f"one.{ending}")
+    Path("data/train/ant/broken.jpg").write_text("no picture")
+    Path("data/train/ant/notes.txt").write_text("no picture either")
+    return Path("data")
+
+
+def test_pictures_in_folders_are_a_data_set(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_dataset("folders", folders) == "folders"
+    names = load_data.class_names("folders", folders)
+    assert names == ["a & b", "ant", "zebra"]
+    train, test = (load_split("folders", folders, split) for split in ("train", "test"))
+    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for split, name, k in (("train", "zebra", 4), ("test", "a & b", 0)):
+        data, pictures = {"train": train, "test": test}[split], ("one.BMP", "one.png")  # in this order
+        for image, file in zip(data.images[k : k + 2], pictures, strict=True):
+            pixels = np.asarray(Image.open(folders / split / name / file))[:, 17:113]
+            assert (image == pixels.transpose(2, 0, 1)).all()
+    out = capsys.readouterr().out
+    assert "data/train/ant/broken.jpg cannot be read as a picture and is left out" in out
+    assert "1 of 7 pictures in data/train were left out" in out
+
+
+def test_folders_that_make_no_data_set_are_refused(folders: Path) -> None:
+    for path in (folders / "train/ant").glob("*.*"):
+        path.unlink()
+    assert error_of(load_split, "folders", folders, "train").startswith("data/train has no picture of ant: ")
+    (folders / "train/ant").rmdir()
+    expected = "data/train and data/test must hold the same classes; they differ in ant"
+    assert error_of(load_split, "folders", folders, "train") == expected
+    for split, name in (("test", "ant"), ("test", "zebra"), ("train", "zebra")):
+        shutil.rmtree(folders / split / name)
+    expected = "data/train holds 1 folders; one for each of two classes is least"
+    assert error_of(load_split, "folders", folders, "train") == expected
+    shutil.rmtree(folders / "test")
+    assert error_of(load_split, "folders", folders, "train").startswith(
+        f"{Path.cwd()}/data/test not found: put"
+    )
+
+
+def test_figures_look_the_same_whatever_the_users_settings_are() -> None:
+    with mpl.rc_context():
+        load_data.set_style()
+        expected = dict(mpl.rcParams)
+        mpl.rcParams.update({"text.usetex": True, "axes.facecolor": "red", "font.size": 30})
+        load_data.set_style()
+        assert dict(mpl.rcParams) == expected

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import MakeNet
 from matplotlib import pyplot as plt
+from PIL import Image
 from torch import Tensor
 
 import load_data
@@ -82,7 +83,8 @@ def test_validation_images_are_a_fifth_of_each_class_and_not_trained_on() -> Non
 
 
 def test_a_fold_is_a_line_of_the_published_file_and_is_measured_on_the_test_images() -> None:
-    Path("folds.txt").write_text("".join(f"{k} {k + 10} {k + 20} \n" for k in range(10)))
+    lines = "\n".join(f"{k} {k + 10} {k + 20} \n" for k in range(10))  # with blank lines between
+    Path("folds.txt").write_text(f"\ufeff{lines}", encoding="utf-8")
     train, measured, name = part_of_training(numbered(50), numbered(5), "fold 3", Path("folds.txt"))
     assert train.images.ravel().tolist() == [3, 13, 23] and train.labels.tolist() == [3, 3, 3]
     assert len(measured.images) == 5 and name == "test"
@@ -308,6 +310,32 @@ def test_a_run_with_other_settings_leaves_the_kept_state_and_the_earlier_results
     assert {name: (OUTPUTS / name).read_bytes() for name in earlier} == earlier
     train_CNN.main()
     assert state_files() == kept  # its own is gone
+
+
+def test_a_run_that_goes_on_after_another_one_has_its_own_first_snapshot(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, 3)
+    first = weights("snapshots/epoch_000.pth")
+    monkeypatch.setattr(train_CNN, "SEED", 7)
+    train_CNN.main()
+    assert not same(weights("snapshots/epoch_000.pth"), first)
+    monkeypatch.setattr(train_CNN, "SEED", 0)
+    train_CNN.main()
+    assert same(weights("snapshots/epoch_000.pth"), first)
+
+
+def test_pictures_in_folders_are_trained_on(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for folder in (Path("data") / split / name for split in ("train", "test") for name in ("b", "a", "c")):
+        folder.mkdir(parents=True)
+        for k in range(8):
+            Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(folder / f"{k}.png")
+    monkeypatch.setattr(train_CNN, "DATASET", "folders")
+    train_CNN.main()
+    checkpoint = load_checkpoint(OUTPUTS / "CNN.pth")
+    assert (checkpoint.dataset, checkpoint.class_names) == ("folders", ["a", "b", "c"])
+    assert checkpoint.net.classifier.out_features == 3
 
 
 def test_a_damaged_state_is_refused(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
