@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -286,9 +286,9 @@ def embedded(page: Path) -> dict[str, Any]:
 def assert_alike(shown: Array, expected: Array, size: int) -> None:
     """Small windows are stored as multiples of 8; large ones are blurred, colour more than brightness."""
     if size < 32:
-        assert np.abs(shown - expected).max() <= 8
+        assert np.abs(shown - expected).max() <= 5
     else:
-        assert np.corrcoef(shown.mean(axis=-1).ravel(), expected.mean(axis=-1).ravel())[0, 1] > 0.9
+        assert np.corrcoef(shown.mean(axis=-1).ravel(), expected.mean(axis=-1).ravel())[0, 1] > 0.7
 
 
 def test_a_strip_holds_projections_above_and_patches_below(pipeline: Path) -> None:
@@ -393,63 +393,72 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NEEDS_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
 
 
-def browse(page: Path, address: str = "", script: str = "") -> str:
-    """Open a page at an address in it, run a script after it, and return the document as HTML.
+def browse(page: Path, *visits: str) -> list[str]:
+    """Open a page, visit addresses in it ("#run") or press keys ("Escape"); return what it showed after each.
 
-    What the browser reports as errors, and each address that was loaded, stand in its attributes.
+    Nothing may be written to the console, and all that is loaded or linked must be a file beside the page.
     """
-    watch = """<script>addEventListener("error", (e) => document.body.dataset.error = e.message);
-        console.error = (...text) => document.body.dataset.error = text.join(" ");</script>"""
-    after = f"""<script>{script}; setTimeout(() => document.body.dataset.loaded =
-        performance.getEntriesByType("resource").map((entry) => entry.name).join(" "), 1000);</script>"""
     copy = page.with_name("copy.html")
-    copy.write_text(watch + page.read_text() + after)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    profile = f"--user-data-dir={page.parent / 'profile'}"
-    command = [str(CHROMIUM), *options, profile, f"{copy.resolve().as_uri()}{address}"]
+    script = """<script>(async () => {
+        const shown = [];
+        for (const visit of VISITS) {
+            if (visit.startsWith("#")) location.hash = visit;
+            else document.body.dispatchEvent(new KeyboardEvent("keydown", { key: visit, bubbles: true }));
+            await new Promise((resolve) => setTimeout(resolve, 100));
+            shown.push(main.cloneNode(true));
+        }
+        document.body.replaceChildren(...shown);
+    })();</script>"""
+    copy.write_text(page.read_text() + script.replace("VISITS", json.dumps(visits)))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    options += ["--virtual-time-budget=9000", f"--user-data-dir={page.parent / 'profile'}"]
+    command = [str(CHROMIUM), *options, copy.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "data-error" not in done.stdout
-    (loaded,) = re.findall(r'data-loaded="([^"]*)"', done.stdout)
-    assert all(name.startswith(f"{copy.parent.resolve().as_uri()}/") for name in loaded.split())
-    return done.stdout
+    assert "CONSOLE" not in done.stderr
+    _, *shown = done.stdout.split("<main")
+    assert len(shown) == len(visits)
+    for link in re.findall(r'(?:src|href)="([^"#]+)', done.stdout) + re.findall(r"url\(([^)]+)", done.stdout):
+        assert link == "data:," or (page.parent / unquote(link)).is_file(), link
+    return shown
 
 
 @NEEDS_CHROMIUM
 def test_the_page_works_in_a_browser(pipeline: Path) -> None:
-    shutil.copytree(pipeline / "outputs/explorer", "explorer", copy_function=shutil.copyfile)
-    page = Path("explorer/index.html")
-    for layer, count in zip(LAYERS, FILTERS, strict=True):
-        document = browse(page, f"#{layer}")
+    shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
+    table = pd.read_csv("outputs/filter_metrics.csv").query("layer == 'conv4'")
+    table = table.sort_values("selectivity", ascending=False, kind="stable", na_position="last")
+    order = table["filter"].tolist()
+    alive = order[1]
+    keys = "ArrowLeft", "ArrowRight", "Escape"
+    layers = [f"#{layer}" for layer in LAYERS]
+    last = f"#conv4?sort=selectivity&class={table['preferred_class'].iloc[0]}"
+    visits = [*layers, "#conv4?sort=selectivity", f"#conv4/{alive}", *keys, last, "#class/bird", "#run"]
+    shown = browse(Path("outputs/explorer/index.html"), *visits)
+    for layer, count, document in zip(LAYERS, FILTERS, shown, strict=False):
         assert re.findall(rf'href="#{layer}/(\d+)"', document) == [str(n) for n in range(count)]
-    document = browse(page, "#conv4?sort=selectivity")
-    table = pd.read_csv(pipeline / "outputs/filter_metrics.csv").query("layer == 'conv4'")
-    order = table.sort_values("selectivity", ascending=False, kind="stable", na_position="last")["filter"]
-    assert re.findall(r'href="#conv4/(\d+)"', document) == [str(n) for n in order]
-    alive = int(order.iloc[0])
-    document = browse(page, f"#conv4/{alive}")
-    assert f">conv4 / {alive} <" in document and f"conv4/{alive:03d}.webp" in document
-    press = "dispatchEvent(new KeyboardEvent('keydown', { key: '%s', bubbles: true }))"
-    document = browse(page, "#conv4/3", "document.body." + press % "ArrowRight")
-    assert ">conv4 / 4 <" in document
-    assert ">conv4</h1>" in browse(page, "#conv4/3", "document.body." + press % "Escape")
-    for name in STL10_CLASSES[:2]:
-        assert f">{name}</h1>" in browse(page, f"#class/{name}")
-    assert "The run</h1>" in browse(page, "#run")
+    by_selectivity, one, before, after, back, of_class, bird, run = shown[4:]
+    for document in (by_selectivity, back):
+        assert re.findall(r'href="#conv4/(\d+)"', document) == [str(n) for n in order]
+    assert f">conv4 / {alive} <" in one and f"url(conv4/{alive:03d}.webp)" in one
+    assert f">conv4 / {order[0]} <" in before and f">conv4 / {alive} <" in after  # in the order of the tiles
+    own = table.loc[table["preferred_class"] == table["preferred_class"].iloc[0], "filter"]
+    assert re.findall(r'href="#conv4/(\d+)"', of_class) == [str(n) for n in own]
+    assert ">bird</h1>" in bird and "are recognised" in bird and ">The run</h1>" in run
 
 
 @NEEDS_CHROMIUM
 def test_names_of_classes_do_no_harm_in_the_page(pipeline: Path) -> None:
-    shutil.copytree(pipeline / "outputs/explorer", "explorer", copy_function=shutil.copyfile)
-    page, names = Path("explorer/index.html"), ["</script><b id=harm>", "../x", "a&b=c#d?e/f%", "\"'`${1}"]
+    shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
+    page, names = Path("outputs/explorer/index.html"), ["</script><b>", "../x", "a&b=c#d?e/f%", "\"'`${1}"]
     text = page.read_text()
     for name, evil in zip(STL10_CLASSES, names, strict=False):
         text = text.replace(f'"{name}"', heatmap.as_json(evil))
-    page.write_text(text)
-    for name in names:
-        address = quote(name, safe="")
-        document = browse(page, f"#class/{address}")
-        assert document.count('href="#class/') >= 10 and "<b id=" not in document
-        assert f">{html.escape(name, quote=False)}</h1>" in document
+    page.write_text(text.replace('"generated":false', '"generated":true'))
+    for name, document in zip(
+        names, browse(page, *(f"#class/{quote(name, safe='')}" for name in names)), strict=True
+    ):
+        assert f">{html.escape(name, quote=False)}</h1>" in document and "<b>&" not in document
+        assert "Generated shapes, no photographs" in document
 
 
 def test_a_page_without_what_is_optional_says_how_to_get_it(pipeline_copy: Path) -> None:
