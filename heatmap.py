@@ -542,10 +542,13 @@ def read_panels(path: Path, checkpoint: Checkpoint, layer: str) -> tuple[Array, 
     both = []
     for key, groups in ((f"{layer}_projection", 1), (f"{layer}_level_projection", len(LEVELS))):
         (projections,) = load_arrays(path, checkpoint, key)
-        split = (np.split(of_filter.astype(np.float32), groups) for of_filter in projections)
-        both.append(
-            np.stack([as_pixels(np.concatenate([displayed(part) for part in parts])) for parts in split])
-        )
+        filters, images, _, *sides = projections.shape
+        pixels = np.empty((filters, images, *sides, 4), np.uint8)
+        for of_filter, shown in zip(projections, pixels, strict=True):
+            parts = np.split(of_filter.astype(np.float32), groups)
+            shown[:] = as_pixels(np.concatenate([displayed(part) for part in parts]))
+        both.append(pixels)
+        del projections  # memory is needed for what follows
     return both[0], both[1]
 
 
@@ -647,9 +650,9 @@ def explain_layer(filters: Sequence[Mapping[str, Any]], size: int, images: int) 
     dead = sum(of_filter["dead"] for of_filter in filters)
     few = sum(of_filter["activation_nonzero"] < NEARLY_DEAD for of_filter in filters) - dead
     return (
-        f"Each of {len(filters)} filters sees {size} x {size} pixels. {dead} are dead, {few} nearly dead: "
-        f"they fire on less than {NEARLY_DEAD:.0%} of {images:,} test images. A tile shows a filter's "
-        "strongest activation, projected; hover to see the image there."
+        f"Each of {len(filters)} filters sees {size} x {size} pixels. {dead} are dead (never fire), {few} "
+        f"nearly dead (fire on less than {NEARLY_DEAD:.0%} of {images:,} test images). A tile shows a "
+        "filter's strongest activation, projected; hover to see the image there."
     )
 
 
@@ -887,7 +890,7 @@ body, body * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
 header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
-header { display: flex; flex-wrap: wrap; gap: 2px 18px; border-bottom: 1px solid var(--line); }
+header { display: flex; flex-wrap: wrap; gap: 2px 15px; border-bottom: 1px solid var(--line); }
 header span { flex-grow: 1; }
 h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; }
 h2 { font-size: 16px; margin: 26px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
@@ -913,7 +916,7 @@ select, label { font: inherit; margin-right: 14px; }
 .panels { gap: 10px; grid-template-columns: repeat(auto-fill, var(--p)); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; } .pair > :last-child { grid-column: span 2; }
 table { border-collapse: collapse; width: 100%; max-width: 800px; font-size: 13px; }
-th, td { text-align: left; padding: 2px 8px 2px 0; }
+th, td { text-align: left; padding: 2px 8px 2px 0; } td { white-space: nowrap; }
 .track { position: relative; width: 25vw; max-width: 110px; height: 11px; }
 .track * { position: absolute; top: 1px; bottom: 1px; }
 dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px; }
@@ -931,14 +934,14 @@ let order = {}, query = "";  // tiles last shown, which arrow keys follow, and h
 
 const count = (v) => v.toLocaleString("en"), two = (v) => v.toFixed(2);
 const four = (v) => Math.abs(v) < 1000 ? String(Number(v.toPrecision(4))) : count(Math.round(v));
-const share = (v) => `${(100 * v).toFixed(v < 0.0995 ? 1 : 0)} %`;
+const share = (v) => `${(100 * v).toFixed(v && v < 0.0995 ? 1 : 0)} %`;
 const points = (v) => (v < 0 ? "" : "+") + (100 * v).toFixed(2);
 const SORTS = {  // what tiles are sorted by, largest first, and how it is written
   filter: [(f) => -f.filter], preferred_class: [(f) => -data.classes.indexOf(f.preferred_class)],
   selectivity: [(f) => f.selectivity, two], auc: [(f) => f.auc, two],
   activation_mean: [(f) => f.activation_mean, two], activation_nonzero: [(f) => f.activation_nonzero, share],
   lost: [(f) => f.lost && f.lost.at(-1), points],
-  twin: [(f) => f.similar.length ? f.similar[0][1] : null, (v, f) => `${two(v)}: ${f.similar[0][0]}`],
+  twin: [(f) => f.similar.length ? f.similar[0][1] : null, (v, f) => `${f.similar[0][0]} (r ${two(v)})`],
 };
 const nearlyDead = (f) => !f.dead && f.activation_nonzero < 0.01;
 // ---- building blocks; text is never read as HTML
