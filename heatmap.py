@@ -534,22 +534,18 @@ def save_panels(path: Path, panels: Array, columns: int) -> None:
         Image.fromarray(lay_out(panels, columns, 0)).save(partial, "WEBP", **options)
 
 
-def read_panels(path: Path, checkpoint: Checkpoint, layer: str) -> tuple[Array, Array]:
-    """Return the projections of the strongest images and of the weaker ones of projections.npz, as pixels.
+def read_panels(path: Path, checkpoint: Checkpoint, key: str, groups: int) -> Array:
+    """Return projections of projections.npz as pixels, (filters, images, rows, columns, 4).
 
-    (filters, images, rows, columns, 4) each. A filter's strongest have one scale, weaker ones one a level.
+    A filter's images are split into `groups` of equal size, each with a scale of its own.
     """
-    both = []
-    for key, groups in ((f"{layer}_projection", 1), (f"{layer}_level_projection", len(LEVELS))):
-        (projections,) = load_arrays(path, checkpoint, key)
-        filters, images, _, *sides = projections.shape
-        pixels = np.empty((filters, images, *sides, 4), np.uint8)
-        for of_filter, shown in zip(projections, pixels, strict=True):
-            parts = np.split(of_filter.astype(np.float32), groups)
-            shown[:] = as_pixels(np.concatenate([displayed(part) for part in parts]))
-        both.append(pixels)
-        del projections  # memory is needed for what follows
-    return both[0], both[1]
+    (projections,) = load_arrays(path, checkpoint, key)
+    filters, images, _, *sides = projections.shape
+    pixels = np.empty((filters, images, *sides, 4), np.uint8)
+    for of_filter, shown in zip(projections, pixels, strict=True):
+        parts = np.split(of_filter.astype(np.float32), groups)
+        shown[:] = as_pixels(np.concatenate([displayed(part) for part in parts]))
+    return pixels
 
 
 def draw_filters(
@@ -730,7 +726,11 @@ def write_explorer(
         top = load_arrays(path, checkpoint, *(f"{layer}_{key}" for key in keys))
         weaker = load_arrays(path, checkpoint, *(f"{layer}_level_{key}" for key in keys))
         image, value, origin = (np.concatenate(pair, axis=1) for pair in zip(top, weaker, strict=True))
-        panels = [*read_panels(path, checkpoint, layer), *developed.pop(layer)]
+        panels = [
+            read_panels(path, checkpoint, f"{layer}_projection", 1),
+            read_panels(path, checkpoint, f"{layer}_level_projection", len(LEVELS)),
+            *developed.pop(layer),
+        ]
         draw_filters(folder, layer, panels, image, origin, test.images)
         filters = describe_filters(layer, maxima, test.labels, names, tables)
         n_top, size = top[0].shape[1], panels[0].shape[2]
