@@ -474,34 +474,26 @@ METRICS = {  # what the page calls them, and what they are
     "preferred_class": ("preferred class", "Class of the largest mean activation"),
     "selectivity": (
         "selectivity",
-        "(mean activation on the preferred class - mean of the other classes' means) / their sum; "
-        "0: fires alike on all classes, 1: on one only",
+        "(mean on preferred class - mean of the others) / their sum: 0 none, 1 full",
     ),
     "auc": (
         "AUC",
-        "Area under the ROC curve: how often an image of the preferred class drives it more than one "
-        "of another class; 0.5 is chance",
+        "How often an image of the preferred class drives it more than one of another; 0.5: chance",
     ),
-    "activation_mean": (
-        "mean activation",
-        "Over all test images; the activation in an image is its strongest value there",
-    ),
+    "activation_mean": ("mean activation", "Over all test images, of its strongest value in each"),
     "class_mean": ("mean activation", "Over the test images of the class; line: 95 % interval"),
     "activation_nonzero": ("fires on", "Share of the test images with an activation above zero"),
     "lost": (
         "points lost",
-        "Percentage points of test accuracy lost when its map is replaced by its mean over the training "
-        "images; negative: gained",
+        "Percentage points of accuracy lost with its map set to its mean; negative: gained",
     ),
     "twin": (
         "twin",
-        "Largest correlation of its activations over the test images with those of another filter of the "
-        "layer, and which; near 1 the two are duplicates",
+        "Filter whose activations over the test images correlate most with its own; r = 1: a copy",
     ),
     "projections": (
         "projections",
-        "Of their magnitude, the sum over RGB of absolute values, in normalised pixels: mean over the pixels "
-        "above zero and variance over the image, both averaged over images; the largest of all",
+        "Magnitudes, RGB summed, normalised pixels; means over images, largest of all",
     ),
 }
 
@@ -597,9 +589,9 @@ def describe_filters(
     """
     filters, classes = (table[table["layer"] == layer] for table in (tables["filter"], tables["class"]))
     means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
-    lost = (
-        tables["ablation"]["accuracy_lost"].to_numpy() if layer == "conv4" and "ablation" in tables else None
-    )
+    lost: Any = [None] * len(filters)
+    if layer == "conv4" and "ablation" in tables:
+        lost = tables["ablation"]["accuracy_lost"].to_numpy().reshape(len(filters), -1)
     with np.errstate(invalid="ignore"):  # a dead filter correlates with none
         correlation = np.nan_to_num(np.corrcoef(maxima.T), nan=-1)
     np.fill_diagonal(correlation, -1)
@@ -608,8 +600,7 @@ def describe_filters(
         nearest = np.argsort(-correlation[n], kind="stable")[:5]
         prefers = labels == (-1 if of_filter["dead"] else names.index(of_filter["preferred_class"]))
         groups, largest = (own[prefers], own[~prefers]), max(own.max(), 1e-9)
-        of_filter["means"] = means.reshape(len(described), len(names), 3)[n]
-        of_filter["lost"] = None if lost is None else lost.reshape(len(described), -1)[n]
+        of_filter |= {"means": means.reshape(len(described), len(names), 3)[n], "lost": lost[n]}
         of_filter["similar"] = [(k, correlation[n, k]) for k in nearest if correlation[n, k] > 0]
         of_filter |= {"images": [len(group) for group in groups], "largest": largest}
         of_filter["zeros"] = [np.count_nonzero(group == 0) for group in groups]
@@ -654,20 +645,18 @@ def explain_layer(filters: Sequence[Mapping[str, Any]], size: int, images: int) 
 
 def explain_reading(trust: pd.DataFrame | None) -> list[str]:
     """Return three sentences on what a projection shows and does not, with the numbers of trust.csv."""
-    notes = [
+    reading = (
         "Grey is zero; light and dark, and opposite colours, are opposite signs. A projection shows what in "
-    ]
-    notes[0] += (
-        "one image an activation went back to, not what the filter responds to in general: compare all. "
+        "one image an activation went back to, not what the filter responds to in general: compare all of them. "
+        "Compression blurs faint structure here; the pictures in deconv/ have all of it."
     )
-    notes[0] += "Compression blurs faint structure here; the pictures in deconv/ have all of it."
     if trust is None:
-        return [*notes, "How far to trust it is not measured yet: uv run analyse_projections.py adds it."]
+        return [reading, "How far to trust it is not measured yet: uv run analyse_projections.py adds it."]
     value = trust.set_index(["test", "condition"])["median"]
     kept = {name: f"{value['kept', name]:.0%}" for name in ("projection", "gradient", "centre", "random")}
     random = value["random weights, envelope taken out"]
     return [
-        *notes,
+        reading,
         "It points at what matters, up to a point: the quarter of a window's pixels where it is strongest "
         f"keeps {kept['projection']} of an activation of conv4 alive (median); a quarter chosen by the "
         f"gradient {kept['gradient']}, the middle {kept['centre']}, a random one {kept['random']}.",
@@ -744,6 +733,7 @@ def write_explorer(
     figures = sorted(path.relative_to(outputs).as_posix() for path in outputs.rglob("*.png"))
     run = {"epochs": checkpoint.epochs, **checkpoint.metrics, **checkpoint.settings}
     run["checkpoint"] = checkpoint.sha256[:12]
+    missing = "" if "ablation" in tables else "uv run analyse_projections.py adds what ablation costs."
     later = "" if len(snapshots) > 1 else " No snapshots of this training: uv run train_CNN.py writes them."
     facts = {
         "title": TITLES[checkpoint.dataset],
@@ -756,7 +746,7 @@ def write_explorer(
         "epochs": [snapshot.epochs for snapshot in snapshots],
         "levels": LEVELS,
         "layers": layers,
-        "metrics": {key: text for key, text in METRICS.items() if key != "lost" or "ablation" in tables},
+        "metrics": METRICS,
         "notes": {
             "generated": "Generated shapes, no photographs: they show that the code works, nothing more",
             "strongest": "Projection and patch in the test images that drive it most, with its activation. "
@@ -764,9 +754,7 @@ def write_explorer(
             "weaker": "In images near percentiles of its activations above zero; a scale for each level.",
             "evolution": f"Strongest activation in {len(some):,} test images after each epoch; each has a "
             f"scale of its own.{later}",
-            "ablation": ""
-            if "ablation" in tables
-            else "uv run analyse_projections.py adds what ablation costs.",
+            "ablation": missing,
             "needed": "Filters of conv4 whose ablation costs the class most percentage points of accuracy.",
             "classes": explain_classes(checkpoint, test),
             "reading": explain_reading(tables.get("trust")),
@@ -1019,9 +1007,9 @@ function histogram(f) {
 }
 // ---- the four views
 function layerView(layer) {
-  const { filters } = data.layers[layer], wanted = new URLSearchParams(query);
+  const { filters } = data.layers[layer], wanted = new URLSearchParams(query), lost = filters[0].lost;
   const by = wanted.get("sort") in SORTS ? wanted.get("sort") : "filter", [value, write] = SORTS[by];
-  const name = wanted.get("class") || "", sorts = Object.keys(SORTS).filter((k) => k in data.metrics);
+  const name = wanted.get("class") || "", sorts = Object.keys(SORTS).filter((k) => k !== "lost" || lost);
   const key = (f) => f.dead || value(f) === null ? -1e9 : value(f);
   const shown = filters.filter((f) => !name || f.preferred_class === name).sort((a, b) => key(b) - key(a));
   order = { layer, numbers: shown.map((f) => f.filter) };
