@@ -647,7 +647,7 @@ def explain_reading(trust: pd.DataFrame | None) -> list[str]:
     """Return three sentences on what a projection shows and does not, with the numbers of trust.csv."""
     reading = (
         "Grey is zero; light and dark, and opposite colours, are opposite signs. A projection shows what in "
-        "one image an activation went back to, not what the filter responds to in general: compare all of them. "
+        "one image an activation went back to, not what the filter responds to in general: compare all. "
         "Compression blurs faint structure here; the pictures in deconv/ have all of it."
     )
     if trust is None:
@@ -694,7 +694,8 @@ def write_explorer(
         test: Test images and labels.
         evolution_images: In how many of them each snapshot's strongest activation is sought.
     """
-    folder, names, widths = outputs / "explorer", checkpoint.class_names, checkpoint.net.config["filters"]
+    outputs, names, widths = outputs.expanduser(), checkpoint.class_names, checkpoint.net.config["filters"]
+    folder = outputs / "explorer"
     for old in [*folder.glob("index.html"), *folder.rglob("*.webp")]:  # of a network with more filters
         old.unlink()
     tables = {name: load_table(outputs / f"{name}_metrics.csv", checkpoint) for name in ("filter", "class")}

@@ -273,7 +273,9 @@ def test_tables_that_are_missing_or_of_another_checkpoint_are_refused(pipeline_c
     with pytest.raises(SystemExit, match=f"^{path} was made from another checkpoint: run `uv run analyse_pr"):
         heatmap.main()
     path.unlink()
-    with pytest.raises(SystemExit, match=rf"^{path} not found: run `uv run analyse_projections.py` first$"):
+    with pytest.raises(
+        SystemExit, match=rf"^{path.absolute()} not found: run `uv run analyse_projections.py` first$"
+    ):
         heatmap.main()
 
 
