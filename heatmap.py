@@ -30,7 +30,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -39,7 +39,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import class_means, rank_correlation, rank_filters
+from analyse_projections import NEARLY_DEAD, class_means, rank_correlation, rank_filters
 from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import displayed, robust_scale, window_of
 from deconv_full import (
@@ -542,6 +542,34 @@ def draw_invariance(
 
 # ---------------------------------------------------------------- explorer: every filter on one page
 
+METRICS = {  # what the page calls them, and what they are
+    "filter": ("number", "Its place in the layer; it means nothing"),
+    "preferred_class": ("preferred class", "Class of the largest mean activation"),
+    "selectivity": (
+        "selectivity",
+        "(mean on preferred class - mean of the others) / their sum: 0 none, 1 full",
+    ),
+    "auc": (
+        "AUC",
+        "How often an image of the preferred class drives it more than one of another; 0.5: chance",
+    ),
+    "activation_mean": ("mean activation", "Over all test images, of its strongest value in each"),
+    "class_mean": ("mean activation", "Over the test images of the class; line: 95 % interval"),
+    "activation_nonzero": ("fires on", "Share of the test images with an activation above zero"),
+    "lost": (
+        "points lost",
+        "Percentage points of accuracy lost with its map set to its mean; negative: gained",
+    ),
+    "twin": (
+        "twin",
+        "Filter whose activations over the test images correlate most with its own; r = 1: a copy",
+    ),
+    "projections": (
+        "projections",
+        "Magnitudes, RGB summed, normalised pixels; means over images, largest of all",
+    ),
+}
+
 
 def as_pixels(pictures: Array) -> Array:
     """Return pictures (n, rows, columns, 3) from 0 to 1 as opaque uint8 (n, rows, columns, 4)."""
@@ -566,43 +594,52 @@ def save_panels(path: Path, panels: Array, columns: int) -> None:
     small = panels.shape[2] < 32
     if small:
         panels = np.minimum((panels + np.uint16(4)) // 8 * 8, 255).astype(np.uint8)
-    options: dict[str, Any] = {"lossless": True} if small else {"quality": 55}
+    options: dict[str, Any] = {"lossless": True} if small else {"quality": 48}
     with atomic_write(path) as partial:
         Image.fromarray(lay_out(panels, columns, 0)).save(partial, "WEBP", **options)
 
 
+def read_panels(path: Path, checkpoint: Checkpoint, key: str, groups: int) -> Array:
+    """Return projections of projections.npz as pixels, (filters, images, rows, columns, 4).
+
+    A filter's images are split into `groups` of equal size, each with a scale of its own.
+    """
+    (projections,) = load_arrays(path, checkpoint, key)
+    filters, images, _, *sides = projections.shape
+    pixels = np.empty((filters, images, *sides, 4), np.uint8)
+    for of_filter, shown in zip(projections, pixels, strict=True):
+        parts = np.split(of_filter.astype(np.float32), groups)
+        shown[:] = as_pixels(np.concatenate([displayed(part) for part in parts]))
+    return pixels
+
+
 def draw_filters(
-    folder: Path, layer: str, examples: Mapping[str, Array], developed: Array, images: Array
+    folder: Path, layer: str, panels: Sequence[Array], image: Array, origin: Array, images: Array
 ) -> None:
     """Write the pictures of a layer.
 
-    LAYER/NNN.webp has two rows of panels. Above: projections of the filter's strongest images, of weaker
-    ones, and of its strongest activation after some epochs; each level and each epoch has its own scale.
-    Below: the patches of the former two. LAYER.webp has the first projection of every filter, 16 a row, each
-    above its patch.
+    LAYER/NNN.webp has two rows. Above: projections of the filter's strongest images, of weaker ones and of
+    its strongest activation after some epochs; below: the patches of the former two. LAYER.webp has the
+    first projection of every filter, 16 a row, each above its patch.
 
     Args:
         folder: Where they go.
         layer: Its name.
-        examples: Of `deconv_full.project_top`, without the name of the layer.
-        developed: Projections after each epoch as pixels, (filters, epochs, rows, columns, 4).
+        panels: Projections as pixels, (filters, n, rows, columns, 4) each, in the order from above.
+        image: Of the former two, index into `images`, (filters, n); -1 for none.
+        origin: Row and column of the window's top left pixel, (filters, n, 2).
         images: uint8 (images, 3, 96, 96).
     """
 
     def draw(n: int) -> Array:
-        levels = np.split(examples["level_projection"][n].astype(np.float32), len(LEVELS))
-        shown = [displayed(part) for part in (examples["projection"][n], *levels)]
-        above = np.concatenate([as_pixels(np.concatenate(shown)), developed[n]])
-        which, origins = (
-            np.concatenate([examples[key][n], examples[f"level_{key}"][n]]) for key in ("image", "origin")
-        )
-        below = cut_patches(images, which, origins, above.shape[1])
+        above = np.concatenate([part[n] for part in panels])
+        below = cut_patches(images, image[n], origin[n], above.shape[1])
         save_panels(folder / layer / f"{n:03d}.webp", np.concatenate([above, below]), len(above))
         return np.concatenate([above[0], below[0]])
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        numbers = range(len(developed))
-        first = list(tqdm(pool.map(draw, numbers), f"pictures of {layer}", len(numbers), disable=None))
+        drawn = pool.map(draw, range(len(image)))
+        first = list(tqdm(drawn, f"pictures of {layer}", len(image), disable=None))
     save_panels(folder / f"{layer}.webp", np.stack(first), 16)
 
 
@@ -625,9 +662,9 @@ def describe_filters(
     """
     filters, classes = (table[table["layer"] == layer] for table in (tables["filter"], tables["class"]))
     means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
-    lost = (
-        tables["ablation"]["accuracy_lost"].to_numpy() if layer == "conv4" and "ablation" in tables else None
-    )
+    lost: Any = [None] * len(filters)
+    if layer == "conv4" and "ablation" in tables:
+        lost = tables["ablation"]["accuracy_lost"].to_numpy().reshape(len(filters), -1)
     with np.errstate(invalid="ignore"):  # a dead filter correlates with none
         correlation = np.nan_to_num(np.corrcoef(maxima.T), nan=-1)
     np.fill_diagonal(correlation, -1)
@@ -636,8 +673,7 @@ def describe_filters(
         nearest = np.argsort(-correlation[n], kind="stable")[:5]
         prefers = labels == (-1 if of_filter["dead"] else names.index(of_filter["preferred_class"]))
         groups, largest = (own[prefers], own[~prefers]), max(own.max(), 1e-9)
-        of_filter["means"] = means.reshape(len(described), len(names), 3)[n]
-        of_filter["lost"] = None if lost is None else lost.reshape(len(described), -1)[n]
+        of_filter |= {"means": means.reshape(len(described), len(names), 3)[n], "lost": lost[n]}
         of_filter["similar"] = [(k, correlation[n, k]) for k in nearest if correlation[n, k] > 0]
         of_filter |= {"images": [len(group) for group in groups], "largest": largest}
         of_filter["zeros"] = [np.count_nonzero(group == 0) for group in groups]
@@ -662,6 +698,63 @@ def as_json(content: Any) -> str:
     return json.dumps(plain(content), separators=(",", ":")).replace("<", r"\u003c")
 
 
+def readable_on(colour: str) -> str:
+    """Return the text colour, black or white, that contrasts more with #rrggbb: 4.6 to 1 or more (WCAG 2)."""
+    values = np.array(to_rgb(colour))
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return "#000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#fff"
+
+
+def explain_layer(filters: Sequence[Mapping[str, Any]], size: int, images: int) -> str:
+    """Return what stands above the tiles of a layer's filters, which see `size` pixels."""
+    dead = sum(of_filter["dead"] for of_filter in filters)
+    few = sum(of_filter["activation_nonzero"] < NEARLY_DEAD for of_filter in filters) - dead
+    return (
+        f"Each of {len(filters)} filters sees {size} x {size} pixels. {dead} are dead (never fire), {few} "
+        f"nearly dead (fire on less than {NEARLY_DEAD:.0%} of {images:,} test images). A tile shows a "
+        "filter's strongest activation, projected; hover to see the image there."
+    )
+
+
+def explain_reading(trust: pd.DataFrame | None) -> list[str]:
+    """Return three sentences on what a projection shows and does not, with the numbers of trust.csv."""
+    reading = (
+        "Grey is zero; light and dark, and opposite colours, are opposite signs. A projection shows what in "
+        "one image an activation went back to, not what the filter responds to in general: compare all. "
+        "Compression blurs faint structure here; the pictures in deconv/ have all of it."
+    )
+    if trust is None:
+        return [reading, "How far to trust it is not measured yet: uv run analyse_projections.py adds it."]
+    value = trust.set_index(["test", "condition"])["median"]
+    kept = {name: f"{value['kept', name]:.0%}" for name in ("projection", "gradient", "centre", "random")}
+    random = value["random weights, envelope taken out"]
+    return [
+        reading,
+        "It points at what matters, up to a point: the quarter of a window's pixels where it is strongest "
+        f"keeps {kept['projection']} of an activation of conv4 alive (median); a quarter chosen by the "
+        f"gradient {kept['gradient']}, the middle {kept['centre']}, a random one {kept['random']}.",
+        "It shows more than what was learned: projections through random weights have a rank correlation of "
+        f"{random['conv4 to conv1, own switches']:.2f} with the trained ones, those of other filters in "
+        f"other images {random['other filter, other image']:.2f}, what all windows have in common taken out.",
+    ]
+
+
+def explain_classes(checkpoint: Checkpoint, test: Split) -> list[str]:
+    """Return, for each class, how many test images are recognised and what the others are taken for."""
+    names, net, texts = checkpoint.class_names, checkpoint.net, []
+    guesses = [
+        net(net.normalise(torch.from_numpy(test.images[which]))).argmax(dim=1).cpu().numpy()
+        for which in np.array_split(np.arange(len(test.labels)), -(-len(test.labels) // 32))
+    ]
+    for label in range(len(names)):
+        counts = np.bincount(np.concatenate(guesses)[test.labels == label], minlength=len(names))
+        wrong = [k for k in np.argsort(-counts, kind="stable") if counts[k] and k != label]
+        mistaken = ", ".join(f"{names[k]} ({counts[k]})" for k in wrong) or "nothing"
+        share = f"{counts[label]:,} of {counts.sum():,} test images ({counts[label] / counts.sum():.0%})"
+        texts.append(f"{share} are recognised. Mistaken for {mistaken}.")
+    return texts
+
+
 def write_explorer(
     outputs: Path, checkpoint: Checkpoint, snapshots: Sequence[Checkpoint], test: Split, evolution_images: int
 ) -> None:
@@ -674,60 +767,84 @@ def write_explorer(
         test: Test images and labels.
         evolution_images: In how many of them each snapshot's strongest activation is sought.
     """
-    folder, names, net = outputs / "explorer", checkpoint.class_names, checkpoint.net
+    outputs, names, widths = outputs.expanduser(), checkpoint.class_names, checkpoint.net.config["filters"]
+    folder = outputs / "explorer"
     for old in [*folder.glob("index.html"), *folder.rglob("*.webp")]:  # of a network with more filters
         old.unlink()
-    files = {"filter": "filter_metrics", "class": "class_metrics", "ablation": "ablation", "trust": "trust"}
-    paths = {name: outputs / f"{file}.csv" for name, file in files.items()}
-    needed = "filter", "class"
-    tables = {n: load_table(path, checkpoint) for n, path in paths.items() if n in needed or path.is_file()}
+    tables = {name: load_table(outputs / f"{name}_metrics.csv", checkpoint) for name in ("filter", "class")}
+    for name in ("ablation", "trust"):  # what the page can do without
+        if (outputs / f"{name}.csv").is_file():
+            tables[name] = load_table(outputs / f"{name}.csv", checkpoint)
 
+    some = test.images[:evolution_images]
     developed: dict[str, list[Array]] = {layer: [] for layer in LAYERS}
     for snapshot in snapshots:
-        found = project_evolution(test.images[:evolution_images], [snapshot], max(net.config["filters"]), 32)
-        for layer, (_, projections) in found.items():
-            shown = [displayed(projection) for projection in projections[:, 0]]
-            developed[layer].append(as_pixels(np.stack(shown)))
+        for layer, (_, projections) in project_evolution(some, [snapshot], max(widths), 32).items():
+            shown = [displayed(projection) for projection in projections[:, 0]]  # each with its own scale
+            developed[layer].append(as_pixels(np.stack(shown))[:, None])
     layers = {}
-    for layer, after in developed.items():
+    for layer in LAYERS:
         (maxima,) = load_arrays(outputs / "activations.npz", checkpoint, f"{layer}_max")
-        keys = [
-            f"{prefix}{k}" for prefix in ("", "level_") for k in ("image", "value", "origin", "projection")
+        path, keys = outputs / "projections.npz", ("image", "value", "origin")
+        top = load_arrays(path, checkpoint, *(f"{layer}_{key}" for key in keys))
+        weaker = load_arrays(path, checkpoint, *(f"{layer}_level_{key}" for key in keys))
+        image, value, origin = (np.concatenate(pair, axis=1) for pair in zip(top, weaker, strict=True))
+        panels = [
+            read_panels(path, checkpoint, f"{layer}_projection", 1),
+            read_panels(path, checkpoint, f"{layer}_level_projection", len(LEVELS)),
+            *developed.pop(layer),
         ]
-        arrays = load_arrays(outputs / "projections.npz", checkpoint, *(f"{layer}_{key}" for key in keys))
-        examples = dict(zip(keys, arrays, strict=True))
-        draw_filters(folder, layer, examples, np.stack(after, axis=1), test.images)
+        draw_filters(folder, layer, panels, image, origin, test.images)
         filters = describe_filters(layer, maxima, test.labels, names, tables)
-        for n, of_filter in enumerate(filters):
-            for name, prefix in (("top", ""), ("levels", "level_")):
-                pairs = examples[f"{prefix}image"][n], examples[f"{prefix}value"][n]
-                of_filter[name] = list(zip(*pairs, strict=True))
-        layers[layer] = {"size": after[0].shape[1], "columns": min(16, len(filters)), "filters": filters}
+        n_top, size = top[0].shape[1], panels[0].shape[2]
+        for of_filter, *examples in zip(filters, image, value, strict=True):
+            pairs = list(zip(*examples, strict=True))
+            of_filter |= {"top": pairs[:n_top], "levels": pairs[n_top:]}
+        note = explain_layer(filters, size, len(maxima))
+        layers[layer] = {"size": size, "columns": min(16, len(filters)), "note": note, "filters": filters}
 
-    confusion = np.zeros((len(names), len(names)), np.int64)
-    for which in np.array_split(np.arange(len(test.labels)), -(-len(test.labels) // 32)):
-        guesses = net(net.normalise(torch.from_numpy(test.images[which]))).argmax(dim=1).cpu().numpy()
-        np.add.at(confusion, (test.labels[which], guesses), 1)
-    figures = sorted(str(path.relative_to(outputs)) for path in outputs.rglob("*.png"))
+    colours = sns.color_palette("colorblind", len(names)).as_hex()
+    figures = sorted(path.relative_to(outputs).as_posix() for path in outputs.rglob("*.png"))
+    run = {"epochs": checkpoint.epochs, **checkpoint.metrics, **checkpoint.settings}
+    run["checkpoint"] = checkpoint.sha256[:12]
+    missing = "" if "ablation" in tables else "uv run analyse_projections.py adds what ablation costs."
+    later = "" if len(snapshots) > 1 else " No snapshots of this training: uv run train_CNN.py writes them."
     facts = {
         "title": TITLES[checkpoint.dataset],
         "generated": checkpoint.dataset == "shapes",
-        "classes": names,
-        "colours": sns.color_palette("colorblind", len(names)).as_hex(),
-        "labels": test.labels,
         "accuracy": checkpoint.accuracy(),
+        "classes": names,
+        "colours": colours,
+        "inks": [readable_on(colour) for colour in colours],
+        "labels": test.labels,
         "epochs": [snapshot.epochs for snapshot in snapshots],
-        "evolution_images": len(test.images[:evolution_images]),
         "levels": LEVELS,
         "layers": layers,
-        "confusion": confusion,
-        "trust": tables["trust"].to_dict("records") if "trust" in tables else None,
-        "run": {"epochs": checkpoint.epochs, **checkpoint.metrics, **checkpoint.settings},
+        "metrics": METRICS,
+        "notes": {
+            "generated": "Generated shapes, no photographs: they show that the code works, nothing more",
+            "strongest": "Projection and patch in the test images that drive it most, with its activation. "
+            "Grey is zero; one scale for all.",
+            "weaker": "In images near percentiles of its activations above zero; a scale for each level.",
+            "evolution": f"Strongest activation in {len(some):,} test images after each epoch; each has a "
+            f"scale of its own.{later}",
+            "ablation": missing,
+            "needed": "Filters of conv4 whose ablation costs the class most percentage points of accuracy.",
+            "classes": explain_classes(checkpoint, test),
+            "reading": explain_reading(tables.get("trust")),
+        },
+        "run": [
+            (
+                key.replace("_", " "),
+                f"{fact:.4g}" if isinstance(fact, float) else re.sub("[{}']", "", str(fact)),
+            )
+            for key, fact in run.items()
+        ],
         "figures": [name for name in figures if not name.startswith("readme")],
     }
     with atomic_write(folder / "index.html") as partial:
         partial.write_text(EXPLORER.replace("__DATA__", as_json(facts)), encoding="utf-8")
-    print(f"wrote {folder / 'index.html'}")
+    print(f"wrote {folder / 'index.html'}", flush=True)
 
 
 def main() -> None:
@@ -829,116 +946,94 @@ def main() -> None:
 
 # ---------------------------------------------------------------- the page of the explorer
 
-EXPLORER = r"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Filter explorer</title>
+EXPLORER = r"""<!DOCTYPE html><html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>Filter explorer</title>
 <style>
 :root { color-scheme: light dark; --paper: #fbfaf6; --ink: #1d1c1a; --soft: #5c5952; --line: #d8d3c6;
-  --hatch: #e4dfd2; --link: #0b5796; --bar: #9a9484; }
+  --hatch: #e4dfd2; --link: #0b5796; --bar: #a29c8c; }
 @media (prefers-color-scheme: dark) { :root { --paper: #171614; --ink: #e9e6df; --soft: #aaa69b;
   --line: #3b3933; --hatch: #2d2b27; --link: #8fc4f2; --bar: #77725f; } }
-* { box-sizing: border-box; }
+body, body * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
 header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
-header { display: flex; flex-wrap: wrap; gap: 2px 18px; border-bottom: 1px solid var(--line); }
-header span { color: var(--soft); margin-right: auto; }
-h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; outline: none; }
+header { display: flex; flex-wrap: wrap; gap: 2px 15px; border-bottom: 1px solid var(--line); }
+header span { flex-grow: 1; }
+h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; }
 h2 { font-size: 16px; margin: 26px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
-h3 { font-size: 13px; margin: 16px 0 6px; }
-p { max-width: 80ch; margin: 6px 0 12px; }
-.soft, small, th { color: var(--soft); font-weight: normal; font-size: inherit; }
+h3 { font-size: 13px; margin: 16px 0 6px; } dl { margin: 6px 0; } p { max-width: 80ch; margin: 6px 0 12px; }
+.soft, small, th, dt { color: var(--soft); font-weight: normal; font-size: inherit; }
 .loud { background: #ffd54a; color: #000; font-weight: 600; padding: 8px; text-align: center; }
-a { color: var(--link); text-underline-offset: 3px; }
-a[aria-current] { color: var(--ink); font-weight: 600; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+a { color: var(--link); } a[aria-current] { color: inherit; font-weight: 600; }
+[title] { text-decoration: underline dotted; text-underline-offset: 3px; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; } h1:focus { outline: none; }
 select, label { font: inherit; margin-right: 14px; }
-.chip { display: inline-block; padding: 0 7px; border-radius: 9px; }
+.files { columns: 250px; } .files a { display: block; overflow-wrap: anywhere; }
+.chip { padding: 0 7px; border-radius: 9px; } .large .panel { image-rendering: auto; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
 .panel { display: block; aspect-ratio: 1; image-rendering: pixelated; background:
   var(--image) var(--x) var(--y) / var(--wide) var(--high) no-repeat,
   repeating-linear-gradient(45deg, var(--paper) 0 5px, var(--hatch) 5px 10px); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(92px, 114px)); gap: 14px 10px; }
-.tile { color: inherit; text-decoration: none; font-size: 12px; }
-.tile:hover .panel, .tile:focus .panel, .patches .panel { background-position: var(--x) var(--below), 0 0; }
-.tile div { display: flex; justify-content: space-between; margin-top: 3px; }
-.large .panel { image-rendering: auto; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, calc(2 * var(--p))); gap: 10px 20px; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; font-size: 12px; }
-.pair > :last-child { grid-column: span 2; }
-.grown { display: grid; grid-template-columns: repeat(auto-fill, var(--p)); gap: 10px; font-size: 12px; }
-table { border-collapse: collapse; width: 100%; max-width: 760px; font-size: 13px; }
-th, td { text-align: left; padding: 2px 8px 2px 0; }
-.own { font-weight: 600; }
-.track { position: relative; width: 110px; height: 11px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 14px 10px; }
+.tiles a { color: inherit; text-decoration: none; font-size: 12px; }
+.tiles div { display: flex; justify-content: space-between; margin-top: 3px; }
+.tiles a:is(:hover, :focus) .panel, .patches .panel { background-position: var(--x) var(--below), 0 0; }
+.pairs, .panels { display: grid; gap: 10px 20px; font-size: 12px;
+  grid-template-columns: repeat(auto-fill, calc(2 * var(--p))); }
+.panels { gap: 10px; grid-template-columns: repeat(auto-fill, var(--p)); }
+.pair { display: grid; grid-template-columns: 1fr 1fr; } .pair > :last-child { grid-column: span 2; }
+table { border-collapse: collapse; width: 100%; max-width: 800px; font-size: 13px; }
+th, td { text-align: left; padding: 2px 8px 2px 0; } td { white-space: nowrap; }
+.track { position: relative; width: 25vw; max-width: 110px; height: 11px; }
 .track * { position: absolute; top: 1px; bottom: 1px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; font-size: 14px; margin: 6px 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-dt { color: var(--soft); }
-[title] { text-decoration: underline dotted; text-underline-offset: 3px; }
-svg { display: block; width: 100%; max-width: 480px; font-size: 12px; fill: var(--soft); }
+dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px; }
+dd { margin: 0; overflow-wrap: anywhere; } svg { max-width: 480px; font-size: 12px; fill: var(--soft); }
 @media (min-width: 1180px) { .two { display: grid; grid-template-columns: 1fr 460px; gap: 0 40px; } }
-@media (max-width: 700px) { header, main { padding: 10px 14px; } .two { --p: var(--q) !important; } }
-</style>
-<noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
-<header></header>
-<main></main>
+@media (max-width: 700px) { header, main { padding: 10px 14px; } .two { --p: var(--q) !important; }
+  header span { flex-basis: 100%; } }
+</style><noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
+<header></header><main></main>
 <script id="data" type="application/json">__DATA__</script>
 <script>
-"use strict";
 const data = JSON.parse(document.getElementById("data").textContent), layers = Object.keys(data.layers);
-const main = document.querySelector("main"), header = document.querySelector("header");
+const [main, header] = ["main", "header"].map((tag) => document.querySelector(tag)), deepest = layers.at(-1);
 let order = {}, query = "";  // tiles last shown, which arrow keys follow, and how they were chosen
 
-// ---- what numbers mean: name, definition, value of a filter (largest first), how it is written
 const count = (v) => v.toLocaleString("en"), two = (v) => v.toFixed(2);
-const four = (v) => count(Number(v.toPrecision(4))), share = (v) => `${(100 * v).toFixed(v < 0.0995 ? 1 : 0)} %`;
+const four = (v) => Math.abs(v) < 1000 ? String(Number(v.toPrecision(4))) : count(Math.round(v));
+const share = (v) => `${(100 * v).toFixed(v && v < 0.0995 ? 1 : 0)} %`;
 const points = (v) => (v < 0 ? "" : "+") + (100 * v).toFixed(2);
-const METRICS = {
-  filter: ["number", "Its place in the network", (f) => -f.filter, (v) => -v],
-  preferred_class: ["preferred class", "Class of the largest mean activation",
-    (f) => -data.classes.indexOf(f.preferred_class), (v) => data.classes[-v]],
-  selectivity: ["selectivity", "(mean activation on the preferred class - mean of the other classes' means) "
-    + "/ their sum; 0: fires alike on all classes, 1: on one only", (f) => f.selectivity, two],
-  auc: ["AUC", "Area under the ROC curve: how often a random image of the preferred class drives it more than "
-    + "one of another class; 0.5 is chance", (f) => f.auc, two],
-  activation_mean: ["mean activation", "Mean over all test images of its activation: its strongest value in an "
-    + "image", (f) => f.activation_mean, two],
-  activation_nonzero: ["fires on", "Share of the test images with an activation above zero",
-    (f) => f.activation_nonzero, share],
-  lost: ["points lost", "Percentage points of accuracy lost when its map is replaced by its mean over the "
-    + "training images; negative: gained", (f) => f.lost && f.lost.at(-1), points],
-  twin: ["twin", "Largest correlation of its activations over the test images with those of another filter of "
-    + "the layer; near 1 the two are duplicates", (f) => f.similar.length ? f.similar[0][1] : null, two],
+const SORTS = {  // what tiles are sorted by, largest first, and how it is written
+  filter: [(f) => -f.filter], preferred_class: [(f) => -data.classes.indexOf(f.preferred_class)],
+  selectivity: [(f) => f.selectivity, two], auc: [(f) => f.auc, two],
+  activation_mean: [(f) => f.activation_mean, two], activation_nonzero: [(f) => f.activation_nonzero, share],
+  lost: [(f) => f.lost && f.lost.at(-1), points],
+  twin: [(f) => f.similar.length ? f.similar[0][1] : null, (v, f) => `${f.similar[0][0]} (r ${two(v)})`],
 };
-const few = (f) => !f.dead && f.activation_nonzero < 0.01;  // nearly dead
-
+const nearlyDead = (f) => !f.dead && f.activation_nonzero < 0.01;
 // ---- building blocks; text is never read as HTML
 function el(tag, attributes, ...children) {
-  const inSvg = ["svg", "path", "text"].includes(tag);
-  const node = document.createElementNS(`http://www.w3.org/${inSvg ? "2000/svg" : "1999/xhtml"}`, tag);
+  const space = ["svg", "path", "text"].includes(tag) ? "2000/svg" : "1999/xhtml";
+  const node = document.createElementNS(`http://www.w3.org/${space}`, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children.flat(9).filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(9).filter((child) => child !== null));
   return node;
 }
-const soft = (...text) => el("p", { class: "soft" }, ...text);
-const section = (title, note, ...content) => [el("h2", {}, title), soft(note), ...content];
-const link = (parts, ...text) => el("a", { href: `#${parts.map(encodeURIComponent).join("/")}` }, ...text);
-const list = (rows) => el("dl", {}, rows.map(([name, text, title]) => [
-  el("dt", {}, el("span", title ? { title } : {}, name)), el("dd", {}, text)]));
-const row = (cells, attributes = {}, tag = "td") => el("tr", attributes, cells.map((cell) => el(tag, {}, cell)));
+const h1 = (...text) => el("h1", { tabindex: -1 }, text);
+const soft = (...text) => el("p", { class: "soft" }, text);
+const section = (title, note, ...content) => [el("h2", {}, title), note ? soft(note) : null, content];
+const link = (parts, ...text) => el("a", { href: `#${parts.map(encodeURIComponent).join("/")}` }, text);
+const metric = (key) => el("span", { title: data.metrics[key][1] }, data.metrics[key][0]);
+const list = (rows) => el("dl", {}, rows.map(([name = "", text = ""]) =>
+  [el("dt", {}, name), el("dd", {}, text)]));
+const row = (cells, tag = "td") =>
+  el("tr", {}, cells.flat().filter((cell) => cell !== null).map((cell) => el(tag, {}, cell)));
 const colour = (name) => data.colours[data.classes.indexOf(name)];
-const named = (name) => [el("span", { class: "dot", style: `background:${colour(name)}` }), name];
-function chip(name) {  // in black or white, whichever contrasts more: 4.6 to 1 at least
-  const [r, g, b] = [1, 3, 5].map((k) => parseInt(colour(name).slice(k, k + 2), 16) / 255)
-    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-  const ink = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
-  return el("span", { class: "chip", style: `background:${colour(name)};color:${ink}` }, name);
-}
-function panel(file, columns, rows, column, line, text) {  // one of columns x rows panels of a picture
+const dot = (name) => [el("span", { class: "dot", style: `background:${colour(name)}` }), name];
+const chip = (name) => el("span", { class: "chip", style: `background:${colour(name)};color:`
+  + data.inks[data.classes.indexOf(name)] }, name);
+function panel(file, [columns, rows], [column, line], text) {  // one of the panels of a picture
   const at = (k, n) => n > 1 ? `${100 * k / (n - 1)}%` : 0;
   return el("span", { class: "panel", role: "img", "aria-label": text, style: `--image:url(${file});`
     + `--wide:${100 * columns}%;--high:${100 * rows}%;--x:${at(column, columns)};--y:${at(line, rows)};`
@@ -947,166 +1042,152 @@ function panel(file, columns, rows, column, line, text) {  // one of columns x r
 function tiles(layer, numbers, note) {
   const { columns, filters, size } = data.layers[layer], rows = 2 * Math.ceil(filters.length / columns);
   return el("div", { class: size < 30 ? "tiles" : "tiles large" }, numbers.map((n) => {
-    const f = filters[n], text = f.dead ? "never fires" : few(f) ? "nearly dead" : note(f), node = link([layer, n],
-      panel(`${layer}.webp`, columns, rows, n % columns, 2 * Math.floor(n / columns), `projection of filter ${n}`),
+    const f = filters[n], place = [n % columns, 2 * Math.floor(n / columns)];
+    const text = f.dead ? "never fires" : nearlyDead(f) ? "nearly dead" : note(f);
+    return link([layer, n], panel(`${layer}.webp`, [columns, rows], place, `projection of filter ${n}`),
       el("div", {}, el("b", {}, n), f.dead ? "dead" : chip(f.preferred_class)), el("small", {}, text));
-    node.className = "tile";
-    return node;
   }));
 }
-
+function pairs(file, grid, examples, first) {  // projections and patches
+  return el("div", { class: "pairs" }, examples.filter(([image]) => image >= 0).map(([image, value], k) => {
+    const name = data.classes[data.labels[image]], text = `test image ${image}, ${name}`;
+    return el("div", { class: "pair" },
+      panel(file, grid, [first + k, 0], `projection in ${text}`), panel(file, grid, [first + k, 1], text),
+      el("span", {}, el("b", {}, two(value)), " ", dot(name), el("small", {}, ` image ${image}`)));
+  }));
+}
+function classTable(f) {
+  const top = Math.max(...f.means.flat()), most = Math.max(...(f.lost || []).map(Math.abs)) || 1;
+  const bar = (from, to, style) =>
+    el("div", { style: `left:${100 * from}%;width:${100 * (to - from)}%;background:${style}` });
+  const track = (...bars) => el("div", { class: "track" }, bars);
+  const lost = (v, at = 0.5 + v / most / 2) => [track(bar(Math.min(0.5, at), Math.max(0.5, at), "var(--bar)"),
+    bar(0.5, 0.51, "var(--ink)")), points(v)];
+  const rows = data.classes.map((name, k) => {
+    const [mean, low, high] = f.means[k].map((v) => v / top), own = name === f.preferred_class;
+    const bars = track(bar(0, mean, colour(name)), bar(low, high, "var(--ink);top:5px;bottom:5px"));
+    return row([el(own ? "b" : "span", {}, dot(name)), bars, two(f.means[k][0]), f.lost && lost(f.lost[k])]);
+  });
+  return el("table", {}, row(["class", metric("class_mean"), "", f.lost && [metric("lost"), ""]], "th"), rows,
+    f.lost && row(["all", "", "", lost(f.lost.at(-1))]));
+}
+function histogram(f) {
+  const shares = f.counts.map((counts, g) => counts.map((n) => n / f.images[g]));
+  const top = Math.max(...shares.flat()), steps = (v) =>
+    `M40 112${v.map((y, k) => `V${112 - 100 * y / top}H${57 + 17 * k}`).join("")}V112Z`;
+  const text = (x, y, t, anchor = "middle") => el("text", { x, y, "text-anchor": anchor }, t);
+  const zeros = f.zeros.map((n, g) => share(n / f.images[g])), own = colour(f.preferred_class);
+  return [el("svg", { viewBox: "0 0 460 146", role: "img", "aria-label": "histogram of its activations" },
+    el("path", { d: steps(shares[1]), fill: "var(--bar)", opacity: 0.6 }),
+    el("path", { d: steps(shares[0]), fill: own, "fill-opacity": 0.4, stroke: "var(--ink)" }),
+    text(34, 20, share(top), "end"), text(34, 115, "0 %", "end"), text(40, 128, "0"),
+    text(440, 128, two(f.largest)), text(244, 143, "activation; share of the images of each group")),
+  soft(dot(f.preferred_class), ` outlined (${count(f.images[0])} images), all others grey `
+    + `(${count(f.images[1])}). Not drawn: zero, on ${zeros.join(" and ")} of them.`)];
+}
 // ---- the four views
 function layerView(layer) {
-  const wanted = new URLSearchParams(query), name = wanted.get("class") || "", all = data.layers[layer].filters;
-  const by = METRICS[wanted.get("sort")] ? wanted.get("sort") : "filter", [label, title, value, write] = METRICS[by];
+  const { filters } = data.layers[layer], wanted = new URLSearchParams(query), lost = filters[0].lost;
+  const by = wanted.get("sort") in SORTS ? wanted.get("sort") : "filter", [value, write] = SORTS[by];
+  const name = wanted.get("class") || "", sorts = Object.keys(SORTS).filter((k) => k !== "lost" || lost);
   const key = (f) => f.dead || value(f) === null ? -1e9 : value(f);
-  const shown = all.filter((f) => !name || f.preferred_class === name).sort((a, b) => key(b) - key(a));
+  const shown = filters.filter((f) => !name || f.preferred_class === name).sort((a, b) => key(b) - key(a));
+  order = { layer, numbers: shown.map((f) => f.filter) };
+  const note = (f) => !write ? `selectivity ${two(f.selectivity)}` : value(f) === null ? ""
+    : `${data.metrics[by][0]} ${write(value(f), f)}`;
+  const grid = tiles(layer, order.numbers, note), box = el("input", { type: "checkbox" });
+  box.onchange = () => grid.classList.toggle("patches", box.checked);
   const choose = (what, text, now, options) => {
     const select = el("select", {}, options.map(([v, t]) => el("option", { value: v }, t)));
     select.value = now;
     select.onchange = () => { wanted.set(what, select.value); location.hash = `${layer}?${wanted}`; };
     return el("label", {}, text, select);
   };
-  const sorts = Object.entries(METRICS).filter(([k]) => k !== "lost" || all[0].lost).map(([k, m]) => [k, m[0]]);
-  order = { layer, numbers: shown.map((f) => f.filter) };
-  const box = el("input", { type: "checkbox" }), grid = tiles(layer, order.numbers, (f) => value(f) === null ? ""
-    : ["filter", "preferred_class"].includes(by) ? `selectivity ${two(f.selectivity)}`
-      : `${label} ${write(value(f))}` + (by === "twin" ? `, ${f.similar[0][0]}` : ""));
-  box.onchange = () => grid.classList.toggle("patches", box.checked);
-  return [el("h1", { tabindex: -1 }, layer), soft(`${all.length} filters that see ${data.layers[layer].size} pixels; `
-    + `${all.filter((f) => f.dead).length} dead, ${all.filter(few).length} nearly dead (firing on less than 1 % of `
-    + `${count(data.labels.length)} test images). Tiles: projection of the strongest activation; hover for the patch.`),
-  choose("sort", "Sort by ", by, sorts),
-  choose("class", "Show ", name, [["", "all classes"], ...data.classes.map((c) => [c, c])]),
-  el("label", {}, box, " patches"), el("p", { id: "shown", class: "soft" }, `${shown.length} of ${all.length} filters`
-    + `${name && ` that prefer ${name}`}, sorted by `, el("span", { title }, label), "; dead ones last."), grid];
-}
-function pairs(file, columns, examples, first) {
-  return el("div", { class: "pairs" }, examples.map(([image, value], k) => {
-    const name = data.classes[data.labels[image]];
-    return image < 0 ? null : el("div", { class: "pair" },
-      panel(file, columns, 2, first + k, 0, `projection in test image ${image}, activation ${two(value)}`),
-      panel(file, columns, 2, first + k, 1, `patch of test image ${image}, ${name}`),
-      el("span", {}, el("b", {}, two(value)), " ", named(name), el("small", {}, ` image ${image}`)));
-  }));
-}
-function classTable(f) {
-  const top = Math.max(...f.means.flat()), losses = f.lost || [], most = Math.max(...losses.map(Math.abs)) || 1;
-  const bar = (left, width, style) => el("div", { style: `left:${left}%;width:${width}%;${style}` });
-  const track = (...bars) => el("div", { class: "track" }, ...bars);
-  const lost = (v) => f.lost ? [track(bar(50 + Math.min(0, 50 * v / most), 50 * Math.abs(v) / most,
-    "background:var(--bar)"), bar(50, 0, "border-left:1px solid")), points(v)] : [];
-  return el("table", {}, row(["class", el("span", { title: "Line: 95 % interval" }, "mean activation"), "",
-    ...f.lost ? [el("span", { title: METRICS.lost[1] }, "points lost without it"), ""] : []], {}, "th"),
-  data.classes.map((name, k) => row([named(name), track(bar(0, 100 * f.means[k][0] / top, `background:${colour(name)}`),
-    bar(100 * f.means[k][1] / top, 100 * (f.means[k][2] - f.means[k][1]) / top, "top:5px;bottom:5px;background:var(--ink)")),
-  two(f.means[k][0]), ...lost(losses[k])], name === f.preferred_class ? { class: "own" } : {})),
-  f.lost && row(["all", "", "", ...lost(losses.at(-1))]));
-}
-function histogram(f) {
-  const shares = f.counts.map((counts, g) => counts.map((c) => c / f.images[g])), top = Math.max(...shares.flat());
-  const steps = ([...v]) => "M40 112" + v.map((y, k) => `V${112 - 100 * y / top}H${57 + 17 * k}`).join("") + "V112Z";
-  const text = (x, y, t, anchor = "middle") => el("text", { x, y, "text-anchor": anchor }, t);
-  return [el("svg", { viewBox: "0 0 460 146", role: "img", "aria-label": "histogram of its activations" },
-    el("path", { d: steps(shares[1]), fill: "var(--bar)", opacity: 0.6 }),
-    el("path", { d: steps(shares[0]), fill: colour(f.preferred_class), "fill-opacity": 0.4, stroke: "var(--ink)" }),
-    text(34, 20, share(top), "end"), text(34, 115, "0 %", "end"), text(40, 128, "0"), text(448, 128, two(f.largest)),
-    text(244, 143, "activation; share of the images of each group")),
-  soft(...named(f.preferred_class), " outlined, the other classes grey. Zero, and not drawn, on "
-    + f.zeros.map((z, g) => `${count(z)} of ${count(f.images[g])}`).join(" and ") + ".")];
+  return [h1(layer), soft(data.layers[layer].note),
+    choose("sort", "Sort by ", by, sorts.map((k) => [k, data.metrics[k][0]])),
+    choose("class", "Show ", name, [["", "all classes"], ...data.classes.map((c) => [c, c])]),
+    el("label", {}, box, " patches"), soft(`${shown.length} of ${filters.length} filters`
+      + `${name && ` that prefer ${name}`}, sorted by `, metric(by)), grid];
 }
 function filterView(layer, n) {
-  const { filters, size } = data.layers[layer], f = filters[n], file = `${layer}/${String(n).padStart(3, "0")}.webp`;
-  if (order.layer !== layer || !order.numbers.includes(n)) order = { layer, numbers: filters.map((g) => g.filter) };
-  const [before, after] = [-1, 1].map((step) => order.numbers[order.numbers.indexOf(n) + step]);
-  const top = f.top.length, start = top + f.levels.length, columns = start + data.epochs.length;
-  const each = f.levels.length / data.levels.length, pixels = (most) => size * Math.floor(Math.max(1, most / size));
-  const metric = (key) => [METRICS[key][0], METRICS[key][3](METRICS[key][2](f)), METRICS[key][1]];
-  const head = [el("h1", { tabindex: -1 }, `${layer} / ${n} `, f.dead ? "" : chip(f.preferred_class)), soft(
-    before === undefined ? "" : link([layer, before], `previous: ${before}`), " ",
-    after === undefined ? "" : link([layer, after], `next: ${after}`), " (arrow keys), ", link([layer], `all of ${layer}`), " (Escape)")];
-  if (f.dead) return [...head, el("p", {}, "Dead: it fires on none of the test images.")];
-  return [...head, el("div", { class: "two", style: `--p:${pixels(152)}px;--q:${pixels(76)}px` }, el("div", {},
-    section("Strongest activations", `In ${top} different test images: projection and patch, ${size} x ${size} pixels. `
-      + "Grey is zero, one scale for all.", pairs(file, columns, f.top, 0)),
-    section("Weaker ones", "Drawn near percentiles of the images on which it fires; a scale for each level.",
-      data.levels.map((level, k) => [el("h3", {}, `${level}th percentile`),
-        pairs(file, columns, f.levels.slice(k * each, (k + 1) * each), top + k * each)])),
-    section("How it developed", `Strongest activation in ${count(data.evolution_images)} test images after each epoch, `
-      + "each with a scale of its own." + (data.epochs.length > 1 ? "" : " uv run train_CNN.py adds earlier epochs."),
-    el("div", { class: "grown" }, data.epochs.map((epoch, k) => el("div", {},
-      panel(file, columns, 2, start + k, 0, `projection after epoch ${epoch}`), `epoch ${epoch}`))))),
-  el("div", {}, section("By class", f.lost || layer !== layers.at(-1) ? "" : "uv run analyse_projections.py adds ablation.",
-    classTable(f)), section("Activations on the test images", "", histogram(f)), section("In numbers", "", list([
-    ["preferred class", `${f.preferred_class} (stays so in ${share(f.preferred_share)} of bootstrap samples), then `
-      + `${f.runner_up}; most frequent in its ${top} images: ${f.top_class}`, METRICS.preferred_class[1]],
-    ["selectivity", `${two(f.selectivity)} (95 % interval ${two(f.selectivity_low)} to ${two(f.selectivity_high)}); `
-      + `${two(f.selectivity_space)} with activations averaged over the map`, METRICS.selectivity[1]],
-    metric("auc"), metric("activation_nonzero"), metric("activation_mean"),
-    ...f.nonzero_count === null ? [] : [["projections", `${four(f.nonzero_count)} pixels above zero; magnitude: mean `
-      + `${four(f.mean)}, variance ${four(f.variance)}, largest ${four(f.max)} normalised pixels`,
-    "Magnitude: sum over RGB of absolute values. Mean: over pixels above zero; variance: over the image"]]])),
-  section("Filters that fire alike", "Correlation of activations over the test images.", tiles(layer,
-    f.similar.map(([k]) => k), (g) => `r = ${two(f.similar.find(([k]) => k === g.filter)[1])}`))))];
+  const { filters, size } = data.layers[layer], f = filters[n], top = f.top.length, alike = f.similar;
+  const listed = order.layer === layer && order.numbers.includes(n);
+  if (!listed) order = { layer, numbers: filters.map((g) => g.filter) };
+  const near = (step, text) => ((k) => k === undefined ? "" : link([layer, k], `${text}: ${k}`))(
+    order.numbers[order.numbers.indexOf(n) + step]);
+  const head = [h1(`${layer} / ${n} `, f.dead ? "" : chip(f.preferred_class)), soft(near(-1, "previous"), " ",
+    near(1, "next"), " (arrow keys) ", link([layer], `all of ${layer}`), " (Escape)")];
+  if (f.dead) return [head, el("p", {}, "Dead: it fires on none of the test images.")];
+  const start = top + f.levels.length, grid = [start + data.epochs.length, 2];
+  const file = `${layer}/${String(n).padStart(3, "0")}.webp`;
+  const each = f.levels.length / data.levels.length, value = (k) => [metric(k), SORTS[k][1](SORTS[k][0](f))];
+  const pixels = (most) => `${size * Math.max(1, Math.floor(most / size))}px`;  // all stay equally large
+  return [head, el("div", { class: "two", style: `--p:${pixels(152)};--q:${pixels(76)}` }, el("div", {},
+    section("Strongest activations", data.notes.strongest, pairs(file, grid, f.top, 0)),
+    section("Weaker ones", data.notes.weaker, data.levels.map((level, k) => [
+      el("h3", {}, `${level}th percentile`),
+      pairs(file, grid, f.levels.slice(k * each, (k + 1) * each), top + k * each)])),
+    section("How it developed", data.notes.evolution, el("div", { class: "panels" },
+      data.epochs.map((epoch, k) => el("div", {},
+        panel(file, grid, [start + k, 0], `projection after epoch ${epoch}`), `epoch ${epoch}`))))),
+  el("div", {}, section("By class", layer === deepest ? data.notes.ablation : "", classTable(f)),
+    section("Activations on the test images", "", histogram(f)), section("In numbers", "", list([
+      [metric("preferred_class"), `${f.preferred_class} (in ${share(f.preferred_share)} of samples), then `
+        + `${f.runner_up}; most frequent in its ${top} images: ${f.top_class}`],
+      [metric("selectivity"), `${two(f.selectivity)} (95 % interval ${two(f.selectivity_low)} to `
+        + `${two(f.selectivity_high)}); ${two(f.selectivity_space)} with activations averaged over the map`],
+      value("auc"), value("activation_nonzero"), value("activation_mean"),
+      f.nonzero_count === null ? [] : [metric("projections"), `${four(f.nonzero_count)} pixels above zero; `
+        + `mean ${four(f.mean)}, variance ${four(f.variance)}, largest ${four(f.max)}`]])),
+    section("Filters that fire alike", "Correlation of activations over the test images.",
+      tiles(layer, alike.map(([k]) => k), (g) => `r = ${two(new Map(alike).get(g.filter))}`))))];
 }
 function classView(name) {
-  const k = data.classes.indexOf(name), counts = data.confusion[k], all = counts.reduce((a, b) => a + b);
-  const wrong = data.classes.map((c, j) => [counts[j], c]).filter(([n, c]) => n && c !== name).sort((a, b) => b[0] - a[0]);
-  const harm = data.layers[layers.at(-1)].filters.filter((f) => f.lost).sort((a, b) => b.lost[k] - a.lost[k]);
-  return [el("p", {}, data.classes.map((c) => [link(["class", c], chip(c)), " "])), el("h1", { tabindex: -1 }, name),
-    el("p", {}, `${share(counts[k] / all)} of ${count(all)} test images are recognised. Mistaken for `
-      + `${wrong.map(([n, c]) => `${c} (${n})`).join(", ") || "nothing"}.`),
-    harm.length ? section("Needed most", `Filters of ${layers.at(-1)} whose ablation costs it most percentage points.`,
-      tiles(layers.at(-1), harm.slice(0, 12).map((f) => f.filter), (f) => `${points(f.lost[k])} points`)) : [],
-    [...layers].reverse().map((layer) => section(`Filters of ${layer} that prefer it`, "By selectivity.", tiles(layer,
-      data.layers[layer].filters.filter((f) => f.preferred_class === name).sort((a, b) => b.selectivity - a.selectivity)
-        .map((f) => f.filter), (f) => `selectivity ${two(f.selectivity)}`)))];
+  const k = data.classes.indexOf(name), by = (value, most, note) => (layer) => tiles(layer,
+    data.layers[layer].filters.filter((f) => value(f) !== null).sort((a, b) => value(b) - value(a))
+      .slice(0, most).map((f) => f.filter), note);
+  const lost = by((f) => f.lost && f.lost[k], 12, (f) => `${points(f.lost[k])} points`);
+  const own = by((f) => f.preferred_class === name ? f.selectivity : null, 999,
+    (f) => `selectivity ${two(f.selectivity)}`);
+  return [el("p", {}, data.classes.map((c) => [link(["class", c], chip(c)), " "])), h1(name),
+    el("p", {}, data.notes.classes[k]),
+    section("Needed most", data.notes.ablation || data.notes.needed, lost(deepest)),
+    [...layers].reverse().map((layer) =>
+      section(`Filters of ${layer} that prefer it`, "By selectivity.", own(layer)))];
 }
 function runView() {
-  const trust = data.trust || [], write = (v) => typeof v === "number" ? four(v) : v === null || typeof v !== "object"
-    ? String(v) : Object.entries(v).map(([key, of]) => `${key} ${write(of)}`).join(", ");
-  const median = (test, of) => (([r]) => r ? two(r.median) : "?")(trust.filter((r) => r.test === test && r.condition === of));
-  const test = "random weights, envelope taken out";
-  return [el("h1", { tabindex: -1 }, "The run"), el("p", {}, `${data.run.epochs} epochs on ${data.title}, ${data.accuracy}.`),
-    section("How to read a projection", "", el("p", {}, "Grey is zero, light and dark are opposite signs. It shows what in "
-      + "this one image an activation went back to, not what the filter responds to in general: compare all of them."),
-    trust.length ? [el("p", {}, "It points at what matters, up to a point: the quarter of a window's pixels where it is "
-      + `strongest keeps ${median("kept", "projection")} of an activation of ${layers.at(-1)} alive (median); a quarter chosen by `
-      + `the gradient keeps ${median("kept", "gradient")}, the middle ${median("kept", "centre")}, chance ${median("kept", "random")}.`),
-    el("p", {}, "It does not show only what was learned: through random weights, projections have a rank correlation of "
-      + `${median(test, "conv4 to conv1, own switches")} with the trained ones, those of other filters in other images `
-      + `${median(test, "other filter, other image")} (what all windows share taken out).`),
-    el("details", {}, el("summary", {}, "all numbers (trust.csv)"), el("table", {}, row(["test", "condition", "median",
-      "95 % interval", "units"], {}, "th"), trust.filter((r) => !r.test.includes("draw")).map((r) => row([r.test, r.condition,
-      two(r.median), `${two(r.low)} to ${two(r.high)}`, r.n]))))]
-      : el("p", {}, "How far to trust it is not measured yet: uv run analyse_projections.py adds it.")),
-    section("What the numbers mean", "", list(Object.values(METRICS))),
-    section("Training", "", list(Object.entries(data.run).map(([key, v]) => [key.replaceAll("_", " "), write(v)]))),
-    section("Other figures", "", data.figures.map((name) => [el("a", { href: `../${encodeURI(name)}` }, name), " "]))];
+  const figures = data.figures.map((name) => [el("a", { href: `../${encodeURI(name)}` }, name)]);
+  const reading = data.notes.reading.map((text) => el("p", {}, text));
+  return [h1("The run"), section("How to read a projection", "", reading),
+    section("What the numbers mean", "", list(Object.values(data.metrics))),
+    section("Training", "", list(data.run)),
+    section("Other figures", "", el("div", { class: "files" }, figures))];
 }
-
 // ---- addresses (#conv4, #conv4/137, #conv4?sort=auc&class=car, #class/car, #run) and keys
 function show() {
-  const [path, search] = location.hash.slice(1).split("?"), [view, item] = path.split("/").map(decodeURIComponent);
-  const layer = layers.includes(view) ? view : layers.at(-1), n = Number(item), last = main.dataset.filter;
-  const one = ["class", "run"].includes(view) ? view : item && data.layers[layer].filters[n] ? "filter" : "layer";
-  query = one === "layer" && search !== undefined ? search : query;
-  main.replaceChildren(...{ layer: () => layerView(layer), filter: () => filterView(layer, n), run: runView,
-    class: () => classView(data.classes.includes(item) ? item : data.classes[0]) }[one]().flat(9));
-  header.replaceChildren(el("b", {}, "Filter explorer"), el("span", {}, `${data.title}, ${data.accuracy}`),
-    ...layers.map((name) => link([name], name)), link(["class", data.classes[0]], "classes"), link(["run"], "run"));
-  header.children[layers.includes(layer) && one in { layer: 0, filter: 0 } ? 2 + layers.indexOf(layer)
-    : one === "class" ? 6 : 7].setAttribute("aria-current", "page");
-  if (data.generated) main.prepend(el("div", { class: "loud" }, "Generated shapes, no photographs: they show that the code works"));
+  const [path, search] = location.hash.slice(1).split("?"), last = main.dataset.filter;
+  const [view, item] = path.split("/").map(decodeURIComponent), n = Number(item);
+  const layer = layers.includes(view) ? view : deepest, known = item && data.layers[layer].filters[n];
+  const one = ["class", "run"].includes(view) ? view : known ? "filter" : "layer";
+  if (one === "layer" && search !== undefined) query = search;
+  const views = { layer: () => layerView(layer), filter: () => filterView(layer, n), run: runView,
+    class: () => classView(data.classes.includes(item) ? item : data.classes[0]) };
+  main.replaceChildren(...views[one]().flat(9).filter((node) => node !== null));
+  if (data.generated) main.prepend(el("div", { class: "loud" }, data.notes.generated));
+  header.replaceChildren(el("b", {}, "Filter explorer"), el("span", {}, `${data.title}, ${data.accuracy}`));
+  for (const name of [...layers, "class", "run"]) header.append(link([name], name));
+  const here = one === "class" || one === "run" ? one : layer;
+  header.querySelector(`[href="#${here}"]`).setAttribute("aria-current", "page");
   document.title = `${main.querySelector("h1").textContent}, ${data.title}`;
   main.dataset.filter = one === "filter" ? `#${layer}/${n}` : "";
-  const back = one === "layer" && last && main.querySelector(`.tile[href="${last}"]`);
+  const back = one === "layer" && last && main.querySelector(`.tiles [href="${last}"]`);
   if (!back) scrollTo(0, 0);
   (back || main.querySelector("h1")).focus({ preventScroll: !back });
 }
 addEventListener("hashchange", show);
 addEventListener("keydown", (event) => {
-  const [layer, n] = main.dataset.filter.slice(1).split("/"), step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const [layer, n] = main.dataset.filter.slice(1).split("/");
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (!n || event.altKey || event.ctrlKey || event.metaKey) return;
   const next = step && order.numbers[order.numbers.indexOf(Number(n)) + step];
   if (event.key === "Escape") location.hash = layer;

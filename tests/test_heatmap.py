@@ -1,25 +1,34 @@
+import html
+import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 import torch
 import torch.nn.functional as F
-from conftest import FAST, MakeNet
+from conftest import FAST, FILTERS, MakeNet
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 
 import heatmap
 import load_data
 from analyse_projections import recalibrate_batch_norm
-from CNN import CNN, load_checkpoint
-from deconv import project_unit
+from CNN import CNN, LAYERS, load_checkpoint
+from deconv import displayed, project_unit, window_of
 from deconv_full import Units, measure_activations, strongest_of
 from heatmap import Occlusion, change, square_positions
-from load_data import Array, Split, load_split
+from load_data import STL10_CLASSES, Array, Split, load_split
 
 
 def some_images(count: int) -> Array:
@@ -34,6 +43,13 @@ def lively(make_net: MakeNet) -> CNN:
 def shown(figure: Figure, panel: int) -> Array:
     """What the last picture of a panel holds."""
     return np.asarray(figure.axes[panel].get_images()[-1].get_array())
+
+
+def load_test(folder: Path) -> Split:
+    """The test split of the pipeline."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_data, "check_file", lambda path: None)  # as if these had been published
+        return load_split("stl10", folder / "data", "test")
 
 
 class Results(NamedTuple):
@@ -62,7 +78,8 @@ def results(pipeline: Path) -> Results:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(pipeline)
-        patch.setattr(load_data, "check_file", lambda path: None)  # as if these had been published
+        patch.setattr(load_data, "check_file", lambda path: None)
+        patch.setattr(heatmap, "write_explorer", lambda *_: None)
         for name, value in {**FAST[heatmap], "DEVICE": "cpu", "save_figure": keep}.items():
             patch.setattr(heatmap, name, value)
         heatmap.main()
@@ -292,5 +309,210 @@ def test_tables_that_are_missing_or_of_another_checkpoint_are_refused(pipeline_c
     with pytest.raises(SystemExit, match=f"^{path} was made from another checkpoint: run `uv run analyse_pr"):
         heatmap.main()
     path.unlink()
-    with pytest.raises(SystemExit, match=rf"{path} not found: run `uv run analyse_projections.py` first$"):
+    with pytest.raises(
+        SystemExit, match=rf"^{path.absolute()} not found: run `uv run analyse_projections.py` first$"
+    ):
         heatmap.main()
+
+
+def embedded(page: Path) -> dict[str, Any]:
+    """The JSON in a page, as a browser finds it: up to the first thing that ends a script."""
+    data = page.read_text().split('type="application/json">')[1].split("</script")[0]
+    return dict(json.loads(data))
+
+
+def assert_alike(shown: Array, expected: Array, size: int) -> None:
+    """Small windows are stored as multiples of 8; large ones are blurred, colour more than brightness."""
+    if size < 32:
+        assert np.abs(shown - expected).max() <= 5
+    else:
+        assert np.corrcoef(shown.mean(axis=-1).ravel(), expected.mean(axis=-1).ravel())[0, 1] > 0.7
+
+
+def test_a_strip_holds_projections_above_and_patches_below(pipeline: Path) -> None:
+    folder, test = pipeline / "outputs", load_test(pipeline)
+    stored = np.load(folder / "projections.npz")
+    for layer, count in zip(LAYERS, FILTERS, strict=True):
+        assert len(list((folder / "explorer" / layer).iterdir())) == count
+        size = stored[f"{layer}_patch"].shape[-1]
+        for n in (0, count - 1):
+            with Image.open(folder / f"explorer/{layer}/{n:03d}.webp") as strip:
+                assert strip.size == ((9 + 12 + 2) * size, 2 * size)  # two snapshots
+                pixels = np.asarray(strip.convert("RGBA")).astype(int)
+            panels = pixels.reshape(2, size, -1, size, 4).swapaxes(1, 2)  # (rows, columns, size, size, 4)
+            top = 255 * displayed(stored[f"{layer}_projection"][n])
+            third = 255 * displayed(stored[f"{layer}_level_projection"][n, 6:9].astype(np.float32))
+            assert_alike(panels[0, :9, ..., :3], top, size)
+            assert_alike(panels[0, 15:18, ..., :3], third, size)
+            assert (panels[0, ..., 3] == 255).all()
+            for place, image in (
+                (1, stored[f"{layer}_image"][n, 1]),
+                (12, stored[f"{layer}_level_image"][n, 3]),
+            ):
+                key = f"{layer}_origin" if place < 9 else f"{layer}_level_origin"
+                patch, inside = panels[1, place], np.zeros((size, size), bool)
+                if image >= 0:
+                    row, column = stored[key][n, place % 9]
+                    expected = window_of(test.images[image], row, column, size, 0).transpose(1, 2, 0)
+                    inside = window_of(np.ones((1, 96, 96), bool), row, column, size, 0)[0]
+                    assert_alike(patch[inside][:, :3], expected[inside], size)
+                assert ((patch[..., 3] == 255) == inside).all()
+
+
+def test_the_page_holds_the_values_of_the_tables(pipeline: Path) -> None:
+    outputs = pipeline / "outputs"
+    page, tables = embedded(outputs / "explorer/index.html"), {}
+    for name in ("filter_metrics", "class_metrics", "ablation"):
+        tables[name] = pd.read_csv(outputs / f"{name}.csv")
+    close: dict[str, Any] = {"rel": 1e-4, "abs": 1e-9, "nan_ok": True}
+    for layer, count in zip(LAYERS, FILTERS, strict=True):
+        filters = page["layers"][layer]["filters"]
+        rows = tables["filter_metrics"].query(f"layer == '{layer}'").to_dict("records")
+        assert len(filters) == count
+        for of_filter, row in zip(filters, rows, strict=True):
+            assert of_filter["preferred_class"] == (None if row["dead"] else row["preferred_class"])
+            for name in (
+                "filter",
+                "selectivity",
+                "selectivity_low",
+                "auc",
+                "activation_mean",
+                "nonzero_count",
+            ):
+                value = np.nan if of_filter[name] is None else of_filter[name]
+                assert value == pytest.approx(row[name], **close), name
+            means = tables["class_metrics"].query(f"layer == '{layer}' and filter == {row['filter']}")
+            columns = ["activation_mean", "activation_low", "activation_high"]
+            np.testing.assert_allclose(of_filter["means"], means[columns], rtol=1e-4)
+            lost = tables["ablation"].query(f"filter == {row['filter']}")["accuracy_lost"]
+            assert of_filter["lost"] == (pytest.approx(lost.tolist(), **close) if layer == "conv4" else None)
+
+
+def test_activations_are_counted_and_correlated_by_hand() -> None:
+    values = np.array([[0.0, 3, 0], [24, 0, 0], [12, 0, 0], [0.5, 1, 0]], np.float32)
+    columns = {"layer": "conv2", "filter": range(3), "dead": [False, False, True]}
+    filters = pd.DataFrame({**columns, "preferred_class": ["b", "a", None]})
+    classes = pd.DataFrame({"layer": "conv2", "activation_mean": np.arange(6.0)})
+    tables = {"filter": filters, "class": classes.assign(activation_low=0.0, activation_high=9.0)}
+    first, second, dead = heatmap.describe_filters(
+        "conv2", values, np.array([0, 1, 1, 0]), ["a", "b"], tables
+    )
+    assert first["images"] == [2, 2] and first["zeros"] == [0, 1] and first["largest"] == 24
+    own, others = first["counts"]
+    assert own.nonzero()[0].tolist() == [12, 23] and others.nonzero()[0].tolist() == [0]  # bins of width 1
+    assert second["images"] == [2, 2] and second["zeros"] == [0, 2]
+    assert first["similar"] == second["similar"] == dead["similar"] == []  # one falls where the other rises
+    assert first["means"].tolist() == [[0, 0, 9], [1, 0, 9]] and first["lost"] is None
+    copies = heatmap.describe_filters(
+        "conv2", values[:, [0, 0, 2]], np.array([0, 1, 1, 0]), ["a", "b"], tables
+    )
+    assert copies[0]["similar"] == [(1, pytest.approx(1))] and copies[1]["similar"] == [(0, pytest.approx(1))]
+
+
+def test_text_on_class_colours_is_readable() -> None:
+    def luminance(colour: str) -> float:
+        values = np.array(to_rgb(colour))
+        return float(np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4) @ weights)
+
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    for colour in sns.color_palette("colorblind", 10).as_hex():
+        low, high = sorted((luminance(colour), luminance(heatmap.readable_on(colour))))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+    assert heatmap.readable_on("#ffffff") == "#000" and heatmap.readable_on("#000000") == "#fff"
+
+
+def test_json_in_the_page_is_never_read_as_html() -> None:
+    content = {"</script><b>": ["<!--", np.nan, np.float32(1 / 3), np.int64(7), np.bool_(True), None]}
+    text = heatmap.as_json(content)
+    assert "<" not in text and json.loads(text) == {"</script><b>": ["<!--", None, 0.33333, 7, True, None]}
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NEEDS_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+
+
+def browse(page: Path, *visits: str) -> list[str]:
+    """Open a page, visit addresses in it ("#run") or press keys ("Escape"); return what it showed after each.
+
+    Nothing may be written to the console, and all that is loaded or linked must be a file beside the page.
+    """
+    copy = page.with_name("copy.html")
+    script = """<script>(async () => {
+        const shown = [];
+        for (const visit of VISITS) {
+            if (visit.startsWith("#")) location.hash = visit;
+            else document.body.dispatchEvent(new KeyboardEvent("keydown", { key: visit, bubbles: true }));
+            await new Promise((resolve) => setTimeout(resolve, 100));
+            shown.push(main.cloneNode(true));
+        }
+        document.body.replaceChildren(...shown);
+    })();</script>"""
+    copy.write_text(page.read_text() + script.replace("VISITS", json.dumps(visits)))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    options += ["--virtual-time-budget=9000", f"--user-data-dir={page.parent / 'profile'}"]
+    command = [str(CHROMIUM), *options, copy.resolve().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in done.stderr
+    _, *shown = done.stdout.split("<main")
+    assert len(shown) == len(visits)
+    for link in re.findall(r'(?:src|href)="([^"#]+)', done.stdout) + re.findall(r"url\(([^)]+)", done.stdout):
+        assert link == "data:," or (page.parent / unquote(link)).is_file(), link
+    return shown
+
+
+@NEEDS_CHROMIUM
+def test_the_page_works_in_a_browser(pipeline: Path) -> None:
+    shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
+    table = pd.read_csv("outputs/filter_metrics.csv").query("layer == 'conv4'")
+    table = table.sort_values("selectivity", ascending=False, kind="stable", na_position="last")
+    order = table["filter"].tolist()
+    alive = order[1]
+    keys = "ArrowLeft", "ArrowRight", "Escape"
+    layers = [f"#{layer}" for layer in LAYERS]
+    last = f"#conv4?sort=selectivity&class={table['preferred_class'].iloc[0]}"
+    visits = [*layers, "#conv4?sort=selectivity", f"#conv4/{alive}", *keys, last, "#class/bird", "#run"]
+    shown = browse(Path("outputs/explorer/index.html"), *visits)
+    for layer, count, document in zip(LAYERS, FILTERS, shown, strict=False):
+        assert re.findall(rf'href="#{layer}/(\d+)"', document) == [str(n) for n in range(count)]
+    by_selectivity, one, before, after, back, of_class, bird, run = shown[4:]
+    for document in (by_selectivity, back):
+        assert re.findall(r'href="#conv4/(\d+)"', document) == [str(n) for n in order]
+    assert f">conv4 / {alive} <" in one and f"url(conv4/{alive:03d}.webp)" in one
+    assert f">conv4 / {order[0]} <" in before and f">conv4 / {alive} <" in after  # in the order of the tiles
+    own = table.loc[table["preferred_class"] == table["preferred_class"].iloc[0], "filter"]
+    assert re.findall(r'href="#conv4/(\d+)"', of_class) == [str(n) for n in own]
+    assert ">bird</h1>" in bird and "are recognised" in bird and ">The run</h1>" in run
+
+
+@NEEDS_CHROMIUM
+def test_names_of_classes_do_no_harm_in_the_page(pipeline: Path) -> None:
+    shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
+    page, names = Path("outputs/explorer/index.html"), ["</script><b>", "../x", "a&b=c#d?e/f%", "\"'`${1}"]
+    text = page.read_text()
+    for name, evil in zip(STL10_CLASSES, names, strict=False):
+        text = text.replace(f'"{name}"', heatmap.as_json(evil))
+    page.write_text(text.replace('"generated":false', '"generated":true'))
+    for name, document in zip(
+        names, browse(page, *(f"#class/{quote(name, safe='')}" for name in names)), strict=True
+    ):
+        assert f">{html.escape(name, quote=False)}</h1>" in document and "<b>&" not in document
+        assert "Generated shapes, no photographs" in document
+
+
+def test_a_page_without_what_is_optional_says_how_to_get_it(pipeline_copy: Path) -> None:
+    for name in ("ablation.csv", "trust.csv"):
+        (pipeline_copy / name).unlink()
+    shutil.rmtree(pipeline_copy / "snapshots")
+    (pipeline_copy / "explorer/conv4/999.webp").touch()  # of a network with more filters
+    checkpoint = load_checkpoint(pipeline_copy / "CNN.pth")
+    heatmap.write_explorer(
+        pipeline_copy, checkpoint, [checkpoint], load_split("stl10", Path("data"), "test"), 9
+    )
+    page = embedded(pipeline_copy / "explorer/index.html")
+    notes = page["notes"]
+    assert page["layers"]["conv4"]["filters"][0]["lost"] is None
+    assert (
+        "uv run analyse_projections.py" in notes["ablation"] and "uv run train_CNN.py" in notes["evolution"]
+    )
+    assert "uv run analyse_projections.py" in notes["reading"][-1]
+    assert len(list((pipeline_copy / "explorer/conv4").iterdir())) == FILTERS[-1]
