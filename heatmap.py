@@ -547,7 +547,7 @@ METRICS = {  # what the page calls them, and what they are
     "preferred_class": ("preferred class", "Class of the largest mean activation"),
     "selectivity": (
         "selectivity",
-        "(mean on preferred class - mean of the others) / their sum: 0 none, 1 full",
+        "(mean on preferred class - mean of the others) / their sum; 0: alike on all, 1: on one only",
     ),
     "auc": (
         "AUC",
@@ -558,7 +558,7 @@ METRICS = {  # what the page calls them, and what they are
     "activation_nonzero": ("fires on", "Share of the test images with an activation above zero"),
     "lost": (
         "points lost",
-        "Percentage points of accuracy lost with its map set to its mean; negative: gained",
+        "Percentage points of accuracy lost when its map is set to its training mean; negative: gained",
     ),
     "twin": (
         "twin",
@@ -566,7 +566,7 @@ METRICS = {  # what the page calls them, and what they are
     ),
     "projections": (
         "projections",
-        "Magnitudes, RGB summed, normalised pixels; means over images, largest of all",
+        "Magnitude (RGB summed) in normalised pixels: means over images; the largest of all",
     ),
 }
 
@@ -985,7 +985,7 @@ select, label { font: inherit; margin-right: 14px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; } .pair > :last-child { grid-column: span 2; }
 table { border-collapse: collapse; width: 100%; max-width: 800px; font-size: 13px; }
 th, td { text-align: left; padding: 2px 8px 2px 0; } td { white-space: nowrap; }
-.track { position: relative; width: 25vw; max-width: 110px; height: 11px; }
+.track { position: relative; width: 20vw; max-width: 110px; height: 11px; }
 .track * { position: absolute; top: 1px; bottom: 1px; }
 dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px; }
 dd { margin: 0; overflow-wrap: anywhere; } svg { max-width: 480px; font-size: 12px; fill: var(--soft); }

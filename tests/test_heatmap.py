@@ -444,12 +444,17 @@ def browse(page: Path, *visits: str) -> list[str]:
             else document.body.dispatchEvent(new KeyboardEvent("keydown", { key: visit, bubbles: true }));
             await new Promise((resolve) => setTimeout(resolve, 100));
             shown.push(main.cloneNode(true));
+            if (main.scrollWidth > innerWidth) console.error("too wide");
         }
         document.body.replaceChildren(...shown);
     })();</script>"""
     copy.write_text(page.read_text() + script.replace("VISITS", json.dumps(visits)))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    options += ["--virtual-time-budget=9000", f"--user-data-dir={page.parent / 'profile'}"]
+    options += [
+        "--window-size=500,800",
+        "--virtual-time-budget=9000",
+        f"--user-data-dir={page.parent / 'profile'}",
+    ]
     command = [str(CHROMIUM), *options, copy.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "CONSOLE" not in done.stderr
