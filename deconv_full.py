@@ -52,7 +52,7 @@ from load_data import IMAGE_SIZE, TITLES, Array, lay_out, load_split, save_array
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = 100  # test images of each class in projection_statistics.npz; None: all
 BATCH_SIZE = 32  # images whose masks are held at once by each thread; more costs memory, not time
-FILTERS_PER_PAGE = 32  # filters in one picture of outputs/deconv/
+FILTERS_PER_PAGE = 16  # filters in one picture of outputs/deconv/
 EVOLUTION_FILTERS = 5  # filters of each layer in feature_evolution.png, evenly spaced by number
 EVOLUTION_IMAGES = 1000  # test images in which each snapshot's strongest activation is sought
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
@@ -474,35 +474,59 @@ def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_
     return arrays
 
 
-def draw_page(top: Arrays, layer: str, filters: Sequence[int], heading: str) -> Figure:
+def describe_filters(maxima: Array, labels: Array, names: Sequence[str]) -> list[str]:
+    """Say of each filter which class it prefers, how selectively, and how strong it gets."""
+    means = by_class(np.mean, maxima, labels, len(names))
+    pairs = zip(means.argmax(axis=0), class_selectivity(means).max(axis=0), maxima.max(axis=0), strict=True)
+    texts = (
+        f"{names[k]}, selectivity {index:.2f}, activation {top:.2f}" if top else "dead"
+        for k, index, top in pairs
+    )
+    return [f"filter {number}: {text}" for number, text in enumerate(texts)]
+
+
+def draw_page(top: Arrays, layer: str, filters: Sequence[int], texts: Sequence[str], heading: str) -> Figure:
     """Draw the layout of the paper's Figure 2: projections of each filter, beside them the image patches.
 
-    `top` is what `project_top` returned. Of projections grey is zero, with one scale for each filter; of
-    patches white lies beyond the image.
+    Of conv1, whose projections are the filter times the activation, one stands for all.
+
+    Args:
+        top: What `project_top` returned.
+        layer: One of its layers.
+        filters: Which of them.
+        texts: What is written above each filter of the layer.
+        heading: Title. Of projections grey is zero, with one scale for each filter; of patches white lies
+            beyond the image.
     """
-    values, patches, projections, origins = (
-        top[f"{layer}_{name}"][filters] for name in ("value", "patch", "projection", "origin")
+    patches, projections, origins = (
+        top[f"{layer}_{name}"][filters] for name in ("patch", "projection", "origin")
     )
-    rows, side, size = math.ceil(len(filters) / 4), math.ceil(values.shape[1] ** 0.5), patches.shape[-1]
-    figsize, frame = (10, 0.55 + 1.32 * rows), np.ones((1, IMAGE_SIZE, IMAGE_SIZE))
-    fig, axes = plt.subplots(rows, 4, figsize=figsize, squeeze=False, layout="constrained")
+    once, side, size = layer == LAYERS[0], math.ceil(patches.shape[1] ** 0.5), patches.shape[-1]
+    columns, height = (6, 1.05) if once else (2, 2.6)  # of a page, and inches of a row
+    rows, frame = math.ceil(len(filters) / columns), np.ones((1, IMAGE_SIZE, IMAGE_SIZE))
+    layout: dict[str, Any] = {"figsize": (10, 0.6 + height * rows), "layout": "constrained"}
+    fig: Figure
+    fig, axes = plt.subplots(rows, columns, squeeze=False, **layout)
     for ax in axes.flat:
         ax.axis("off")
     for k, (ax, number) in enumerate(zip(axes.flat, filters, strict=False)):
         inside = [window_of(frame, top_row, left, size, 0) for top_row, left in origins[k]]
         pictures = np.where(inside, patches[k] / 255, 1)  # (images, 3, rows, columns)
-        left_half = lay_out(displayed(projections[k]), side, 1)
-        right_half = lay_out(np.moveaxis(pictures, 1, 3), side, 1)
+        right_half, shown = lay_out(np.moveaxis(pictures, 1, 3), side, 1), displayed(projections[k])
+        left_half = lay_out(shown, side, 1)
+        if once:  # as large as the patches together
+            factor = len(right_half) // (size + 1)
+            large = shown[0].repeat(factor, axis=0).repeat(factor, axis=1)
+            left_half = np.pad(large, ((1, factor), (1, factor), (0, 0)), constant_values=1)
         gap = np.ones((len(left_half), max(2, len(left_half) // 20), 3))
         ax.imshow(np.concatenate([left_half, gap, right_half], axis=1), interpolation="nearest")
-        state = f"activation {values[k, 0]:.2f}" if values[k, 0] > 0 else "dead"
-        ax.set_title(f"filter {number}, {state}", fontsize=7, pad=2)
+        ax.set_title(texts[number].replace(": ", "\n") if once else texts[number], fontsize=8, pad=2)
     fig.suptitle(heading, fontsize=9)
     return fig
 
 
-def draw_pages(top: Arrays, heading: str, per_page: int, folder: Path) -> None:
-    """Draw the top projections of every filter of every layer, `per_page` filters a picture.
+def draw_pages(top: Arrays, texts: dict[str, list[str]], heading: str, per_page: int, folder: Path) -> None:
+    """Draw the top projections of every filter of every layer, `per_page` filters a picture, conv1 in one.
 
     Earlier pages go first: those of a network with more filters would otherwise stay among the new ones.
     """
@@ -510,13 +534,14 @@ def draw_pages(top: Arrays, heading: str, per_page: int, folder: Path) -> None:
         page.unlink()
     for layer in LAYERS:
         count, *_, window = top[f"{layer}_patch"].shape
-        for start in range(0, count, per_page):
-            numbers = range(start, min(start + per_page, count))
+        step = count if layer == LAYERS[0] else per_page
+        for start in range(0, count, step):
+            numbers = list(range(start, min(start + step, count)))
             text = (
                 f"{layer}, filters {start} to {numbers[-1]}, windows of {window} x {window} pixels\n{heading}"
             )
             path = folder / f"{layer}_filters_{start:03d}_to_{numbers[-1]:03d}.png"
-            save_figure(path, draw_page(top, layer, list(numbers), text))
+            save_figure(path, draw_page(top, layer, numbers, texts[layer], text))
 
 
 # ---------------------------------------------------------------- evolution of features (Figure 4)
@@ -531,18 +556,21 @@ def read_snapshots(folder: Path, checkpoint: Checkpoint) -> list[Checkpoint]:
     return [*sorted(earlier, key=lambda s: s.epochs), checkpoint]
 
 
+class Evolution(NamedTuple):
+    """The strongest activation of some filters of a layer after each of several epochs."""
+
+    filters: Array  # their numbers
+    image: Array  # in which image it was, (filters, epochs)
+    projections: Array  # (filters, epochs, 3, rows, columns)
+
+
 def project_evolution(
     images: Array, snapshots: Sequence[Checkpoint], count: int, batch_size: int
-) -> dict[str, tuple[Array, Array]]:
-    """Project the strongest activations of `count` filters a layer after each of several epochs.
-
-    Returns:
-        For each layer numbers of filters (filters,) and projections (filters, snapshots, 3, rows, columns).
-    """
-    evolution: dict[str, tuple[Array, Array]] = {}
+) -> dict[str, Evolution]:
+    """Project the strongest activations of `count` filters of each layer, evenly spaced by number."""
     widths = snapshots[-1].net.config["filters"]
     numbers = [np.unique(np.linspace(0, width - 1, count).astype(np.int64)) for width in widths]
-    columns: list[list[Array]] = [[] for _ in LAYERS]
+    columns: list[list[tuple[Array, Array]]] = [[] for _ in LAYERS]
     for snapshot in snapshots:
         doing = f"epoch {snapshot.epochs}"
         activations = measure_activations(images, snapshot.net, batch_size, doing)
@@ -550,23 +578,31 @@ def project_evolution(
             maxima, positions = activations[f"{layer}_max"], activations[f"{layer}_position"]
             units = strongest_of(maxima, positions, maxima[:, chosen].argmax(axis=0), chosen)
             projector = Projector(snapshot.net, k, batch_size)
-            columns[k].append(project_windows(projector, images, units, f"{doing}, {layer}")[0])
+            columns[k].append(
+                (units.image, project_windows(projector, images, units, f"{doing}, {layer}")[0])
+            )
+    evolution = {}
     for layer, chosen, parts in zip(LAYERS, numbers, columns, strict=True):
-        evolution[layer] = chosen, np.stack(parts, axis=1)
+        image, projections = (np.stack(of, axis=1) for of in zip(*parts, strict=True))
+        evolution[layer] = Evolution(chosen, image, projections)
     return evolution
 
 
-def draw_evolution(evolution: dict[str, tuple[Array, Array]], epochs: Sequence[int], heading: str) -> Figure:
+def draw_evolution(evolution: dict[str, Evolution], epochs: Sequence[int], heading: str) -> Figure:
     """Draw what `project_evolution` returned: a row for each filter, a column for each epoch.
 
-    Each panel has a scale of its own, since projections grow as the network learns.
+    Each panel has a scale of its own, since projections grow as the network learns. A line stands before a
+    panel whose image is another one than before.
     """
     fig, axes = plt.subplots(2, 2, figsize=(10, 7.3), layout="constrained")
-    for ax, (layer, (numbers, projections)) in zip(axes.flat, evolution.items(), strict=True):
+    for ax, (layer, (numbers, image, projections)) in zip(axes.flat, evolution.items(), strict=True):
         rows, columns, _, size, _ = projections.shape
         gap = max(1, size // 12)
         panels = np.stack([displayed(panel) for panel in projections.reshape(-1, 3, size, size)])
         ax.imshow(lay_out(panels, columns, gap), interpolation="nearest")
+        row, column = np.nonzero(np.diff(image, axis=1))
+        above = row * (size + gap) + gap - 0.5
+        ax.vlines((column + 1) * (size + gap) + gap / 2 - 0.5, above, above + size, "C1", linewidth=1.5)
         middle = gap + size / 2 - 0.5
         ax.set_xticks(np.arange(columns) * (size + gap) + middle, [str(epoch) for epoch in epochs])
         ax.set_yticks(np.arange(rows) * (size + gap) + middle, [str(number) for number in numbers])
@@ -643,15 +679,16 @@ def main() -> None:
     top = project_top(images, net, activations, N_TOP, BATCH_SIZE)
     save_arrays(OUTPUTS / "projections.npz", checkpoint, **top)
     heading = f"top {N_TOP} of {len(images):,} test images of {title}; grey is zero; {checkpoint.accuracy()}"
-    draw_pages(top, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
+    names = checkpoint.class_names
+    texts = {layer: describe_filters(activations[f"{layer}_max"], labels, names) for layer in LAYERS}
+    draw_pages(top, texts, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
     del top  # its memory is needed for what follows
 
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
     evolution = project_evolution(images[:EVOLUTION_IMAGES], snapshots, EVOLUTION_FILTERS, BATCH_SIZE)
     heading = f"strongest activation in {len(images[:EVOLUTION_IMAGES]):,} test images of {title} after each "
-    heading += (
-        f"epoch, projected; grey is zero, each panel has its own scale\nat the end {checkpoint.accuracy()}"
-    )
+    heading += f"epoch, projected; at the end {checkpoint.accuracy()}\ngrey is zero, each panel has its own "
+    heading += "scale; an orange line: the strongest activation is now in another image"
     figure = draw_evolution(evolution, [snapshot.epochs for snapshot in snapshots], heading)
     save_figure(OUTPUTS / "feature_evolution.png", figure)
 

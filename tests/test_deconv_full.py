@@ -277,18 +277,41 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
 def test_a_page_shows_projections_in_grey_and_patches_white_beyond_the_border() -> None:
     projection, patch = np.zeros((2, 1, 3, 3, 3)), np.zeros((2, 1, 3, 3, 3), np.uint8)
     projection[0, 0, :, 2, 0], projection[1, 0, 0, 0, 0], patch[0, 0, :, 1, 1] = -7, 1, 51
-    top: dict[str, Array] = {"conv1_projection": projection, "conv1_patch": patch}
-    top |= {"conv1_value": np.array([[1.5], [0]]), "conv1_origin": np.array([[[-1, 94]], [[0, 0]]])}
-    figure = deconv_full.draw_page(top, "conv1", [0, 1], "heading")
+    top: dict[str, Array] = {"conv2_projection": projection, "conv2_patch": patch}
+    top["conv2_origin"] = np.array([[[-1, 94]], [[0, 0]]])
+    figure = deconv_full.draw_page(top, "conv2", [0, 1], ["filter 0: this", "filter 1: that"], "heading")
     plt.close(figure)
     first, second, *_ = figure.axes
-    assert (first.get_title(), second.get_title()) == ("filter 0, activation 1.50", "filter 1, dead")
+    assert (first.get_title(), second.get_title()) == ("filter 0: this", "filter 1: that")
     shown = np.asarray(first.images[0].get_array())
     assert (shown == shown[:, :, :1]).all()
     grey, white = [0.5, 0.5, 0.5], [1, 1]  # the gap of two
     expected = [grey + white + [1, 1, 1], grey + white + [0, 0.2, 1], [0, 0.5, 0.5, *white, 0, 0, 1]]
     assert shown[:, :, 0] == pytest.approx(np.array(expected))
     assert np.asarray(second.images[0].get_array())[0, 0].tolist() == [1, 0.5, 0.5]  # a scale of its own
+
+
+def test_of_conv1_one_projection_stands_for_nine() -> None:
+    rng, projection = np.random.default_rng(0), np.zeros((1, 9, 3, 2, 2))
+    projection[0] = rng.standard_normal((3, 2, 2)) * np.arange(9, 0, -1)[:, None, None, None]
+    top: dict[str, Array] = {"conv1_projection": projection, "conv1_origin": np.zeros((1, 9, 2), np.int16)}
+    top["conv1_patch"] = rng.integers(0, 256, (1, 9, 3, 2, 2), np.uint8)
+    figure = deconv_full.draw_page(top, "conv1", [0], ["filter 0: this"], "heading")
+    plt.close(figure)
+    shown, expected = np.asarray(figure.axes[0].images[0].get_array()), deconv.displayed(projection[0])[0]
+    assert shown.shape == (10, 10 + 2 + 10, 3) and figure.axes[0].get_title() == "filter 0\nthis"
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        block = shown[1 + 3 * row : 4 + 3 * row, 1 + 3 * column : 4 + 3 * column]
+        assert (block == expected[row, column].astype(np.float32)).all()
+
+
+def test_filters_are_described_by_their_preferred_class() -> None:
+    maxima = np.array([[3.0, 0, 0], [1, 0, 2], [1, 0, 4]])  # filter 1 is dead
+    assert deconv_full.describe_filters(maxima, np.array([0, 1, 1]), ["ant", "bee"]) == [
+        "filter 0: ant, selectivity 0.50, activation 3.00",
+        "filter 1: dead",
+        "filter 2: bee, selectivity 1.00, activation 4.00",
+    ]
 
 
 def test_pages_of_an_earlier_network_go(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +321,9 @@ def test_pages_of_an_earlier_network_go(pipeline: Path, monkeypatch: pytest.Monk
     for name in ("conv1_filters_096_to_099.png", "mine.png"):
         (folder / name).touch()
     with np.load(pipeline / "outputs/projections.npz") as top:
-        deconv_full.draw_pages(dict(top), "heading", 12, folder)
-    ranges = ((1, 0, 3), (2, 0, 5), (3, 0, 7), (4, 0, 11), (4, 12, 15))
+        deconv_full.draw_pages(dict(top), dict.fromkeys(LAYERS, [""] * 16), "heading", 3, folder)
+    ranges = ((1, 0, 3), *((2, k, k + 2) for k in (0, 3)), (3, 0, 2), (3, 3, 5), (3, 6, 7))
+    ranges += tuple((4, k, min(k + 2, 15)) for k in range(0, 16, 3))
     pages = [f"conv{k}_filters_{first:03d}_to_{last:03d}.png" for k, first, last in ranges]
     assert sorted(path.name for path in folder.iterdir()) == [*pages, "mine.png"]
 
@@ -309,13 +333,17 @@ def test_the_evolution_ends_in_the_top_projections_of_the_last_network(make_net:
     evolution = deconv_full.project_evolution(IMAGES, [first, last], 3, 5)
     top = deconv_full.project_top(IMAGES, last.net, measure_activations(IMAGES, last.net, 5, ""), 1, 5)
     for filters, layer in zip((5, 6, 7, 8), LAYERS, strict=True):
-        numbers, projections = evolution[layer]
+        numbers, image, projections = evolution[layer]
         assert numbers.tolist() == [0, (filters - 1) // 2, filters - 1]
         assert projections.shape[:3] == (3, 2, 3)
         assert_equal(projections[:, 1], top[f"{layer}_projection"][numbers, 0])
+        strongest = top[f"{layer}_image"][numbers, 0]
+        assert (image[:, 1] == np.maximum(strongest, 0)).all() and image.shape == (3, 2)  # 0 where none fires
         assert not np.array_equal(projections[:, 0], projections[:, 1])
     figure = deconv_full.draw_evolution(evolution, [1, 3], "heading")
     plt.close(figure)
+    changes = [len(ax.collections[0].get_paths()) for ax in figure.axes]
+    assert changes == [int((of.image[:, 0] != of.image[:, 1]).sum()) for of in evolution.values()]
     axes = figure.axes[3].xaxis, figure.axes[3].yaxis
     labels = [[label.get_text() for label in axis.get_ticklabels()] for axis in axes]
     assert labels == [["1", "3"], ["0", "3", "7"]]
