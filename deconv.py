@@ -297,9 +297,9 @@ def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int]
         for column, (unit, color) in enumerate(zip(units, colors, strict=True), start=2):
             style: dict[str, Any] = {"fill": False, "edgecolor": color, "linewidth": 1.4}
             whole.add_patch(Rectangle((unit.left - 0.5, unit.top - 0.5), field, field, **style))
-            # numbers stand side by side where several frames lie on each other
-            at = max(unit.left, 0) + 1 + 9 * (column - 2), max(unit.top, 0) + 1
-            number: dict[str, Any] = {"color": "white", "fontsize": 6, "va": "top", "clip_on": True}
+            # on the upper edge; side by side where large frames lie on each other
+            at = max(unit.left, 0) + min(9 * (column - 2), max(field - 8, 0)), max(unit.top, 7)
+            number: dict[str, Any] = {"color": "white", "fontsize": 6, "va": "bottom", "clip_on": True}
             box = {"boxstyle": "square,pad=0.15", "facecolor": color, "linewidth": 0}
             whole.text(*at, str(column - 1), bbox=box, **number)
             panel = displayed(window_of(unit.projection, unit.top, unit.left, field, 0))

@@ -514,13 +514,14 @@ def draw_page(top: Arrays, layer: str, filters: Sequence[int], texts: Sequence[s
         pictures = np.where(inside, patches[k] / 255, 1)  # (images, 3, rows, columns)
         right_half, shown = lay_out(np.moveaxis(pictures, 1, 3), side, 1), displayed(projections[k])
         left_half = lay_out(shown, side, 1)
-        if once:  # as large as the patches together
-            factor = len(right_half) // (size + 1)
-            large = shown[0].repeat(factor, axis=0).repeat(factor, axis=1)
+        if once:  # as large as the patches together; one that the border does not cut, if there is one
+            factor, whole = len(right_half) // (size + 1), int(np.all(inside, axis=(1, 2, 3)).argmax())
+            large = shown[whole].repeat(factor, axis=0).repeat(factor, axis=1)
             left_half = np.pad(large, ((1, factor), (1, factor), (0, 0)), constant_values=1)
         gap = np.ones((len(left_half), max(2, len(left_half) // 20), 3))
         ax.imshow(np.concatenate([left_half, gap, right_half], axis=1), interpolation="nearest")
-        ax.set_title(texts[number].replace(": ", "\n") if once else texts[number], fontsize=8, pad=2)
+        text = "\n".join(texts[number].split(", ")[:2]) if once else texts[number]
+        ax.set_title(text, fontsize=8, pad=2)
     fig.suptitle(heading, fontsize=9)
     return fig
 

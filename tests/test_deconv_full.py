@@ -294,12 +294,13 @@ def test_a_page_shows_projections_in_grey_and_patches_white_beyond_the_border() 
 def test_of_conv1_one_projection_stands_for_nine() -> None:
     rng, projection = np.random.default_rng(0), np.zeros((1, 9, 3, 2, 2))
     projection[0] = rng.standard_normal((3, 2, 2)) * np.arange(9, 0, -1)[:, None, None, None]
-    top: dict[str, Array] = {"conv1_projection": projection, "conv1_origin": np.zeros((1, 9, 2), np.int16)}
+    top: dict[str, Array] = {"conv1_projection": projection, "conv1_origin": np.full((1, 9, 2), 40)}
+    top["conv1_origin"][0, :2] = -1  # the border cuts the first two
     top["conv1_patch"] = rng.integers(0, 256, (1, 9, 3, 2, 2), np.uint8)
-    figure = deconv_full.draw_page(top, "conv1", [0], ["filter 0: this"], "heading")
+    figure = deconv_full.draw_page(top, "conv1", [0], ["filter 0: this, that, more"], "heading")
     plt.close(figure)
-    shown, expected = np.asarray(figure.axes[0].images[0].get_array()), deconv.displayed(projection[0])[0]
-    assert shown.shape == (10, 10 + 2 + 10, 3) and figure.axes[0].get_title() == "filter 0\nthis"
+    shown, expected = np.asarray(figure.axes[0].images[0].get_array()), deconv.displayed(projection[0])[2]
+    assert shown.shape == (10, 10 + 2 + 10, 3) and figure.axes[0].get_title() == "filter 0: this\nthat"
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         block = shown[1 + 3 * row : 4 + 3 * row, 1 + 3 * column : 4 + 3 * column]
         assert (block == expected[row, column].astype(np.float32)).all()
