@@ -680,6 +680,9 @@ def main() -> None:
     top = project_top(images, net, activations, N_TOP, BATCH_SIZE)
     save_arrays(OUTPUTS / "projections.npz", checkpoint, **top)
     heading = f"top {N_TOP} of {len(images):,} test images of {title}; grey is zero; {checkpoint.accuracy()}"
+    # what only the files hold would take memory from here on
+    top = {name: values for name, values in top.items() if "level" not in name}
+    activations = {name: values for name, values in activations.items() if name.endswith(("max", "position"))}
     names = checkpoint.class_names
     texts = {layer: describe_filters(activations[f"{layer}_max"], labels, names) for layer in LAYERS}
     draw_pages(top, texts, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")

@@ -61,7 +61,7 @@ HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
 DROPOUT = 0.3  # of the classifier's inputs
 # training
 EPOCHS = 60  # passes over the training images
-SHAPES_EPOCHS = 8  # passes over the generated images, at most EPOCHS
+SHAPES_EPOCHS = 30  # passes over the generated images, at most EPOCHS
 BATCH_SIZE = 64  # images a step
 FILTER_RATE = 0.03  # of Muon: how far a filter, of norm 1, moves in a step; largest, after the warm-up
 LEARNING_RATE = 3e-3  # of AdamW, for batch norm and the classifier; likewise
