@@ -541,10 +541,13 @@ def ablate_in_order(linear: Linear, orders: Mapping[str, Array], level: str) -> 
     sizes = np.unique(np.linspace(0, len(linear.parts), 21).round().astype(np.int64))
     tables, averages = [], []
     for name, of_name in orders.items():
-        bar, curves = tqdm(of_name, f"ablation to {level}, {name}", unit=" orders", disable=None), []
-        for order in bar:
+        bar = tqdm(of_name, f"ablation to {level}, {name}", unit=" orders", disable=None)
+        curves = np.empty(
+            (len(of_name), len(sizes))
+        )  # made beforehand: small pieces would fragment the memory
+        for curve, order in zip(curves, bar, strict=True):
             logits = linear.without(np.argsort(order) < sizes[:, None])
-            curves.append((logits.argmax(dim=2) == linear.labels).float().mean(dim=1).cpu().numpy())
+            curve[:] = (logits.argmax(dim=2) == linear.labels).float().mean(dim=1).cpu().numpy()
         low, high = np.percentile(curves, (2.5, 97.5), axis=0)
         columns = {"ablated": sizes, "accuracy": np.mean(curves, axis=0), "low": low, "high": high}
         tables.append(pd.DataFrame({"level": level, "order": name, **columns}))
