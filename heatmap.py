@@ -1,4 +1,4 @@
-"""Draw what the filters of conv4 respond to: over all classes, in each class, in single and changed images.
+"""Draw what the filters of conv4 respond to, and a page in which every filter can be explored.
 
 Run:    uv run heatmap.py
 Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/activations.npz, outputs/projections.npz,
@@ -733,7 +733,7 @@ def explain_reading(trust: pd.DataFrame | None) -> list[str]:
         "It points at what matters, up to a point: the quarter of a window's pixels where it is strongest "
         f"keeps {kept['projection']} of an activation of conv4 alive (median); a quarter chosen by the "
         f"gradient {kept['gradient']}, the middle {kept['centre']}, a random one {kept['random']}.",
-        "It shows more than what was learned: projections through random weights have a rank correlation of "
+        "How much of it was learned: projections through random weights have a rank correlation of "
         f"{random['conv4 to conv1, own switches']:.2f} with the trained ones, those of other filters in "
         f"other images {random['other filter, other image']:.2f}, what all windows have in common taken out.",
     ]
