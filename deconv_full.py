@@ -649,12 +649,15 @@ def measure_projections(
         0 where the filter does not fire, which costs no projection.
     """
     maxima, positions = activations["conv4_max"], activations["conv4_position"]
-    entry, filter_ = np.nonzero(maxima[chosen] > 0)
-    units = strongest_of(maxima, positions, chosen[entry], filter_)
     measured = np.zeros((len(chosen), maxima.shape[1], 4), np.float32)
     projector = Projector(net, len(LAYERS) - 1, batch_size)
-    for which, _, values in project_units(projector, images, units, "projections", magnitude_statistics):
-        measured[entry[which], filter_[which]] = values
+    for start in range(0, len(chosen), 1000):  # all at once, millions of units would fill the memory
+        some = chosen[start : start + 1000]
+        entry, filter_ = np.nonzero(maxima[some] > 0)
+        units = strongest_of(maxima, positions, some[entry], filter_)
+        doing = f"projections of {start + len(some):,} of {len(chosen):,} images"
+        for which, _, values in project_units(projector, images, units, doing, magnitude_statistics):
+            measured[start + entry[which], filter_[which]] = values
     names = "nonzero_count", "mean", "max", "variance"
     return dict(zip(names, np.moveaxis(measured, 2, 0), strict=True))
 
