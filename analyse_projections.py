@@ -94,12 +94,12 @@ class Run(NamedTuple):
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table as NAME.csv."""
-        save_table(self.outputs / f"{name}.csv", self.checkpoint, table)
+        save_table(self.outputs / f"{name}.csv", self.checkpoint, table, quiet=True)
 
     def save_figure(self, name: str, figure: Figure, title: str) -> None:
         """Write a figure as NAME.png; below its title stands what network and images it is of."""
         figure.suptitle(f"{title}\n{self.source}", fontsize=9)
-        save_figure(self.outputs / f"{name}.png", figure)
+        save_figure(self.outputs / f"{name}.png", figure, quiet=True)
 
     def bootstrap(self, statistic: Callable[[Array], Any], items: int) -> tuple[float, float, float]:
         """Return a statistic of the items at given places with its 95 % percentile interval (Efron 1979)."""
@@ -1039,6 +1039,7 @@ def main() -> None:
         describe_probes(probes, own.mean()),
     ]
     print("\n".join(findings))
+    print(f"wrote filter_metrics, class_metrics, specialisation, ablation, trust and probes to {OUTPUTS}/")
     print("next: uv run heatmap.py")
 
 

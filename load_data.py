@@ -437,13 +437,14 @@ def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]
     return arrays
 
 
-def save_table(path: Path, checkpoint: "Checkpoint", table: pd.DataFrame) -> None:
+def save_table(path: Path, checkpoint: "Checkpoint", table: pd.DataFrame, quiet: bool = False) -> None:
     """Write a table as csv; its first columns name the checkpoint and the data set it was made from."""
     origin = {"checkpoint": checkpoint.sha256[:12], "dataset": checkpoint.dataset}
     table = table.assign(**origin)[[*origin, *table.columns]]
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False, lineterminator="\n")
-    print(f"wrote {path}", flush=True)
+    if not quiet:
+        print(f"wrote {path}", flush=True)
 
 
 def load_table(path: Path, checkpoint: "Checkpoint") -> pd.DataFrame:
@@ -467,12 +468,13 @@ def load_table(path: Path, checkpoint: "Checkpoint") -> pd.DataFrame:
     return table.drop(columns=["checkpoint", "dataset"])
 
 
-def save_figure(path: Path, figure: Figure) -> None:
+def save_figure(path: Path, figure: Figure, quiet: bool = False) -> None:
     """Write a figure as PNG and close it."""
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
     plt.close(figure)
-    print(f"wrote {path}", flush=True)
+    if not quiet:
+        print(f"wrote {path}", flush=True)
 
 
 def set_style() -> None:

@@ -489,5 +489,5 @@ def test_files_that_are_missing_or_of_another_checkpoint_are_refused(pipeline_co
     with pytest.raises(SystemExit, match=f"^{path} was made from another checkpoint: run `uv run deconv_f"):
         ap.main()
     path.unlink()
-    with pytest.raises(SystemExit, match=f"^{path} not found: run `uv run deconv_full.py` first$"):
+    with pytest.raises(SystemExit, match=f"^{path.absolute()} not found: run `uv run deconv_full.py` first$"):
         ap.main()
