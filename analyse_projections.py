@@ -292,7 +292,7 @@ def describe_preferences(filters: pd.DataFrame) -> str:
     other = int((active["preferred_class"] != active["top_class"]).sum())
     return (
         f"preferred class: of {len(active)} active filters of conv4 {uncertain} prefer another in more than "
-        f"10 % of samples;\n  the nine strongest images of {other} are mostly of another class"
+        f"10 % of samples;\n  of {other} the most frequent class among the nine strongest images is another"
     )
 
 
@@ -873,7 +873,10 @@ def run_trust(run: Run, top: TopUnits, share: float, images: Array) -> tuple[str
     run.save_table("trust", trust)
     title = "Do projections of conv4 show what drives a filter, and what was learned?"
     run.save_figure("trust", draw_trust(trust, share), title)
-    value, names = trust.set_index(["test", "condition"])["median"], ("projection", "gradient", "random")
+    value, names = (
+        trust.set_index(["test", "condition"])["median"],
+        ("projection", "gradient", "centre", "random"),
+    )
     kept, deleted = (", ".join(f"{value[test, name]:.2f}" for name in names) for test in ("kept", "deleted"))
     alike, test = (
         ("conv4 to conv1, own switches", "other filter, other image"),

@@ -221,7 +221,8 @@ def strongest_units(
     field, (_, outputs) = receptive_fields(net)[layer], frame_sizes(net, image.shape[-1])
     values, places = pooled[0].flatten(1).max(dim=1)
     units = []
-    for filter_ in filters or values.argsort(descending=True, stable=True)[:count].tolist():
+    strongest = values.argsort(descending=True, stable=True)[:count].tolist()
+    for filter_ in strongest if filters is None else filters:
         if values[filter_] > 0:
             row, column = divmod(int(places[filter_]), pooled.shape[-1])
             at_row, at_column = divmod(int(switches[0, filter_, row, column]), outputs[layer])

@@ -205,7 +205,7 @@ def draw_class(
         text += f"mean activation {of_filter.activation_mean:.2f}\nprefers {of_filter.preferred_class}"
         text += f" in\n{of_filter.preferred_share:.0%} of samples"
         if str(of_filter.top_class) != str(of_filter.preferred_class):
-            text += f"\nnine strongest images:\nmostly {of_filter.top_class}"
+            text += f"\nnine strongest images:\nmost often {of_filter.top_class}"
         row[0].set_ylabel(text, rotation=0, ha="right", va="center")
         top = robust_scale(magnitudes[k])
         for i, (left, right) in enumerate(row[1:].reshape(-1, 2)):

@@ -397,7 +397,8 @@ def report(counts: Array, names: list[str]) -> None:
     wrong = counts - np.diag(counts.diagonal())
     for place in np.argsort(-wrong, axis=None, kind="stable")[:3]:
         truth, guess = divmod(int(place), len(names))
-        print(f"  {wrong[truth, guess]} images of {names[truth]} were taken for {names[guess]}")
+        if wrong[truth, guess]:
+            print(f"  {wrong[truth, guess]} images of {names[truth]} were taken for {names[guess]}")
     accuracy = counts.trace() / counts.sum()
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / counts.sum())
     print(f"accuracy {accuracy:.2%}, 95 % interval {accuracy - half:.2%} to {accuracy + half:.2%}")
@@ -443,6 +444,10 @@ def main() -> None:
         f"{len(measured.images):,} {split} images, on {device} in {settings['precision']}, "
         f"torch {torch.__version__}, seed {SEED}"
     )
+    if len(train.images) < BATCH_SIZE:
+        raise SystemExit(
+            f"BATCH_SIZE is {BATCH_SIZE}; there are only {len(train.images)} training images: lower it"
+        )
     trainer = Trainer(train, settings, device, precision)
     facts = {"dataset": dataset, "class_names": names, "settings": settings}
     state_path = CHECKPOINT.with_name(

@@ -131,7 +131,7 @@ def test_filters_of_a_class_are_drawn_on_scales_of_their_own() -> None:
         medians = [np.median(shown(figure, panel)) for panel in (first, second)]
         assert medians[0] == pytest.approx(medians[1], rel=0.05) and 0.4 < medians[0] < 0.6
     assert (shown(figure, 4) == images[1, 0].transpose(1, 2, 0)).all()
-    assert figure.axes[3].get_ylabel().splitlines()[::3] == ["filter 7", "prefers ant in", "mostly bee"]
+    assert figure.axes[3].get_ylabel().splitlines()[::3] == ["filter 7", "prefers ant in", "most often bee"]
     plt.close(figure)
 
 

@@ -336,6 +336,9 @@ def test_pictures_in_folders_are_trained_on(quick: None, monkeypatch: pytest.Mon
     checkpoint = load_checkpoint(OUTPUTS / "CNN.pth")
     assert (checkpoint.dataset, checkpoint.class_names) == ("folders", ["a", "b", "c"])
     assert checkpoint.net.classifier.out_features == 3
+    monkeypatch.setattr(train_CNN, "BATCH_SIZE", 25)
+    with pytest.raises(SystemExit, match=r"^BATCH_SIZE is 25; there are only 24 training images: lower it$"):
+        train_CNN.main()
 
 
 def test_a_damaged_state_is_refused(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
