@@ -991,7 +991,7 @@ dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2
 dd { margin: 0; overflow-wrap: anywhere; } svg { max-width: 480px; font-size: 12px; fill: var(--soft); }
 @media (min-width: 1180px) { .two { display: grid; grid-template-columns: 1fr 460px; gap: 0 40px; } }
 @media (max-width: 700px) { header, main { padding: 10px 14px; } .two { --p: var(--q) !important; }
-  header span { flex-basis: 100%; } }
+  header span { flex-basis: 100%; } .pairs { grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); } }
 </style><noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
 <header></header><main></main>
 <script id="data" type="application/json">__DATA__</script>
