@@ -51,9 +51,14 @@ class ConvBlock(nn.Module):
         pooled, switches = self.pool(self.bn(self.conv(x)))
         return self.relu(pooled), switches
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Return kernel size, stride and padding of the convolution."""
-        return self.conv.kernel_size[0], self.conv.stride[0], cast(int, self.conv.padding[0])
+
+def sizes(block: ConvBlock) -> tuple[int, int, int, int]:
+    """Return kernel size, stride and padding of a block's convolution, and the side of its pooling regions.
+
+    Any object with conv and pool will do.
+    """
+    conv, pool = block.conv, block.pool
+    return conv.kernel_size[0], conv.stride[0], cast(int, conv.padding[0]), cast(int, pool.kernel_size)
 
 
 class CNN(nn.Module):
@@ -161,11 +166,11 @@ def receptive_fields(net: CNN) -> list[ReceptiveField]:
     """
     fields, size, jump, start = [], 1, 1, 0
     for block in net.blocks:
-        kernel, stride, padding = block.sizes()
+        kernel, stride, padding, pool = sizes(block)
         size, start = size + (kernel - 1) * jump, start - padding * jump
         jump *= stride
         fields.append(ReceptiveField(size, jump, start))
-        size, jump = size + (block.pool_size - 1) * jump, jump * block.pool_size
+        size, jump = size + (pool - 1) * jump, jump * pool
     return fields
 
 
@@ -176,10 +181,10 @@ def frame_sizes(net: CNN, image_size: int) -> tuple[list[int], list[int]]:
     """
     inputs, outputs, size = [], [], image_size
     for block in net.blocks:
-        kernel, stride, padding = block.conv.kernel_size[0], block.conv.stride[0], block.conv.padding[0]
+        kernel, stride, padding, pool = sizes(block)
         inputs.append(size)
-        outputs.append((size + 2 * int(padding) - kernel) // stride + 1)
-        size = outputs[-1] // cast(int, block.pool.kernel_size)
+        outputs.append((size + 2 * padding - kernel) // stride + 1)
+        size = outputs[-1] // pool
     return inputs, outputs
 
 

@@ -140,7 +140,7 @@ def bootstrap_means(values: Array, run: Run) -> Array:
     """Return class means (samples, classes, filters) over images drawn with replacement within each class."""
     rng, means = np.random.default_rng(run.seed), []
     for label in range(len(run.names)):
-        members = values[run.test.labels == label]
+        members = values[run.test.labels == label].astype(np.float64)
         n = len(members)
         means.append(rng.multinomial(n, np.full(n, 1 / n), run.resamplings) @ members / n)
     return np.stack(means, axis=1)
@@ -162,7 +162,9 @@ def area_under_roc(values: Array, members: Array) -> Array:
     return np.asarray(above / (inside * (len(values) - inside)))
 
 
-def tabulate_filters(maxima: Arrays, averages: Arrays, statistics: Arrays, run: Run) -> pd.DataFrame:
+def tabulate_filters(
+    maxima: Arrays, averages: Arrays, samples: Arrays, statistics: Arrays, run: Run
+) -> pd.DataFrame:
     """Return filter_metrics.csv, one row a filter of every layer.
 
     activation_*: mean, population variance and share above zero of the filter's activations over the images.
@@ -177,6 +179,7 @@ def tabulate_filters(maxima: Arrays, averages: Arrays, statistics: Arrays, run: 
     Args:
         maxima: By layer the strongest activation of each filter in each test image, (images, filters).
         averages: By layer the activation averaged over the map, likewise.
+        samples: By layer what `bootstrap_means` returns for the maxima.
         statistics: Of conv4's projections, by name, (projected images, filters).
         run: Labels, and what the intervals need.
     """
@@ -185,8 +188,8 @@ def tabulate_filters(maxima: Arrays, averages: Arrays, statistics: Arrays, run: 
         values = stored.astype(np.float64)
         means, dead = by_class(np.mean, values, labels, classes), (values == 0).all(axis=0)
         (preferred, runner_up), numbers = np.argsort(-means, 0, kind="stable")[:2], np.arange(values.shape[1])
-        samples = bootstrap_means(values, run)
-        low, high = np.percentile(class_selectivity(samples)[:, preferred, numbers], (2.5, 97.5), axis=0)
+        drawn = samples[layer]
+        low, high = np.percentile(class_selectivity(drawn)[:, preferred, numbers], (2.5, 97.5), axis=0)
         top = [np.bincount(labels[which[which >= 0]], minlength=classes) for which in top_images(stored, 9)]
         top_class = (np.array(top).T + 0.5 * (np.arange(classes)[:, None] == preferred)).argmax(axis=0)
         columns: dict[str, Any] = {"layer": layer, "filter": numbers, "dead": dead}
@@ -201,7 +204,7 @@ def tabulate_filters(maxima: Arrays, averages: Arrays, statistics: Arrays, run: 
             columns[name] = np.where(dead, None, np.array(run.names, object)[which])
         over_space = by_class(np.mean, averages[layer], labels, classes)
         of_class = {
-            "preferred_share": (samples.argmax(axis=1) == preferred).mean(axis=0),
+            "preferred_share": (drawn.argmax(axis=1) == preferred).mean(axis=0),
             "selectivity": class_selectivity(means)[preferred, numbers],
             "selectivity_low": low,
             "selectivity_high": high,
@@ -213,7 +216,9 @@ def tabulate_filters(maxima: Arrays, averages: Arrays, statistics: Arrays, run: 
     return pd.concat(tables, ignore_index=True)
 
 
-def tabulate_classes(maxima: Arrays, statistics: Arrays, projected_labels: Array, run: Run) -> pd.DataFrame:
+def tabulate_classes(
+    maxima: Arrays, samples: Arrays, statistics: Arrays, projected_labels: Array, run: Run
+) -> pd.DataFrame:
     """Return class_metrics.csv: one row a filter and class, means over the class's images (max: largest).
 
     activation_low and activation_high limit the 95 % bootstrap interval of the mean activation over images.
@@ -227,10 +232,8 @@ def tabulate_classes(maxima: Arrays, statistics: Arrays, projected_labels: Array
         columns["class"] = names * filters
         means = by_class(np.mean, values, run.test.labels, len(names))
         columns["activation_mean"] = means.T.ravel()  # (classes, filters) -> (filters * classes,)
-        limits = np.percentile(bootstrap_means(values.astype(np.float64), run), (2.5, 97.5), axis=0)
-        columns |= {
-            f"activation_{of}": limit.T.ravel() for of, limit in zip(("low", "high"), limits, strict=True)
-        }
+        low, high = np.percentile(samples[layer], (2.5, 97.5), axis=0)
+        columns |= {"activation_low": low.T.ravel(), "activation_high": high.T.ravel()}
         for name, measured in statistics.items() if layer == "conv4" else ():
             reduce = np.max if name == "max" else np.mean
             columns[name] = by_class(reduce, measured, projected_labels, len(names)).T.ravel()
@@ -258,7 +261,8 @@ def rank_filters(
         filters: filter_metrics.csv.
         classes: class_metrics.csv.
         names: Of all classes.
-        name: Of this one, to which the columns selectivity, activation_mean and prefers refer.
+        name: Of this one, to which the columns selectivity, activation_mean and prefers refer; the others
+            are those of filter_metrics.csv.
     """
     conv4 = filters[filters["layer"] == "conv4"].set_index("filter")
     means, place = class_means(classes, names), list(names).index(name)
@@ -267,6 +271,7 @@ def rank_filters(
         "activation_mean": means[place],
         "prefers": conv4["preferred_class"] == name,
         "nearly_dead": conv4["activation_nonzero"] < NEARLY_DEAD,
+        **conv4[["preferred_class", "preferred_share", "top_class"]],
     }
     ranking = pd.DataFrame(columns, index=conv4.index)[~conv4["dead"]].reset_index()
     order = ["nearly_dead", "prefers", "selectivity", "activation_mean", "filter"]
@@ -365,9 +370,8 @@ def pool_features(net: CNN, images: Array, most: int, doing: str) -> Pooled:
         parts = []
         for pooled in maps[:-1]:
             filters, height = pooled.shape[1:3]
-            sides = [
-                side for side in range(1, height + 1) if height % side == 0 and side**2 * filters <= most
-            ]
+            divisors = (side for side in range(1, height + 1) if height % side == 0)
+            sides = [side for side in divisors if side**2 * filters <= most]
             parts.append(F.adaptive_avg_pool2d(pooled, max(sides, default=1)).flatten(1))
         parts.append(net.average(maps[-1]).flatten(1))
         parts += [pooled.amax(dim=(2, 3)) for pooled in maps] + [pooled.mean(dim=(2, 3)) for pooled in maps]
@@ -461,9 +465,8 @@ def linear_parts(net: CNN, inputs: Tensor, level: Tensor, labels: Array) -> Line
         level: The same of ablated filters, (filters * head_size²,).
         labels: Of the images.
     """
-    weights = net.classifier.weight.unflatten(
-        1, (net.config["filters"][-1], -1)
-    )  # (classes, filters, regions)
+    filters = net.config["filters"][-1]
+    weights = net.classifier.weight.unflatten(1, (filters, -1))  # (classes, filters, regions)
     parts = torch.einsum("nfr,cfr->fnc", (inputs - level).unflatten(1, weights.shape[1:]), weights)
     return Linear(parts, net.classifier(level), torch.from_numpy(labels).to(inputs.device))
 
@@ -478,16 +481,10 @@ def ablate_each(linear: Linear) -> dict[str, Array]:
     logits = [linear.without(some[:, None] == filters) for some in np.array_split(filters, 8)]
     logits.append(linear.without(np.zeros((1, len(filters)), np.bool_)))
     right = torch.cat([(some.argmax(dim=2) == linear.labels).float() for some in logits]).cpu().numpy()
-    loss = (
-        torch.cat(
-            [
-                F.cross_entropy(some.permute(0, 2, 1), linear.labels.expand(len(some), -1), reduction="none")
-                for some in logits
-            ]
-        )
-        .cpu()
-        .numpy()
+    losses = (
+        F.cross_entropy(some.mT, linear.labels.expand(len(some), -1), reduction="none") for some in logits
     )
+    loss = torch.cat(list(losses)).cpu().numpy()
     return {"accuracy lost": (right[-1] - right[:-1]).T, "rise of the loss": (loss[:-1] - loss[-1]).T}
 
 
@@ -499,9 +496,8 @@ def split_half(damage: Array, run: Run) -> Array:
     """
     rng, labels, correlations = np.random.default_rng(run.seed), run.test.labels, []
     for _ in range(20):
-        half = (
-            pd.Series(rng.random(len(damage))).groupby(labels).rank() % 2 == 0
-        ).to_numpy()  # of each class
+        places = pd.Series(rng.random(len(damage))).groupby(labels).rank()  # within each class
+        half = (places % 2 == 0).to_numpy()
         halves = [by_class(np.mean, damage[of], labels[of], len(run.names)) for of in (half, ~half)]
         overall = [of.mean(axis=0) for of in halves]
         correlations.append((rank_correlation(*halves), rank_correlation(*overall)))
@@ -542,9 +538,8 @@ def ablate_in_order(linear: Linear, orders: Mapping[str, Array], level: str) -> 
     tables, averages = [], []
     for name, of_name in orders.items():
         bar = tqdm(of_name, f"ablation to {level}, {name}", unit=" orders", disable=None)
-        curves = np.empty(
-            (len(of_name), len(sizes))
-        )  # made beforehand: small pieces would fragment the memory
+        # made beforehand: small pieces, kept, would fragment the memory
+        curves = np.empty((len(of_name), len(sizes)))
         for curve, order in zip(curves, bar, strict=True):
             logits = linear.without(np.argsort(order) < sizes[:, None])
             curve[:] = (logits.argmax(dim=2) == linear.labels).float().mean(dim=1).cpu().numpy()
@@ -582,9 +577,8 @@ def draw_ablation(damage: Array, index: Array, curves: pd.DataFrame, names: Sequ
     ax.set_title("one filter set to its mean", fontsize=9)
     ax.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
     for below, (level, of_level) in zip((left, right), curves.groupby("level", sort=False), strict=True):
-        for (name, rows), style in zip(
-            of_level.groupby("order", sort=False), ("-", "--", "-.", ":"), strict=True
-        ):
+        groups = of_level.groupby("order", sort=False)
+        for (name, rows), style in zip(groups, ("-", "--", "-.", ":"), strict=True):
             (line,) = below.plot(rows["ablated"], 100 * rows["accuracy"], linestyle=style, label=name)
             band: dict[str, Any] = {"color": line.get_color(), "alpha": 0.25, "linewidth": 0}
             below.fill_between(rows["ablated"], 100 * rows["low"], 100 * rows["high"], **band)
@@ -612,17 +606,14 @@ def run_ablation(run: Run, inputs: Sequence[Tensor], filters: pd.DataFrame, clas
     rows = classes.loc[classes["layer"] == "conv4", ["filter", "class"]].assign(selectivity=index.T.ravel())
     every = pd.DataFrame({"filter": np.arange(len(highest)), "class": "all"})
     summary, curves = [], []
-    for level, suffix, values in (
-        ("their means", "", learned.mean(dim=0)),
-        ("zero", "_zero", 0 * learned[0]),
-    ):
+    levels = ("their means", "", learned.mean(dim=0)), ("zero", "_zero", 0 * learned[0])
+    for level, suffix, values in levels:
         linear = linear_parts(run.net, seen, values, labels)
-        contribution = [
-            linear.parts[:, linear.labels == k, k].mean(dim=1).cpu().numpy() for k in range(count)
-        ]
-        predictors = {"selectivity": index, "contribution to the logit": np.stack(contribution)}
+        to_class = [linear.parts[:, linear.labels == k, k].mean(dim=1) for k in range(count)]
+        contribution = torch.stack(to_class).cpu().numpy()  # (classes, filters)
+        predictors = {"selectivity": index, "contribution to the logit": contribution}
         predictors |= {"largest selectivity": index.max(axis=0), "mean activation": strength}
-        rows[f"contribution{suffix}"] = np.stack(contribution).T.ravel()
+        rows[f"contribution{suffix}"] = contribution.T.ravel()
         for measure, damage in ablate_each(linear).items():
             summary += [(level, measure, *entry) for entry in summarise_damage(damage, predictors, run)]
             column = measure.replace(" of the ", "_").replace(" ", "_") + suffix
@@ -701,14 +692,12 @@ def score_pixels(run: Run, top: TopUnits, which: Array, rng: np.random.Generator
     place = units.filter[which], units.row[which], units.column[which]
     back = [backpropagate(net, batch, len(LAYERS) - 1, *place, rule) for rule in ("gradient", "guided")]
     maps = {"gradient": back[0], "gradient x input": back[0] * batch, "guided backpropagation": back[1]}
+    sums = {name: of.abs().sum(dim=1).cpu().numpy() for name, of in maps.items()}
     from_centre = np.arange(size) - (size - 1) / 2
     near = -np.hypot(from_centre[:, None], from_centre)
     return {
         "projection": top.magnitude[which],
-        **{
-            name: cut_windows(of.abs().sum(dim=1).cpu().numpy(), top.origin[which], size)
-            for name, of in maps.items()
-        },
+        **{name: cut_windows(frames, top.origin[which], size) for name, frames in sums.items()},
         "centre": np.tile(near, (len(which), 1, 1)),
         "random": rng.random((len(which), size, size)),
     }
@@ -732,12 +721,8 @@ def surviving_shares(run: Run, top: TopUnits, units: Array, share: float) -> dic
         Of the pixels "kept" and "deleted" a row for each unit, a column for each score of `score_pixels`.
     """
     rng, tables = np.random.default_rng(run.seed), []
-    for which in tqdm(
-        np.split(units, range(32, len(units), 32)),
-        "faithfulness: masked images",
-        unit=" batches",
-        disable=None,
-    ):
+    batches = np.split(units, range(32, len(units), 32))
+    for which in tqdm(batches, "faithfulness: masked images", unit=" batches", disable=None):
         batch = run.net.normalise(torch.from_numpy(run.test.images[top.units.image[which]]))
         place = np.arange(len(which)), *(entry[which] for entry in top.units[1:4])
         survived = {}
@@ -873,16 +858,11 @@ def run_trust(run: Run, top: TopUnits, share: float, images: Array) -> tuple[str
     run.save_table("trust", trust)
     title = "Do projections of conv4 show what drives a filter, and what was learned?"
     run.save_figure("trust", draw_trust(trust, share), title)
-    value, names = (
-        trust.set_index(["test", "condition"])["median"],
-        ("projection", "gradient", "centre", "random"),
-    )
+    value = trust.set_index(["test", "condition"])["median"]
+    names = "projection", "gradient", "centre", "random"
     kept, deleted = (", ".join(f"{value[test, name]:.2f}" for name in names) for test in ("kept", "deleted"))
-    alike, test = (
-        ("conv4 to conv1, own switches", "other filter, other image"),
-        "random weights, envelope taken out",
-    )
-    random, other = (value[test, condition] for condition in alike)
+    alike = value["random weights, envelope taken out"]
+    random, other = alike["conv4 to conv1, own switches"], alike["other filter, other image"]
     return (
         f"faithfulness: {share:.0%} of the pixels, chosen by {', '.join(names)}: alone they keep\n"
         f"  {kept} of the activation; without them {deleted} is left",
@@ -973,10 +953,8 @@ def describe_probes(probes: pd.DataFrame, own: float) -> str:
 def draw_probes(probes: pd.DataFrame, run: Run) -> Figure:
     """Draw the accuracy of the probes of each layer, trained and untrained, with 95 % intervals."""
     fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    percent = {
-        name: 100 * probes[of] for name, of in (("median", "accuracy"), ("low", "low"), ("high", "high"))
-    }
-    draw_intervals(ax, probes.assign(**percent), "layer", "network", "-")
+    percent = 100 * probes[["accuracy", "low", "high"]].rename(columns={"accuracy": "median"})
+    draw_intervals(ax, probes[["layer", "network"]].join(percent), "layer", "network", "-")
     levels = {"the network itself": run.checkpoint.metrics["accuracy"], "chance": 1 / len(run.names)}
     for text, share in levels.items():
         ax.axhline(100 * share, color="0.3", linestyle=":", linewidth=1)
@@ -1007,8 +985,10 @@ def main() -> None:
     untrained = load_untrained(CHECKPOINT.parent / "snapshots/epoch_000.pth", checkpoint, some)
     print(f"{source}, projections of {len(projected_labels):,}, torch {torch.__version__}")
 
-    filters = tabulate_filters(maxima, averages, statistics, run)
-    classes = tabulate_classes(maxima, statistics, projected_labels, run)
+    samples = {layer: bootstrap_means(values, run) for layer, values in maxima.items()}
+    filters = tabulate_filters(maxima, averages, samples, statistics, run)
+    classes = tabulate_classes(maxima, samples, statistics, projected_labels, run)
+    del samples
     run.save_table("filter_metrics", filters)
     run.save_table("class_metrics", classes)
     title = "Distribution of each metric over the active filters"
@@ -1021,7 +1001,9 @@ def main() -> None:
             inputs = [of.inputs["conv4"] for of in features]  # what its classifier sees
             own = run.net.classifier(inputs[1]).argmax(dim=1).cpu().numpy() == test.labels
         else:
-            tables[name] = tabulate_filters(features[1].maxima, features[1].means, {}, run)
+            _, strongest, mean = features[1]
+            samples = {layer: bootstrap_means(values, run) for layer, values in strongest.items()}
+            tables[name] = tabulate_filters(strongest, mean, samples, {}, run)
         rows += probe_layers(run, name, features, own, PROBE_DECAYS)
     del features
     columns = ["layer", "network", "accuracy", "low", "high", "p", "inputs", "decay"]

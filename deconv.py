@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from CNN import CNN, LAYERS, ConvBlock, choose_device, frame_sizes, load_checkpoint, receptive_fields
+from CNN import CNN, LAYERS, ConvBlock, choose_device, frame_sizes, load_checkpoint, receptive_fields, sizes
 from load_data import IMAGE_SIZE, TITLES, Array, load_split, read_picture, save_arrays, save_figure, set_style
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (cropped and resized to 96 x 96)
@@ -80,20 +80,19 @@ def project(
     """
     (input_rows, map_rows), (input_columns, map_columns) = (frame_sizes(net, side) for side in image_size)
     for k, found in enumerate(switches[: layer + 1]):
-        pool = cast(int, net.blocks[k].pool.kernel_size)
+        *_, pool = sizes(net.blocks[k])
         expected = map_rows[k] // pool, map_columns[k] // pool
         if found.shape[-2:] != expected:
             text = f"switches of conv{k + 1} are {tuple(found.shape[-2:])}"
             raise ValueError(f"{text}; images of {tuple(image_size)} pixels have {expected}")
     signal = pooled
     for k in reversed(range(layer + 1)):
-        block, map_size = net.blocks[k], (map_rows[k], map_columns[k])
-        pools = [cast(int, block.pool.kernel_size)] * 2
-        signal = F.max_unpool2d(signal, switches[k], pools, output_size=map_size)
+        _, stride, padding, pool = sizes(net.blocks[k])
+        map_size = map_rows[k], map_columns[k]
+        signal = F.max_unpool2d(signal, switches[k], [pool] * 2, output_size=map_size)
         signal = signal.clamp(min=0)  # rectify; the pixels at the end are not rectified
-        signal = F.conv_transpose2d(signal, fold_batch_norm(block), stride=block.conv.stride)
+        signal = F.conv_transpose2d(signal, fold_batch_norm(net.blocks[k]), stride=stride)
         # to the frame of the input: what lies in the padding goes; what no filter reached is zero
-        padding = int(block.conv.padding[0])
         below, right = input_rows[k] + padding - signal.shape[2], input_columns[k] + padding - signal.shape[3]
         signal = F.pad(signal, (-padding, right, -padding, below))
     return signal
@@ -346,13 +345,10 @@ def main() -> None:
     for layer, units in layers.items():
         texts = ", ".join(f"{unit.filter} ({unit.value:.2f})" for unit in units)
         print(f"{layer}: filters {texts or 'none fires'}")
+    which = "the strongest" if numbers is None else "the chosen"
     heading = f"{name}{truth}, predicted {guess} ({float(probabilities.max()):.0%}); network trained on "
-    heading += (
-        f"{title}\nabove: projections of {'the strongest' if numbers is None else 'the chosen'} filters "
-    )
-    heading += (
-        "with their activations, each with its own scale; grey is zero. below: the image there, white outside"
-    )
+    heading += f"{title}\nabove: projections of {which} filters with their activations, each with its own "
+    heading += "scale; grey is zero. below: the image there, white outside"
     fields = [receptive_fields(net)[k].size for k in chosen]
     save_figure(FIGURE, draw(image, layers, fields, heading))
     save_arrays(FIGURE.with_suffix(".npz"), checkpoint, image=image, **as_arrays(layers))

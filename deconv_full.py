@@ -45,6 +45,7 @@ from CNN import (
     frame_sizes,
     load_checkpoint,
     receptive_fields,
+    sizes,
 )
 from deconv import displayed, fold_batch_norm, window_of
 from load_data import IMAGE_SIZE, TITLES, Array, lay_out, load_split, save_arrays, save_figure, set_style
@@ -111,7 +112,7 @@ def turned_filters(block: ConvBlock) -> Tensor:
         which fills vector registers (1.6 times as fast for conv1); `interleave` puts the results together.
     """
     filters = fold_batch_norm(block)
-    (count, channels, kernel, _), (_, stride, _) = filters.shape, block.sizes()
+    (count, channels, kernel, _), (_, stride, *_) = filters.shape, sizes(block)
     taps = math.ceil(kernel / stride)
     filters = F.pad(filters, (0, taps * stride - kernel) * 2)
     filters = filters.view(count, channels, taps, stride, taps, stride).flip(2, 4)
@@ -154,7 +155,7 @@ class Projector:
         """
         spans, start, stop = [], row, row + 1
         for k in reversed(range(self.layer + 1)):
-            kernel, stride, padding = self.blocks[k].sizes()
+            kernel, stride, padding, _ = sizes(self.blocks[k])
             first = start * stride - padding
             last = (stop - 1) * stride - padding + kernel
             spans.append(Span(first, max(first, 0), min(last, self.input_sizes[k])))
@@ -197,14 +198,14 @@ class Projector:
         signal = own[filter_] * value[:, None, None, None]
         for depth, k in enumerate(reversed(range(self.layer))):
             pool = self.blocks[k].pool_size
-            step *= self.blocks[k + 1].sizes()[1] * pool
+            step *= sizes(self.blocks[k + 1])[1] * pool
             height, width = (spans[depth].stop - spans[depth].start for spans in (rows, columns))
             top, left = rows[depth].start * pool + below * step, columns[depth].start * pool + right * step
             unpooled = gather(masks[k], image, top, left, height * pool, width * pool)
             # in place: (units, rows, 1, columns, 1, filters) over the rows and columns of its pooling region
             regions = unpooled.view(n, height, pool, width, pool, unpooled.shape[-1])
             regions *= signal.clamp_(min=0)[:, :, None, :, None]  # rectified on the way
-            stride, taps = self.blocks[k].sizes()[1], self.turned[k].shape[-1]
+            stride, taps = sizes(self.blocks[k])[1], self.turned[k].shape[-1]
             signal = F.conv2d(unpooled.permute(0, 3, 1, 2), self.turned[k], padding=taps - 1)
             signal = interleave(signal.permute(0, 2, 3, 1), stride, self.blocks[k].conv.in_channels)
             signal = signal[:, rows[depth + 1].cut(), columns[depth + 1].cut()]
@@ -444,7 +445,7 @@ def project_examples(
         "origin": origins,
         "projection": projections.astype(dtype, copy=False),
     }
-    del projections
+    del projections  # of which float16 is a copy
     arrays = {"image": image, "patch": np.zeros((*image.shape, 3, size, size), np.uint8)}
     for *place, n, (top, left) in zip(*fires, units.image, origins, strict=True):
         arrays["patch"][*place] = window_of(images[n], top, left, size, 0)
@@ -531,7 +532,7 @@ def draw_pages(top: Arrays, texts: dict[str, list[str]], heading: str, per_page:
 
     Earlier pages go first: those of a network with more filters would otherwise stay among the new ones.
     """
-    for page in folder.glob("conv*_filters_*.png"):
+    for page in folder.expanduser().glob("conv*_filters_*.png"):
         page.unlink()
     for layer in LAYERS:
         count, *_, window = top[f"{layer}_patch"].shape
@@ -550,7 +551,7 @@ def draw_pages(top: Arrays, texts: dict[str, list[str]], heading: str, per_page:
 
 def read_snapshots(folder: Path, checkpoint: Checkpoint) -> list[Checkpoint]:
     """Return the network after some epochs of the training that ended in `checkpoint`, itself last."""
-    paths = sorted(folder.glob("epoch_*.pth"))
+    paths = sorted(folder.expanduser().glob("epoch_*.pth"))
     snapshots = [load_checkpoint(path, checkpoint.net.mean.device) for path in paths]
     same_training = [s for s in snapshots if s.settings == checkpoint.settings]
     earlier = [s for s in same_training if 0 < s.epochs < checkpoint.epochs]

@@ -112,9 +112,8 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
         names: Of the classes.
         heading: Title.
     """
-    order = sorted(
-        range(len(names)), key=lambda label: names[label] not in VEHICLES
-    )  # vehicles, then animals
+    # vehicles, then animals
+    order = sorted(range(len(names)), key=lambda label: names[label] not in VEHICLES)
     active = filters[~filters["dead"]].sort_values("selectivity", ascending=False)
     groups = [active.loc[active["preferred_class"] == names[label], "filter"].tolist() for label in order]
     lines: list[list[tuple[int, list[int]]]] = [[]]  # (row of the preferred class, its filters), side by side
@@ -183,7 +182,7 @@ def draw_class(
     Each filter has a scale of its own: a filter's gain, not what it shows, makes it weak.
 
     Args:
-        ranking: What `rank_filters` says of these filters, with their columns of filter_metrics.csv.
+        ranking: What `rank_filters` says of these filters.
         means: Magnitude averaged over all images of the class, (filters, 96, 96).
         images: That drive each filter most, uint8 (filters, images, 3, 96, 96).
         magnitudes: Of the projections in these images, (filters, images, 96, 96).
@@ -255,16 +254,16 @@ def draw_images(
 # ---------------------------------------------------------------- occlusion (section 4.2)
 
 
-def first_correct(images: Array, labels: Array, net: CNN) -> Array:
+def predict(net: CNN, images: Array) -> Array:
+    """Return the class the network takes each image for, (images,)."""
+    batches = torch.from_numpy(images).split(32)
+    return np.concatenate([net(net.normalise(batch)).argmax(dim=1).cpu().numpy() for batch in batches])
+
+
+def first_correct(guesses: Array, labels: Array) -> Array:
     """Return, for each class in turn, its first image that is classified correctly, if there is one."""
-    chosen = []
-    for label in np.unique(labels):
-        for which in np.array_split(np.flatnonzero(labels == label), 20):
-            guesses = net(net.normalise(torch.from_numpy(images[which]))).argmax(dim=1).cpu().numpy()
-            if (guesses == label).any():
-                chosen.append(which[guesses == label][0])
-                break
-    return np.array(chosen, np.int64)
+    right = pd.Series(np.flatnonzero(guesses == labels))
+    return right.groupby(labels[right]).first().to_numpy(np.int64)
 
 
 def square_positions(side: int, stride: int) -> Array:
@@ -518,13 +517,8 @@ def draw_invariance(
                 style = ("-", "--", "-.", ":")[k % 4]
                 ax.plot(degrees[kind], curve, color=f"C{k}", linestyle=style, linewidth=0.9, label=names[k])
             rows = table[(table["kind"] == kind) & (table["measure"] == name)]
-            ax.plot(
-                rows["degree"],
-                rows["mean"],
-                color="black",
-                linewidth=1.6,
-                label=f"mean of {rows['n'].iloc[0]} images",
-            )
+            text = f"mean of {rows['n'].iloc[0]} images"
+            ax.plot(rows["degree"], rows["mean"], color="black", linewidth=1.6, label=text)
             ax.fill_between(rows["degree"], rows["low"], rows["high"], color="black", alpha=0.25, linewidth=0)
         for ax in row:
             ax.set_xlabel(CHANGES[kind], fontsize=8)
@@ -613,7 +607,7 @@ def read_panels(path: Path, checkpoint: Checkpoint, key: str, groups: int) -> Ar
     return pixels
 
 
-def draw_filters(
+def save_strips(
     folder: Path, layer: str, panels: Sequence[Array], image: Array, origin: Array, images: Array
 ) -> None:
     """Write the pictures of a layer.
@@ -643,7 +637,7 @@ def draw_filters(
     save_panels(folder / f"{layer}.webp", np.stack(first), 16)
 
 
-def describe_filters(
+def explain_filters(
     layer: str, maxima: Array, labels: Array, names: Sequence[str], tables: Mapping[str, pd.DataFrame]
 ) -> list[dict[str, Any]]:
     """Return what the page says of each filter of a layer, but for its pictures.
@@ -739,15 +733,11 @@ def explain_reading(trust: pd.DataFrame | None) -> list[str]:
     ]
 
 
-def explain_classes(checkpoint: Checkpoint, test: Split) -> list[str]:
+def explain_classes(guesses: Array, labels: Array, names: Sequence[str]) -> list[str]:
     """Return, for each class, how many test images are recognised and what the others are taken for."""
-    names, net, texts = checkpoint.class_names, checkpoint.net, []
-    guesses = [
-        net(net.normalise(torch.from_numpy(test.images[which]))).argmax(dim=1).cpu().numpy()
-        for which in np.array_split(np.arange(len(test.labels)), -(-len(test.labels) // 32))
-    ]
+    texts = []
     for label in range(len(names)):
-        counts = np.bincount(np.concatenate(guesses)[test.labels == label], minlength=len(names))
+        counts = np.bincount(guesses[labels == label], minlength=len(names))
         wrong = [k for k in np.argsort(-counts, kind="stable") if counts[k] and k != label]
         mistaken = ", ".join(f"{names[k]} ({counts[k]})" for k in wrong) or "nothing"
         share = f"{counts[label]:,} of {counts.sum():,} test images ({counts[label] / counts.sum():.0%})"
@@ -756,7 +746,12 @@ def explain_classes(checkpoint: Checkpoint, test: Split) -> list[str]:
 
 
 def write_explorer(
-    outputs: Path, checkpoint: Checkpoint, snapshots: Sequence[Checkpoint], test: Split, evolution_images: int
+    outputs: Path,
+    checkpoint: Checkpoint,
+    snapshots: Sequence[Checkpoint],
+    test: Split,
+    guesses: Array,
+    evolution_images: int,
 ) -> None:
     """Write explorer/index.html and its pictures.
 
@@ -765,6 +760,7 @@ def write_explorer(
         checkpoint: The network.
         snapshots: What `read_snapshots` returned.
         test: Test images and labels.
+        guesses: What `predict` returned for them.
         evolution_images: In how many of them each snapshot's strongest activation is sought.
     """
     outputs, names, widths = outputs.expanduser(), checkpoint.class_names, checkpoint.net.config["filters"]
@@ -794,8 +790,8 @@ def write_explorer(
             read_panels(path, checkpoint, f"{layer}_level_projection", len(LEVELS)),
             *developed.pop(layer),
         ]
-        draw_filters(folder, layer, panels, image, origin, test.images)
-        filters = describe_filters(layer, maxima, test.labels, names, tables)
+        save_strips(folder, layer, panels, image, origin, test.images)
+        filters = explain_filters(layer, maxima, test.labels, names, tables)
         n_top, size = top[0].shape[1], panels[0].shape[2]
         for of_filter, *examples in zip(filters, image, value, strict=True):
             pairs = list(zip(*examples, strict=True))
@@ -830,7 +826,7 @@ def write_explorer(
             f"scale of its own.{later}",
             "ablation": missing,
             "needed": "Filters of conv4 whose ablation costs the class most percentage points of accuracy.",
-            "classes": explain_classes(checkpoint, test),
+            "classes": explain_classes(guesses, test.labels, names),
             "reading": explain_reading(tables.get("trust")),
         },
         "run": [
@@ -872,7 +868,6 @@ def main() -> None:
     sums, shown = [], []
     for label, name in enumerate(names):
         ranking = rank_filters(filters, classes, names, name).head(TOP_FILTERS)
-        ranking = ranking.merge(conv4[["filter", "preferred_class", "preferred_share", "top_class"]])
         members, chosen = np.flatnonzero(labels == label), ranking["filter"].to_numpy()
         order = np.argsort(-maxima[members][:, chosen], axis=0, kind="stable")[:TOP_IMAGES]
         top = members[order].T  # (filters, images)
@@ -903,7 +898,8 @@ def main() -> None:
     save_figure(folder / "images.png", draw_images(images[shown], magnitudes, signed, names, heading))
 
     # in occluded images
-    right = first_correct(images, labels, net)
+    guesses = predict(net, images)
+    right = first_correct(guesses, labels)
     units = strongest_of(maxima, positions, right, maxima[right].argmax(axis=1))
     covered = square_positions(OCCLUDER, OCCLUSION_STRIDE)
     occlusions = [
@@ -940,7 +936,7 @@ def main() -> None:
 
     # every filter on one page
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
-    write_explorer(OUTPUTS, checkpoint, snapshots, Split(images, labels), EVOLUTION_IMAGES)
+    write_explorer(OUTPUTS, checkpoint, snapshots, Split(images, labels), guesses, EVOLUTION_IMAGES)
     print(f"this was the last stage: open {OUTPUTS / 'explorer/index.html'}")
 
 

@@ -450,7 +450,7 @@ def main() -> None:
         )
     trainer = Trainer(train, settings, device, precision)
     facts = {"dataset": dataset, "class_names": names, "settings": settings}
-    state_path = CHECKPOINT.with_name(
+    state_path = CHECKPOINT.expanduser().with_name(
         f"training_state_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.pth"
     )
 

@@ -96,8 +96,12 @@ MEAN, MAX = [[1, 0, 2], [3, 0, 4], [1, 0, 0], [3, 0, 6]], [[1, 0, 7], [5, 0, 2],
 STATISTICS = {"mean": np.array(MEAN), "max": np.array(MAX)}  # in four images, of classes 0, 1, 2 and 2
 
 
+def drawn(maxima: dict[str, Array], run: ap.Run) -> dict[str, Array]:
+    return {layer: ap.bootstrap_means(values, run) for layer, values in maxima.items()}
+
+
 def test_the_table_of_filters_by_hand() -> None:
-    table = ap.tabulate_filters(MAXIMA, MAXIMA, STATISTICS, make_run(LABELS))
+    table = ap.tabulate_filters(MAXIMA, MAXIMA, drawn(MAXIMA, run := make_run(LABELS)), STATISTICS, run)
     conv3, conv4 = (table[table["layer"] == layer].reset_index() for layer in MAXIMA)
     columns = ["filter", "dead", "activation_mean", "activation_variance", "activation_nonzero"]
     rows: Any = [[0, 0, 2, 1.6, 1, 2, 8], [1, 1, 0, 0, 0, 0, 0], [2, 0, 2.6, 5.04, 0.6, 3, 7]]
@@ -115,7 +119,9 @@ def test_the_table_of_filters_by_hand() -> None:
 
 
 def test_the_table_of_classes_by_hand() -> None:
-    table = ap.tabulate_classes(MAXIMA, STATISTICS, np.array([0, 1, 2, 2]), make_run(LABELS))
+    table = ap.tabulate_classes(
+        MAXIMA, drawn(MAXIMA, run := make_run(LABELS)), STATISTICS, np.array([0, 1, 2, 2]), run
+    )
     assert table["class"].tolist() == NAMES * 6
     assert table["filter"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2
     assert table["activation_mean"].tolist() == [4, 1, 3, 0, 0, 0, 5, 1, 5] * 2
@@ -131,8 +137,9 @@ def test_filters_that_prefer_the_class_come_first_and_nearly_dead_ones_last() ->
     first, second, third = [0, 3, 2, 4, 8, 4, 1, 0], [0, 3.5, 1.8, 1, 2, 1, 5, 0], [0, 0, 1.8, 1, 2, 1, 5, 0]
     run, strength = make_run(np.tile([0, 1, 2], 100)), np.tile([first, second, third], (100, 1))
     strength[[0, 3], 7] = 25
-    filters = ap.tabulate_filters({"conv4": strength}, {"conv4": strength}, {}, run)
-    classes = ap.tabulate_classes({"conv4": strength}, {}, run.test.labels, run)
+    maxima = {"conv4": strength}
+    filters = ap.tabulate_filters(maxima, maxima, drawn(maxima, run), {}, run)
+    classes = ap.tabulate_classes(maxima, drawn(maxima, run), {}, run.test.labels, run)
     ranking = ap.rank_filters(filters, classes, NAMES, "dog")
     assert ranking["filter"].tolist() == [4, 3, 5, 2, 1, 6, 7]
     assert ranking["prefers"].tolist() == [True] * 4 + [False] * 2 + [True]

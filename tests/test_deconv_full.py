@@ -350,7 +350,9 @@ def test_the_evolution_ends_in_the_top_projections_of_the_last_network(make_net:
     assert labels == [["1", "3"], ["0", "3", "7"]]
 
 
-def test_snapshots_of_another_training_or_a_longer_one_are_not_taken(make_net: MakeNet) -> None:
+def test_snapshots_of_another_training_or_a_longer_one_are_not_taken(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net, folder = make_net(), Path("outputs/snapshots")
     for epochs, seed in ((0, 0), (1, 0), (2, 7), (20, 0), (30, 0), (40, 0)):
         write_checkpoint(net, folder / f"epoch_{epochs:03d}.pth", epochs=epochs, settings={"seed": seed})
@@ -358,6 +360,8 @@ def test_snapshots_of_another_training_or_a_longer_one_are_not_taken(make_net: M
     taken = deconv_full.read_snapshots(folder, checkpoint)
     assert [snapshot.epochs for snapshot in taken] == [1, 20, 30] and taken[-1] is checkpoint
     assert deconv_full.read_snapshots(Path("none"), checkpoint) == [checkpoint]
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    assert len(deconv_full.read_snapshots(Path("~/outputs/snapshots"), checkpoint)) == 3
 
 
 def test_magnitude_statistics_by_hand() -> None:

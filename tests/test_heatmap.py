@@ -158,7 +158,7 @@ def test_the_strongest_filters_of_the_first_image_of_a_class_are_summed(results:
 
 def test_the_strongest_filter_of_an_occluded_image_is_measured(results: Results) -> None:
     figure = results.figures["occlusion.png"]
-    right = heatmap.first_correct(*results.test, results.net)
+    right = heatmap.first_correct(heatmap.predict(results.net, results.test.images), results.test.labels)
     for panel, image in zip(range(0, 99, 5), right, strict=False):
         filter_ = int(figure.axes[panel].get_ylabel().split()[2])
         assert filter_ == results.maxima[image].argmax()
@@ -176,7 +176,7 @@ def test_the_first_correct_image_is_chosen(make_net: MakeNet, monkeypatch: pytes
     images[labels == 1, 0] = np.repeat([0, 1], 15)[:, None, None]  # wrong up to image 43
     images[labels == 2, 0] = 2
     monkeypatch.setattr(net, "forward", lambda batch: torch.eye(3)[(255 * batch[:, 0, 0, 0]).round().long()])
-    assert heatmap.first_correct(images, labels, net).tolist() == [46, 2]
+    assert heatmap.first_correct(heatmap.predict(net, images), labels).tolist() == [46, 2]
 
 
 def test_squares_are_cut_by_the_border() -> None:
@@ -394,16 +394,14 @@ def test_activations_are_counted_and_correlated_by_hand() -> None:
     filters = pd.DataFrame({**columns, "preferred_class": ["b", "a", None]})
     classes = pd.DataFrame({"layer": "conv2", "activation_mean": np.arange(6.0)})
     tables = {"filter": filters, "class": classes.assign(activation_low=0.0, activation_high=9.0)}
-    first, second, dead = heatmap.describe_filters(
-        "conv2", values, np.array([0, 1, 1, 0]), ["a", "b"], tables
-    )
+    first, second, dead = heatmap.explain_filters("conv2", values, np.array([0, 1, 1, 0]), ["a", "b"], tables)
     assert first["images"] == [2, 2] and first["zeros"] == [0, 1] and first["largest"] == 24
     own, others = first["counts"]
     assert own.nonzero()[0].tolist() == [12, 23] and others.nonzero()[0].tolist() == [0]  # bins of width 1
     assert second["images"] == [2, 2] and second["zeros"] == [0, 2]
     assert first["similar"] == second["similar"] == dead["similar"] == []  # one falls where the other rises
     assert first["means"].tolist() == [[0, 0, 9], [1, 0, 9]] and first["lost"] is None
-    copies = heatmap.describe_filters(
+    copies = heatmap.explain_filters(
         "conv2", values[:, [0, 0, 2]], np.array([0, 1, 1, 0]), ["a", "b"], tables
     )
     assert copies[0]["similar"] == [(1, pytest.approx(1))] and copies[1]["similar"] == [(0, pytest.approx(1))]
@@ -510,9 +508,9 @@ def test_a_page_without_what_is_optional_says_how_to_get_it(pipeline_copy: Path)
     shutil.rmtree(pipeline_copy / "snapshots")
     (pipeline_copy / "explorer/conv4/999.webp").touch()  # of a network with more filters
     checkpoint = load_checkpoint(pipeline_copy / "CNN.pth")
-    heatmap.write_explorer(
-        pipeline_copy, checkpoint, [checkpoint], load_split("stl10", Path("data"), "test"), 9
-    )
+    test = load_split("stl10", Path("data"), "test")
+    guesses = heatmap.predict(checkpoint.net, test.images)
+    heatmap.write_explorer(pipeline_copy, checkpoint, [checkpoint], test, guesses, 9)
     page = embedded(pipeline_copy / "explorer/index.html")
     notes = page["notes"]
     assert page["layers"]["conv4"]["filters"][0]["lost"] is None

@@ -325,6 +325,18 @@ def test_a_run_that_goes_on_after_another_one_has_its_own_first_snapshot(
     assert same(weights("snapshots/epoch_000.pth"), first)
 
 
+def test_a_run_in_the_home_folder_goes_on(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    monkeypatch.setattr(train_CNN, "CHECKPOINT", Path("~/outputs/CNN.pth"))
+    interrupt(monkeypatch, 3)
+    assert len(state_files()) == 1
+    train_CNN.main()
+    assert "going on after epoch" in capsys.readouterr().out and not state_files()
+    assert not Path("~").exists()
+
+
 def test_pictures_in_folders_are_trained_on(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     for folder in (Path("data") / split / name for split in ("train", "test") for name in ("b", "a", "c")):
