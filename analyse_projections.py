@@ -311,7 +311,7 @@ def draw_distributions(filters: pd.DataFrame) -> Figure:
     long = filters[~filters["dead"]].melt("layer", list(texts), "metric")
     options: dict[str, Any] = {"facet_kws": {"sharex": False}, "height": 2.6, "aspect": 1.05}
     grid = sns.displot(long, x="value", col="metric", hue="layer", kind="ecdf", **options)
-    grid.set_titles("").set_ylabels("share of filters up to this value")
+    grid.set_titles("").set_ylabels("share of filters")
     for ax, text in zip(grid.axes.flat, texts.values(), strict=True):
         ax.set_xlabel(text)
     grid.figure.set_layout_engine("none")
@@ -428,7 +428,7 @@ def draw_specialisation(table: pd.DataFrame) -> Figure:
         ax.set_ylim(0, 1.1 * table.loc[table["metric"] != "auc", "high"].max())
     axes[0, 0].set_ylabel("median over filters")
     axes[1, 0].set_ylabel("trained - untrained,\nmedian over filters")
-    axes[0, 0].legend(title="network, 95 % interval", frameon=False, loc="upper left")
+    axes[0, 0].legend(title="network; 95 % interval\nover filters", frameon=False, loc="upper left")
     return fig
 
 

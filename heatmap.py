@@ -106,11 +106,8 @@ def show(ax: Axes, picture: Array, text: str = "", **options: Any) -> Any:
 def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str], heading: str) -> Figure:
     """Draw classes x filters: mean activation on the class over the filter's mean of all classes.
 
-    Args:
-        means: What `class_means` returned, (classes, filters).
-        filters: Rows of filter_metrics.csv; dead filters are left out.
-        names: Of the classes.
-        heading: Title.
+    `means` is what `class_means` returned, (classes, filters); dead `filters` of filter_metrics.csv are left
+    out.
     """
     # vehicles, then animals
     order = sorted(range(len(names)), key=lambda label: names[label] not in VEHICLES)
@@ -152,12 +149,7 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
 def sum_projections(images: Array, net: CNN, units: Units, group: Array, doing: str) -> tuple[Array, Array]:
     """Project units of conv4 and add the projections up, group by group.
 
-    Args:
-        images: uint8 (images, 3, 96, 96).
-        net: The network.
-        units: What is projected.
-        group: Number of each unit's group, 0, 1, ...
-        doing: Label of the progress bar.
+    `group` is the number of each unit's group, 0, 1, ...; `doing` labels the progress bar.
 
     Returns:
         Sum of magnitudes (groups, 96, 96), and signed sum (groups, 3, 96, 96).
@@ -202,7 +194,7 @@ def draw_class(
         )
         text = f"filter {of_filter.filter}\nselectivity {of_filter.selectivity:.2f}\n"
         text += f"mean activation {of_filter.activation_mean:.2f}\nprefers {of_filter.preferred_class}"
-        text += f" in\n{of_filter.preferred_share:.0%} of samples"
+        text += f" in\n{of_filter.preferred_share:.0%} of bootstrap samples"
         if str(of_filter.top_class) != str(of_filter.preferred_class):
             text += f"\nnine strongest images:\nmost often {of_filter.top_class}"
         row[0].set_ylabel(text, rotation=0, ha="right", va="center")
@@ -226,12 +218,7 @@ def draw_images(
 ) -> Figure:
     """Draw images, two a row, each beside the summed magnitude and the signed sum of its projections.
 
-    Args:
-        images: uint8 (images, 3, 96, 96).
-        magnitudes: (images, 96, 96)
-        signed: (images, 3, 96, 96)
-        texts: What is written above each image.
-        heading: Title.
+    Images are uint8 (images, 3, 96, 96), below `texts`; magnitudes (images, 96, 96), signed sums as images.
     """
     rows = -(-len(images) // 2)
     size = 8, 1.6 + 1.42 * rows
@@ -358,19 +345,15 @@ def draw_occlusion(
 ) -> Figure:
     """Draw maps of an occluded image, one image a row (Figure 6 of the paper's ECCV version).
 
-    Args:
-        images: uint8 (images, 3, 96, 96).
-        occlusions: What `occlusion_sensitivity` returned for them.
-        magnitudes: Of the units' projections, (images, 96, 96).
-        table: What `tabulate_occlusion` returned.
-        square: Its side, and the pixels from one position to the next.
-        heading: Title.
+    Images are uint8 (images, 3, 96, 96), magnitudes those of the units' projections, (images, 96, 96);
+    `table` is occlusion.csv, `square` the side of the square and the pixels from one position to the next.
     """
     size, (side, stride) = (8, 1.7 + 1.5 * len(images)), square
     fig, axes = plt.subplots(len(images), 5, figsize=size, squeeze=False, layout="constrained")
     above = ["image, square", "activity of its\nstrongest filter", "activation of its\nstrongest unit"]
     above += ["projection of\nthis unit", "probability of\nthe true class"]
-    top, reach = robust_scale(magnitudes), max(abs(found.activity - 1).max() for found in occlusions)
+    shares = np.array([(found.activity, found.unit) for found in occlusions])
+    top, reach = robust_scale(magnitudes), abs(shares - 1).max()
     centres = np.arange(len(occlusions[0].unit)) * stride + stride // 2
     first, last = centres[0] - stride / 2, centres[-1] + stride / 2
     whole: dict[str, Any] = {"extent": (0, IMAGE_SIZE, IMAGE_SIZE, 0)}
@@ -387,17 +370,17 @@ def draw_occlusion(
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach}
         activity = show(row[1], found.activity, texts[1], **scale, **maps)
-        unit = show(row[2], found.unit, texts[2], cmap="RdBu_r", vmin=0, vmax=2, **maps)
+        unit = show(row[2], found.unit, texts[2], **scale, **maps)
         projection = show(row[3], magnitudes[k], texts[3], cmap="mako", vmin=0, vmax=top, **whole)
         probability = show(row[4], found.truth, texts[4], cmap="viridis", vmin=0, vmax=1, **maps)
-        if of_image.taken_for:
+        if found.taken.any():
             row[4].contour(centres, centres, found.taken, levels=[0.5], colors="white", linewidths=1)
             row[4].set_xlabel(of_image.taken_for, fontsize=7, labelpad=2)
         for ax in row:
             ax.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0))
     below: dict[str, Any] = {"location": "bottom", "aspect": 12, "pad": 0.01, "shrink": 0.9}
     units = ["share of that\nwithout a square"] * 2 + ["magnitude\n(normalised pixels)"]
-    units.append("probability; outlined:\nanother class comes first")
+    units.append("probability; outlined, with\nshare: another comes first")
     for column, drawn in enumerate((activity, unit, projection, probability), start=1):
         bar = fig.colorbar(drawn, ax=axes[:, column], **below)
         bar.ax.tick_params(labelsize=7)
@@ -410,13 +393,9 @@ def draw_occlusion(
 
 
 def change(image: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -> Tensor:
-    """Move, enlarge or turn normalised images (..., 3, 96, 96) about the centre; what is left bare is grey.
+    """Move normalised images (..., 3, 96, 96) down, enlarge or turn them clockwise about the centre.
 
-    Args:
-        image: What is changed.
-        shift: Pixels downwards.
-        zoom: Factor.
-        angle: Degrees clockwise.
+    In pixels, a factor, degrees. What is left bare is grey.
     """
     options: dict[str, Any] = {"interpolation": InterpolationMode.BILINEAR, "fill": [0.0, 0.0, 0.0]}
     place = [0.0, float(shift)]
@@ -431,12 +410,7 @@ def measure_invariance(
 ) -> dict[str, Array]:
     """Measure how far features of images move when these are changed (Figure 5 of the paper).
 
-    Args:
-        net: The network, in evaluation mode.
-        images: uint8 (images, 3, 96, 96).
-        labels: Their classes.
-        kind: One of `CHANGES`.
-        degrees: How far they are changed.
+    Images are uint8; `kind` is one of `CHANGES`, `degrees` how far they are changed.
 
     Returns:
         (images, degrees) for each of `MEASURES`: Euclidean distance between the pooled maps of the changed
@@ -498,13 +472,8 @@ def draw_invariance(
 ) -> Figure:
     """Draw the layout of the paper's Figure 5, one kind of change a row, and means over many images.
 
-    Args:
-        net: The network.
-        images: Of the examples, uint8 (images, 3, 96, 96).
-        degrees: How far they are changed, by kind.
-        curves: Of the examples, what `measure_invariance` returned, by kind.
-        table: invariance.csv.
-        names: Of the examples.
+    `images`, uint8, `names` and `curves`, what `measure_invariance` returned by kind, are those of the
+    examples, changed by `degrees`; `table` is invariance.csv.
     """
     size, widths = (9, 0.9 + 1.95 * len(curves)), [1.15, 1, 1, 1, 1]
     layout: dict[str, Any] = {"sharey": "col", "width_ratios": widths, "layout": "constrained"}
@@ -860,7 +829,9 @@ def main() -> None:
 
     # over all classes
     conv4 = filters[filters["layer"] == "conv4"]
-    heading = f"conv4 on {source}; {conv4['dead'].sum()} dead filters left out"
+    heading = f"Filters of conv4, by preferred class, most selective first\n{source}, "
+    heading += f"{conv4['dead'].sum()} dead filters left out\n"
+    heading += "framed: the preferred class, by definition the largest value of its column"
     figure = draw_class_filters(class_means(classes, names), conv4, names, heading)
     save_figure(folder / "class_filter_heatmap.png", figure)
 
@@ -926,11 +897,12 @@ def main() -> None:
         tables.append(tabulate_invariance(kind, degrees[::2], measured))
     table = pd.concat(tables, ignore_index=True)
     save_table(OUTPUTS / "invariance.csv", checkpoint, table)
-    figure = draw_invariance(
-        net, images[moved], DEGREES, curves, table, [names[label] for label in labels[moved]]
-    )
+    texts = [names[label] for label in labels[moved]]
+    figure = draw_invariance(net, images[moved], DEGREES, curves, table, texts)
     heading = f"{len(moved)} correctly classified of the {source}, moved, enlarged and turned.\n"
-    heading += f"Black: mean of {len(many)} images, as many of each class, with its 95 % interval"
+    heading += (
+        f"Black: mean of {len(many)} images, as many of each class, right or wrong, with its 95 % interval"
+    )
     figure.suptitle(heading)
     save_figure(folder / "invariance.png", figure)
 
@@ -1133,7 +1105,7 @@ function filterView(layer, n) {
       [metric("selectivity"), `${two(f.selectivity)} (95 % interval ${two(f.selectivity_low)} to `
         + `${two(f.selectivity_high)}); ${two(f.selectivity_space)} with activations averaged over the map`],
       value("auc"), value("activation_nonzero"), value("activation_mean"),
-      f.nonzero_count === null ? [] : [metric("projections"), `${four(f.nonzero_count)} pixels above zero; `
+      f.nonzero_count === null ? [] : [metric("projections"), `${four(f.nonzero_count)} non-zero pixels; `
         + `mean ${four(f.mean)}, variance ${four(f.variance)}, largest ${four(f.max)}`]])),
     section("Filters that fire alike", "Correlation of activations over the test images.",
       tiles(layer, alike.map(([k]) => k), (g) => `r = ${two(new Map(alike).get(g.filter))}`))))];
