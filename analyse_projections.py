@@ -3,8 +3,8 @@
 Run:    uv run analyse_projections.py
 Reads:  outputs/CNN.pth, outputs/snapshots/epoch_000.pth, outputs/activations.npz,
         outputs/projection_statistics.npz, outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin
-Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/metric_distributions.png,
-        outputs/filter_metrics_untrained.csv, outputs/specialisation.csv, outputs/specialisation.png,
+Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/filter_metrics_untrained.csv,
+        outputs/specialisation.csv, outputs/specialisation.png,
         outputs/ablation.csv, outputs/ablation_curves.csv, outputs/ablation_summary.csv, outputs/ablation.png,
         outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
 
@@ -34,11 +34,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import backpropagate, window_of
-from deconv_full import Projector, Units, by_class, class_selectivity, project_windows, top_images
+from deconv_full import (
+    Projector,
+    Units,
+    by_class,
+    class_selectivity,
+    measure_activations,
+    project_windows,
+    top_images,
+)
 from load_data import (
     IMAGE_SIZE,
     TITLES,
@@ -66,6 +75,7 @@ PROBE_DECAYS = (0.001, 0.01, 0.1)  # weight decays to choose from
 
 STATISTICS = ("nonzero_count", "mean", "variance", "max")  # of a projection
 NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
+BLUR = 2.0  # pixels, standard deviation of the Gaussian for maps that are blurred
 Arrays = Mapping[str, Array]
 
 
@@ -301,24 +311,6 @@ def describe_preferences(filters: pd.DataFrame) -> str:
     )
 
 
-def draw_distributions(filters: pd.DataFrame) -> Figure:
-    """Draw how mean, variance and share above zero of the activations are distributed over active filters."""
-    texts = {
-        "activation_mean": "mean activation",
-        "activation_variance": "variance of the activation",
-        "activation_nonzero": "share of images it fires on",
-    }
-    long = filters[~filters["dead"]].melt("layer", list(texts), "metric")
-    options: dict[str, Any] = {"facet_kws": {"sharex": False}, "height": 2.6, "aspect": 1.05}
-    grid = sns.displot(long, x="value", col="metric", hue="layer", kind="ecdf", **options)
-    grid.set_titles("").set_ylabels("share of filters")
-    for ax, text in zip(grid.axes.flat, texts.values(), strict=True):
-        ax.set_xlabel(text)
-    grid.figure.set_layout_engine("none")
-    grid.figure.subplots_adjust(top=0.82)
-    return grid.figure
-
-
 # ---------------------------------------------------------------- how much of the specialisation was learned
 
 
@@ -349,39 +341,27 @@ def load_untrained(path: Path, checkpoint: Checkpoint, images: Array) -> CNN:
     return recalibrate_batch_norm(start.net, 0, images)
 
 
-class Pooled(NamedTuple):
-    """What a network makes of some images, by layer."""
+def pool_features(net: CNN, images: Array, most: int, doing: str) -> dict[str, Tensor]:
+    """Average a network's pooled maps over regions, by layer (images, inputs).
 
-    inputs: dict[str, Tensor]  # maps averaged over regions, (images, inputs)
-    maxima: Arrays  # strongest value of each filter, (images, filters)
-    means: Arrays  # mean of its map, likewise
-
-
-def pool_features(net: CNN, images: Array, most: int, doing: str) -> Pooled:
-    """Run the images through the network once; average its pooled maps over regions, and take their maxima.
-
-    A map is averaged over side x side regions, conv4 as the classifier sees it, the others with the largest
-    side that divides the map and gives at most `most` inputs.
+    Over side x side regions, conv4 as the classifier sees it, the others with the largest side that divides
+    the map and gives at most `most` inputs.
     """
     columns: list[Tensor] = []
     for start in tqdm(range(0, len(images), 50), doing, unit=" batches", disable=None):
-        batch = net.normalise(torch.from_numpy(images[start : start + 50]))
-        maps = [pooled for pooled, _ in net.features(batch)]
-        parts = []
-        for pooled in maps[:-1]:
+        batch, parts = net.normalise(torch.from_numpy(images[start : start + 50])), []
+        *maps, last = (pooled for pooled, _ in net.features(batch))
+        for pooled in maps:
             filters, height = pooled.shape[1:3]
             divisors = (side for side in range(1, height + 1) if height % side == 0)
             sides = [side for side in divisors if side**2 * filters <= most]
             parts.append(F.adaptive_avg_pool2d(pooled, max(sides, default=1)).flatten(1))
-        parts.append(net.average(maps[-1]).flatten(1))
-        parts += [pooled.amax(dim=(2, 3)) for pooled in maps] + [pooled.mean(dim=(2, 3)) for pooled in maps]
+        parts.append(net.average(last).flatten(1))
         # not put together at the end, which would need the memory twice
         columns = columns or [part.new_empty(len(images), part.shape[1]) for part in parts]
         for column, part in zip(columns, parts, strict=True):
             column[start : start + len(batch)] = part
-    inputs, *others = (dict(zip(LAYERS, columns[k : k + 4], strict=True)) for k in (0, 4, 8))
-    maxima, means = ({layer: part.cpu().numpy() for layer, part in of.items()} for of in others)
-    return Pooled(inputs, maxima, means)
+    return dict(zip(LAYERS, columns, strict=True))
 
 
 def compare_networks(tables: Mapping[str, pd.DataFrame], run: Run) -> pd.DataFrame:
@@ -424,6 +404,7 @@ def draw_specialisation(table: pd.DataFrame) -> Figure:
         draw_intervals(below, rows[rows["network"] == "learned"], "layer", "network")
         below.axhline(0, color="0.5", linestyle=":", linewidth=1)
         above.set_title(text, fontsize=9)
+    axes[0, 2].set_ylim(0.5, None)  # chance
     for ax in axes[0, :2]:
         ax.set_ylim(0, 1.1 * table.loc[table["metric"] != "auc", "high"].max())
     axes[0, 0].set_ylabel("median over filters")
@@ -471,21 +452,17 @@ def linear_parts(net: CNN, inputs: Tensor, level: Tensor, labels: Array) -> Line
     return Linear(parts, net.classifier(level), torch.from_numpy(labels).to(inputs.device))
 
 
-def ablate_each(linear: Linear) -> dict[str, Array]:
-    """Return what ablating one filter does to each image, (images, filters) each.
+def ablate_each(linear: Linear) -> Array:
+    """Return how far each image's cross-entropy rises when one filter is ablated, in nats, (images, filters).
 
-    The accuracy lost, 1 where the image is no longer classified correctly and -1 where it now is; and the
-    rise of its cross-entropy, in nats, which also tells what happens to images that stay right or wrong.
+    Accuracy is too coarse for a single filter: it counts the few images that tip over.
     """
-    filters = np.arange(len(linear.parts))
-    logits = [linear.without(some[:, None] == filters) for some in np.array_split(filters, 8)]
-    logits.append(linear.without(np.zeros((1, len(filters)), np.bool_)))
-    right = torch.cat([(some.argmax(dim=2) == linear.labels).float() for some in logits]).cpu().numpy()
-    losses = (
-        F.cross_entropy(some.mT, linear.labels.expand(len(some), -1), reduction="none") for some in logits
-    )
-    loss = torch.cat(list(losses)).cpu().numpy()
-    return {"accuracy lost": (right[-1] - right[:-1]).T, "rise of the loss": (loss[:-1] - loss[-1]).T}
+    conditions, losses = np.eye(len(linear.parts) + 1, len(linear.parts), dtype=np.bool_), []
+    for some in np.array_split(conditions, 8):
+        logits, labels = linear.without(some), linear.labels.expand(len(some), -1)
+        losses.append(F.cross_entropy(logits.mT, labels, reduction="none"))
+    *ablated, whole = torch.cat(losses).cpu().numpy()  # the last ablates none
+    return np.asarray(np.stack(ablated, axis=1) - whole[:, None])
 
 
 def split_half(damage: Array, run: Run) -> Array:
@@ -516,16 +493,16 @@ def summarise_damage(
     samples = bootstrap_means(damage, run)  # over images: of filters there are no others
     for text, where in (("its preferred class", own), ("each other class", ~own)):
         limits = np.percentile((samples * where).sum(axis=(1, 2)) / where.sum(), (2.5, 97.5))
-        yield f"on {text}", of_class[where].mean(), *limits
+        yield text, of_class[where].mean(), *limits
     for text, value in zip(("a class", "all classes"), split_half(damage, run), strict=True):
-        yield f"on {text}: split-half rank correlation", value, math.nan, math.nan
+        yield f"{text}: split-half rank correlation", value, math.nan, math.nan
     for name, x in predictors.items():
         y, text = (of_class, "a class") if x.ndim == 2 else (of_class.mean(axis=0), "all classes")
 
         def correlation(which: Array, x: Array = x, y: Array = y) -> float:
             return rank_correlation(x[..., which], y[..., which])
 
-        yield f"on {text}: rank correlation with {name}", *run.bootstrap(correlation, damage.shape[1])
+        yield f"{text}: rank correlation with {name}", *run.bootstrap(correlation, damage.shape[1])
 
 
 def ablate_in_order(linear: Linear, orders: Mapping[str, Array], level: str) -> pd.DataFrame:
@@ -553,7 +530,7 @@ def ablate_in_order(linear: Linear, orders: Mapping[str, Array], level: str) -> 
 
 
 def draw_ablation(damage: Array, index: Array, curves: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """Draw the accuracy each class loses without each filter, and the accuracy as more and more are ablated.
+    """Draw the rise of each class's loss without each filter, and the accuracy as more and more are ablated.
 
     damage and selectivity `index` are (classes, filters), filters without index are left out; `curves` is
     ablation_curves.csv.
@@ -561,15 +538,15 @@ def draw_ablation(damage: Array, index: Array, curves: pd.DataFrame, names: Sequ
     known = np.flatnonzero(~np.isnan(index).any(axis=0))
     preferred = index[:, known].argmax(axis=0)
     order = np.lexsort((-index[preferred, known], preferred))
-    points = 100 * damage[:, known[order]]
+    rise = damage[:, known[order]]
     fig = plt.figure(figsize=(7.5, 6), layout="constrained")
     grid = fig.add_gridspec(2, 2, height_ratios=[1.1, 1])
     ax, left = fig.add_subplot(grid[0, :]), fig.add_subplot(grid[1, 0])
     right = fig.add_subplot(grid[1, 1], sharey=left)
-    top = float(np.percentile(np.abs(points), 99)) or 1
+    top = float(np.percentile(np.abs(rise), 99)) or 1
     options: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -top, "vmax": top, "interpolation": "nearest"}
-    drawn = ax.imshow(points, aspect="auto", extent=(0, len(known), len(names), 0), **options)
-    fig.colorbar(drawn, ax=ax, pad=0.01, extend="both", label="accuracy lost (percentage points)")
+    drawn = ax.imshow(rise, aspect="auto", extent=(0, len(known), len(names), 0), **options)
+    fig.colorbar(drawn, ax=ax, pad=0.01, extend="both", label="rise of the loss (nats)")
     edges = np.searchsorted(preferred[order], np.arange(len(names) + 1))
     for number, (first, last) in enumerate(pairwise(edges.tolist())):
         ax.add_patch(Rectangle((first, number), last - first, 1, fill=False, edgecolor="0.2", linewidth=0.9))
@@ -613,27 +590,24 @@ def run_ablation(run: Run, inputs: Sequence[Tensor], filters: pd.DataFrame, clas
         contribution = torch.stack(to_class).cpu().numpy()  # (classes, filters)
         predictors = {"selectivity": index, "contribution to the logit": contribution}
         predictors |= {"largest selectivity": index.max(axis=0), "mean activation": strength}
+        damage = ablate_each(linear)
+        summary += [(level, *entry) for entry in summarise_damage(damage, predictors, run)]
         rows[f"contribution{suffix}"] = contribution.T.ravel()
-        for measure, damage in ablate_each(linear).items():
-            summary += [(level, measure, *entry) for entry in summarise_damage(damage, predictors, run)]
-            column = measure.replace(" of the ", "_").replace(" ", "_") + suffix
-            rows[column] = by_class(np.mean, damage, labels, count).T.ravel()
-            every[column] = damage.mean(axis=0)
+        rows[f"loss_added{suffix}"] = by_class(np.mean, damage, labels, count).T.ravel()
+        every[f"loss_added{suffix}"] = damage.mean(axis=0)
         curves.append(ablate_in_order(linear, orders, level))
     run.save_table("ablation", pd.concat([rows, every]).sort_values("filter", kind="stable"))
     run.save_table("ablation_curves", pd.concat(curves))
-    table = pd.DataFrame(summary, columns=["level", "measure", "quantity", "value", "low", "high"])
+    table = pd.DataFrame(summary, columns=["level", "quantity", "value", "low", "high"])
     run.save_table("ablation_summary", table)
-    lost = rows["accuracy_lost"].to_numpy().reshape(-1, count).T
-    figure = draw_ablation(lost, index, pd.concat(curves), run.names)
+    added = rows["loss_added"].to_numpy().reshape(-1, count).T
+    figure = draw_ablation(added, index, pd.concat(curves), run.names)
     run.save_figure("ablation", figure, "What ablating filters of conv4 costs")
-    value = table.set_index(["level", "measure", "quantity"])["value"]["their means"]
-    accuracy, loss = value["accuracy lost"], value["rise of the loss"]
-    own, other = 100 * accuracy.iloc[:2]
+    own, other, _, _, selectivity, contribution, *_ = table.loc[table["level"] == "their means", "value"]
     return (
-        f"ablation: set to its mean, a filter costs its preferred class {own:.2f} points, each other "
-        f"{other:.2f};\n  the rise of a class's loss has rank correlation {loss.iloc[4]:.2f} with the "
-        f"selectivity, {loss.iloc[5]:.2f} with the contribution to the logit"
+        f"ablation: set to its mean, a filter adds {own:.3f} nats to the loss of its preferred class, "
+        f"{other:.3f} to each other;\n  with what it adds to a class its selectivity has rank correlation "
+        f"{selectivity:.2f}, its contribution to the logit {contribution:.2f}"
     )
 
 
@@ -681,23 +655,52 @@ def one_of_each(top: TopUnits, seed: int) -> Array:
     return shuffled[first]
 
 
+def project_others(
+    run: Run, top: TopUnits, which: Array, filters: Array, doing: str, net: CNN | None = None
+) -> Array:
+    """Project other `filters` at the places of units, perhaps through another network; return magnitudes.
+
+    A place is one in the pooled map: the switch, and with it the window, may lie elsewhere in the pooling
+    region. What lies outside the window of the unit that was there is left out.
+    """
+    image, _, row, column, _ = (entry[which] for entry in top.units)
+    units = Units(image, filters, row, column, np.ones(len(which), np.float32))
+    projector = Projector(net or run.net, len(LAYERS) - 1)
+    windows, origins = project_windows(projector, run.test.images, units, doing)
+    return cut_windows(np.abs(windows).sum(axis=1), top.origin[which] - origins, len(top.envelope))
+
+
+def draw_others(run: Run, top: TopUnits, which: Array, rng: np.random.Generator) -> Array:
+    """Project at the place of each unit a filter drawn from all others."""
+    count, doing = run.net.config["filters"][-1], "other filters at the same place"
+    drawn = (top.units.filter[which] + rng.integers(1, count, len(which))) % count
+    return project_others(run, top, which, drawn, doing)
+
+
 def score_pixels(run: Run, top: TopUnits, which: Array, rng: np.random.Generator) -> Arrays:
     """Score the pixels of units' windows: what is a filter said to look at? (units, rows, columns) each.
 
-    By the projection; by other ways back (`deconv.backpropagate`), as sums over RGB of absolute values; by
-    nearness to the window's centre; by chance.
+    By the projection; by other ways back (`deconv.backpropagate`), as sums over RGB of absolute values, the
+    gradient also blurred, since a mask with coarse grain keeps more of an image; by what knows nothing of the
+    filter: the image's edges, likewise blurred and weighted as windows are on average, nearness to the
+    window's centre, chance.
     """
     units, net, size = top.units, run.net, len(top.envelope)
     batch = net.normalise(torch.from_numpy(run.test.images[units.image[which]]))
     place = units.filter[which], units.row[which], units.column[which]
     back = [backpropagate(net, batch, len(LAYERS) - 1, *place, rule) for rule in ("gradient", "guided")]
     maps = {"gradient": back[0], "gradient x input": back[0] * batch, "guided backpropagation": back[1]}
-    sums = {name: of.abs().sum(dim=1).cpu().numpy() for name, of in maps.items()}
+    sums = {name: of.abs().sum(dim=1) for name, of in maps.items()}
+    edges = torch.stack(torch.gradient(batch, dim=(2, 3))).abs().sum(dim=(0, 2))
+    for name, of in (("gradient, blurred", sums["gradient"]), ("edges", edges)):
+        sums[name] = gaussian_blur(of, [13, 13], [BLUR, BLUR])
+    scores = {name: cut_windows(of.cpu().numpy(), top.origin[which], size) for name, of in sums.items()}
+    scores["edges"] = scores["edges"] * top.envelope
     from_centre = np.arange(size) - (size - 1) / 2
     near = -np.hypot(from_centre[:, None], from_centre)
     return {
         "projection": top.magnitude[which],
-        **{name: cut_windows(frames, top.origin[which], size) for name, frames in sums.items()},
+        **scores,
         "centre": np.tile(near, (len(which), 1, 1)),
         "random": rng.random((len(which), size, size)),
     }
@@ -710,25 +713,29 @@ def choose_pixels(score: Array, inside: Array, share: float) -> Array:
     return chosen
 
 
-def surviving_shares(run: Run, top: TopUnits, units: Array, share: float) -> dict[str, pd.DataFrame]:
+def surviving_shares(
+    run: Run, top: TopUnits, units: Array, others: Array, share: float
+) -> dict[str, pd.DataFrame]:
     """Return how much of each unit's activation survives when only some pixels stay, or all but these.
 
     Insertion and deletion (after Petsiuk et al. 2018, "RISE") at one size of the mask: the masked image, grey
     where it is masked, goes through the network again; the activation of the same filter at the same pooled
-    position is divided by the original.
+    position is divided by the original. `others` are what `draw_others` returned.
 
     Returns:
         Of the pixels "kept" and "deleted" a row for each unit, a column for each score of `score_pixels`.
     """
     rng, tables = np.random.default_rng(run.seed), []
-    batches = np.split(units, range(32, len(units), 32))
-    for which in tqdm(batches, "faithfulness: masked images", unit=" batches", disable=None):
+    batches = (np.split(of, range(32, len(of), 32)) for of in (units, others))
+    pairs = list(zip(*batches, strict=True))
+    for which, others_here in tqdm(pairs, "faithfulness: masked images", unit=" batches", disable=None):
         batch = run.net.normalise(torch.from_numpy(run.test.images[top.units.image[which]]))
         place = np.arange(len(which)), *(entry[which] for entry in top.units[1:4])
         survived = {}
-        for name, scores in score_pixels(run, top, which, rng).items():
-            pairs = zip(scores, top.inside[which], strict=True)
-            masks = np.stack([choose_pixels(score, inside, share) for score, inside in pairs])
+        scores = {**score_pixels(run, top, which, rng), "other filter": others_here}
+        for name, of_all in scores.items():
+            inside = zip(of_all, top.inside[which], strict=True)
+            masks = np.stack([choose_pixels(*of_unit, share) for of_unit in inside])
             frames = cut_windows(masks, -top.origin[which], IMAGE_SIZE)
             kept = torch.from_numpy(frames[:, None]).to(batch.device)  # of all three channels
             for variant, mask in (("kept", kept), ("deleted", ~kept)):
@@ -763,43 +770,28 @@ def compare_magnitudes(own: Array, other: Array, shared: Array) -> tuple[float, 
 def randomise_weights(run: Run, top: TopUnits, units: Array, images: Array) -> dict[str, Array]:
     """Compare projections with those of ever more random networks (Adebayo et al. 2018, section 3.1).
 
-    Weights become random from conv4 downwards. A picture that stays the same shows the image and the
-    architecture, not what was learned. Two variants: the random network runs forward itself, or the trained
-    one does and keeps its switches, only the weights on the way down being random; what is left then is the
-    switches' doing (Mahendran & Vedaldi 2016, "Salient deconvolutional networks").
+    Weights become random from conv4 downwards, and the network runs forward with them. A picture that stays
+    the same shows the image and the architecture, not what was learned.
 
     Returns:
         For each condition `compare_magnitudes` of each unit, (draws, units, 2). Two conditions show how alike
         projections are anyway: those of another filter at the same place, and of another filter in another
-        image with the same window (nan where there is none). A place is one in the pooled map: the switch,
-        and with it the window, may lie elsewhere in the pooling region when the forward network or the filter
-        differs; what lies outside the trained window is left out.
+        image with the same window (nan where there is none).
     """
-    rng, trained, filters = np.random.default_rng(run.seed), run.net, run.net.config["filters"][-1]
-    image, filter_, row, column, _ = (entry[units] for entry in top.units)
-    to_project = Units(image, filter_, row, column, np.ones(len(units), np.float32))
+    rng, alike = np.random.default_rng(run.seed), cast(dict[str, list[Array]], {})
 
-    def compare(windows: Array) -> Array:
+    def compare(condition: str, windows: Array) -> None:
         pairs = zip(units, windows, strict=True)
         triples = [[of[top.inside[k]] for of in (top.magnitude[k], one, top.envelope)] for k, one in pairs]
-        return np.array([compare_magnitudes(*triple) for triple in triples])
+        alike.setdefault(condition, []).append(np.array([compare_magnitudes(*of) for of in triples]))
 
-    def project(net: CNN, switches: CNN, chosen: Units, doing: str) -> Array:
-        projector, doing = Projector(net, len(LAYERS) - 1), f"random weights: {doing}"
-        windows, origins = project_windows(projector, run.test.images, chosen, doing, switches)
-        moved = top.origin[units] - origins  # to the trained window
-        return compare(cut_windows(np.abs(windows).sum(axis=1), moved, len(top.envelope)))
-
-    partners = draw_partners(top, units, rng)
-    elsewhere = to_project._replace(filter=(filter_ + rng.integers(1, filters, len(units))) % filters)
-    others = np.where((partners == units)[:, None], np.nan, compare(top.magnitude[partners]))
-    alike = {
-        "other filter, same place": [project(trained, trained, elsewhere, "other filters")],
-        "other filter, other image": [others],
-    }
     for draw in range(run.draws):
+        compare("other filter, same place", draw_others(run, top, units, rng))
+        partners = draw_partners(top, units, rng)
+        compare("other filter, other image", top.magnitude[partners])
+        alike["other filter, other image"][-1][partners == units] = np.nan
         for first in reversed(range(len(LAYERS))):
-            net = copy.deepcopy(trained)
+            net = copy.deepcopy(run.net)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(run.seed + 1 + draw)
                 for block in net.blocks[first:]:
@@ -807,26 +799,27 @@ def randomise_weights(run: Run, top: TopUnits, units: Array, images: Array) -> d
                     block.bn.reset_parameters()
             recalibrate_batch_norm(net, first, images)
             name = LAYERS[-1] if first == len(LAYERS) - 1 else f"{LAYERS[-1]} to {LAYERS[first]}"
-            for forward, text in ((net, "own"), (trained, "trained")):
-                values = project(net, forward, to_project, f"draw {draw + 1}, {name}")
-                alike.setdefault(f"{name}, {text} switches", []).append(values)
+            doing = f"random weights: draw {draw + 1}, {name}"
+            compare(name, project_others(run, top, units, top.units.filter[units], doing, net))
     return {condition: np.stack(draws) for condition, draws in alike.items()}
 
 
 def draw_trust(trust: pd.DataFrame, share: float) -> Figure:
     """Draw medians with 95 % intervals: what survives of activations; how alike projections stay."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), width_ratios=[1.25, 1], layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9), width_ratios=[1.6, 1], layout="constrained")
     masked = trust[trust["test"].isin(["kept", "deleted"])]
-    short = {"gradient x input": "gradient\nx input", "guided backpropagation": "guided\nbackprop."}
-    draw_intervals(left, masked.replace({"condition": short}), "condition", "test")
+    masked = masked.assign(condition=masked["condition"].str.replace(",? ", "\n", n=1, regex=True))
+    draw_intervals(left, masked, "condition", "test")
+    left.tick_params(axis="x", labelsize=7)
     left.set(xlabel=f"what chooses {share:.0%} of the window's pixels", ylim=(0, None))
     left.set_ylabel("share of the activation that survives")
     left.legend(title="these pixels are", frameon=False)
     rows = trust[trust["test"] == "random weights, envelope taken out"]
-    parts = rows["condition"].str.split(", ", expand=True)
-    rows = rows.assign(blocks=parts[0].str.replace(" to", "\nto"), variant=parts[1])
-    draw_intervals(right, rows[2:], "blocks", "variant", "-")
-    for value, text, line in zip(rows["median"][:2], rows["condition"][:2], ("--", ":"), strict=True):
+    random = rows[rows["condition"].str.startswith("conv")]
+    random = random.assign(blocks=random["condition"].str.replace(" to", "\nto"), variant="random weights")
+    draw_intervals(right, random, "blocks", "variant", "-")
+    others = rows[rows["condition"].str.startswith("other")]
+    for value, text, line in zip(others["median"], others["condition"], ("--", ":"), strict=True):
         right.axhline(value, color="0.4", linestyle=line, linewidth=1, label=f"trained, {text}")
     right.set(xlabel="blocks with random weights", ylim=(min(0, rows["low"].min()), 1))
     right.set_ylabel("partial rank correlation with\nthe trained projection")
@@ -840,11 +833,12 @@ def run_trust(run: Run, top: TopUnits, share: float, images: Array) -> tuple[str
     Arguments as for the functions above.
     """
     units, rows = one_of_each(top, run.seed), []
+    others = draw_others(run, top, units, np.random.default_rng(run.seed))
 
     def add(test: str, condition: str, values: Array) -> None:
         rows.append((test, condition, *run.median(values), int((~np.isnan(values)).sum())))
 
-    for variant, table in surviving_shares(run, top, units, share).items():
+    for variant, table in surviving_shares(run, top, units, others, share).items():
         for name, values in table.items():
             add(variant, str(name), values.to_numpy())
             if name != "projection":
@@ -859,15 +853,17 @@ def run_trust(run: Run, top: TopUnits, share: float, images: Array) -> tuple[str
     title = "Do projections of conv4 show what drives a filter, and what was learned?"
     run.save_figure("trust", draw_trust(trust, share), title)
     value = trust.set_index(["test", "condition"])["median"]
-    names = "projection", "gradient", "centre", "random"
+    names = "projection", "gradient", "other filter", "edges", "random"
     kept, deleted = (", ".join(f"{value[test, name]:.2f}" for name in names) for test in ("kept", "deleted"))
     alike = value["random weights, envelope taken out"]
-    random, other = alike["conv4 to conv1, own switches"], alike["other filter, other image"]
+    random, *other = (
+        alike[name] for name in ("conv4 to conv1", "other filter, same place", "other filter, other image")
+    )
     return (
         f"faithfulness: {share:.0%} of the pixels, chosen by {', '.join(names)}: alone they keep\n"
         f"  {kept} of the activation; without them {deleted} is left",
         f"random weights: partial rank correlation with the trained projections {random:.2f};\n"
-        f"  of other filters in other images {other:.2f}",
+        f"  of other filters at the same place {other[0]:.2f}, in other images {other[1]:.2f}",
     )
 
 
@@ -909,7 +905,7 @@ def mcnemar(one: Array, other: Array) -> float:
 
 
 def probe_layers(
-    run: Run, network: str, features: Sequence[Pooled], own: Array, decays: Sequence[float]
+    run: Run, network: str, features: Sequence[Mapping[str, Tensor]], own: Array, decays: Sequence[float]
 ) -> list[tuple[Any, ...]]:
     """Return rows of probes.csv, one a layer of a network.
 
@@ -919,7 +915,7 @@ def probe_layers(
     Args:
         run: What every experiment needs.
         network: Its name.
-        features: Of the training and of the test images.
+        features: What `pool_features` returned of the training and of the test images.
         own: Which test images the trained network classifies correctly.
         decays: To choose from.
     """
@@ -928,7 +924,7 @@ def probe_layers(
     )
     rows = []
     for layer in tqdm(LAYERS, f"probes, {network} network", unit=" layers", disable=None):
-        train, test = (pooled.inputs[layer] for pooled in features)
+        train, test = (of[layer] for of in features)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
         held, rest = order[: len(order) // 5], order[len(order) // 5 :]
         guesses = [probe(train[rest], labels[rest], decay, train[held]) for decay in decays]
@@ -975,8 +971,8 @@ def main() -> None:
         for keys in ([f"{layer}_{kind}" for layer in LAYERS] for kind in ("max", "mean"))
     )
     path = OUTPUTS / "projection_statistics.npz"
-    projected_labels, *measured = load_arrays(path, checkpoint, "labels", *STATISTICS)
-    statistics = dict(zip(STATISTICS, measured, strict=True))
+    projected_labels, *stored = load_arrays(path, checkpoint, "labels", *STATISTICS)
+    statistics = dict(zip(STATISTICS, stored, strict=True))
     top = read_top_units(OUTPUTS / "projections.npz", checkpoint)
     train, test = (load_split(checkpoint.dataset, DATA_DIR, split) for split in ("train", "test"))
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
@@ -991,19 +987,18 @@ def main() -> None:
     del samples
     run.save_table("filter_metrics", filters)
     run.save_table("class_metrics", classes)
-    title = "Distribution of each metric over the active filters"
-    run.save_figure("metric_distributions", draw_distributions(filters), title)
 
     tables, rows = {"trained": filters}, []
     for name, net in (("trained", run.net), ("untrained", untrained)):
         features = [pool_features(net, of.images, PROBE_INPUTS, f"{name} network") for of in (train, test)]
         if name == "trained":
-            inputs = [of.inputs["conv4"] for of in features]  # what its classifier sees
+            inputs = [of["conv4"] for of in features]  # what its classifier sees
             own = run.net.classifier(inputs[1]).argmax(dim=1).cpu().numpy() == test.labels
         else:
-            _, strongest, mean = features[1]
-            samples = {layer: bootstrap_means(values, run) for layer, values in strongest.items()}
-            tables[name] = tabulate_filters(strongest, mean, samples, {}, run)
+            measured = measure_activations(test.images, net, 50, "activations, untrained network")
+            maxima, averages = ({k: measured[f"{k}_{kind}"] for k in LAYERS} for kind in ("max", "mean"))
+            samples = {layer: bootstrap_means(values, run) for layer, values in maxima.items()}
+            tables[name] = tabulate_filters(maxima, averages, samples, {}, run)
         rows += probe_layers(run, name, features, own, PROBE_DECAYS)
     del features
     columns = ["layer", "network", "accuracy", "low", "high", "p", "inputs", "decay"]

@@ -227,23 +227,21 @@ def project_units(
     units: Units,
     doing: str,
     reduce: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
-    forward: CNN | None = None,
 ) -> Iterator[tuple[Array, Array, Array]]:
     """Project units of many images; on a CPU each thread takes whole batches of images.
 
     Args:
-        projector: Its network's weights are the way down.
+        projector: Of their layer.
         images: uint8 (images, 3, 96, 96).
         units: What is projected.
         doing: Label of the progress bar.
         reduce: Of projections (units, rows, columns, 3) what is kept, (units, ...); by default all.
-        forward: The network that records the switches, if not the projector's.
 
     Yields:
         Of some units at a time: their places in `units` (n,); row and column of each window's top left pixel
         in the image (n, 2), negative where it crosses the border; what `reduce` made of the part inside.
     """
-    net, side = forward or projector.net, projector.map_sizes[projector.layer]
+    net, side = projector.net, projector.map_sizes[projector.layer]
     device = net.mean.device
     on_cpu = device.type == "cpu"
     chunk = 64 if on_cpu else 2048  # units at once: what fits a core's cache, or fills a GPU
@@ -282,16 +280,16 @@ def project_units(
 
 
 def project_windows(
-    projector: Projector, images: Array, units: Units, doing: str, forward: CNN | None = None
+    projector: Projector, images: Array, units: Units, doing: str, dtype: type = np.float32
 ) -> tuple[Array, Array]:
     """Return whole windows, zero outside the image, (units, 3, size, size), and their origins (units, 2).
 
     Arguments as for `project_units`.
     """
     size = projector.field.size
-    projections = np.zeros((len(units.image), 3, size, size), np.float32)
+    projections: Array = np.zeros((len(units.image), 3, size, size), dtype)
     all_origins = np.zeros((len(units.image), 2), np.int16)
-    for which, origins, windows in project_units(projector, images, units, doing, forward=forward):
+    for which, origins, windows in project_units(projector, images, units, doing):
         all_origins[which] = origins
         for unit, origin, window in zip(which, origins, windows, strict=True):
             top, left = np.maximum(-origin, 0)  # rows and columns outside the image
@@ -435,24 +433,19 @@ def project_examples(
         image, value, position, origin, projection and patch, as the README's table of outputs describes them;
         zero where there is no image.
     """
-    fires, size = np.nonzero(image >= 0), projector.field.size  # filter and rank of each unit
-    units = strongest_of(maxima, positions, image[fires], fires[0])
+    fires, filter_ = image.ravel() >= 0, np.repeat(np.arange(len(image)), image.shape[1])
+    units = strongest_of(maxima, positions, image.ravel(), filter_)  # -1, none, takes the last image for now
     doing = f"{LAYERS[projector.layer]}, {image.shape[1]} images a filter"
-    projections, origins = project_windows(projector, images, units, doing)
-    found = {
-        "value": units.value,
-        "position": np.stack([units.row, units.column], axis=1).astype(np.int16),
-        "origin": origins,
-        "projection": projections.astype(dtype, copy=False),
-    }
-    del projections  # of which float16 is a copy
-    arrays = {"image": image, "patch": np.zeros((*image.shape, 3, size, size), np.uint8)}
-    for *place, n, (top, left) in zip(*fires, units.image, origins, strict=True):
-        arrays["patch"][*place] = window_of(images[n], top, left, size, 0)
-    for name, values in found.items():  # (units, ...) -> (filters, examples, ...)
-        arrays[name] = np.zeros((*image.shape, *values.shape[1:]), values.dtype)
-        arrays[name][fires] = values
-    return arrays
+    projections, origins = project_windows(projector, images, units, doing, dtype)
+    windows = zip(units.image, origins, strict=True)
+    size = projector.field.size
+    patches = np.stack([window_of(images[n], top, left, size, 0) for n, (top, left) in windows])
+    arrays: Arrays = {"value": units.value, "position": np.stack(units[2:4], axis=1).astype(np.int16)}
+    arrays |= {"origin": origins, "projection": projections, "patch": patches}
+    for values in arrays.values():
+        values[~fires] = 0
+    # (units, ...) -> (filters, examples, ...)
+    return {"image": image} | {name: of.reshape(*image.shape, *of.shape[1:]) for name, of in arrays.items()}
 
 
 def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_size: int) -> Arrays:

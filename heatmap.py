@@ -520,8 +520,8 @@ METRICS = {  # what the page calls them, and what they are
     "class_mean": ("mean activation", "Over the test images of the class; line: 95 % interval"),
     "activation_nonzero": ("fires on", "Share of the test images with an activation above zero"),
     "lost": (
-        "points lost",
-        "Percentage points of accuracy lost when its map is set to its training mean; negative: gained",
+        "loss added",
+        "Rise of the cross-entropy (nats) when its map is set to its training mean; negative: better without",
     ),
     "twin": (
         "twin",
@@ -611,8 +611,8 @@ def explain_filters(
 ) -> list[dict[str, Any]]:
     """Return what the page says of each filter of a layer, but for its pictures.
 
-    Its row of filter_metrics.csv; `means` of each class with both limits; `lost`, the accuracy of each class
-    and of all that ablation costs (conv4); `similar`, the five filters whose activations correlate most with
+    Its row of filter_metrics.csv; `means` of each class with both limits; `lost`, what ablation adds to the
+    loss of each class and of all (conv4); `similar`, the five filters whose activations correlate most with
     its own, and the coefficients. Of the images of the preferred class and of the others: `images`, how many;
     `zeros`, on how many it does not fire; `counts` in 24 bins from 0 to `largest` of those on which it does.
 
@@ -627,7 +627,7 @@ def explain_filters(
     means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
     lost: Any = [None] * len(filters)
     if layer == "conv4" and "ablation" in tables:
-        lost = tables["ablation"]["accuracy_lost"].to_numpy().reshape(len(filters), -1)
+        lost = tables["ablation"]["loss_added"].to_numpy().reshape(len(filters), -1)
     with np.errstate(invalid="ignore"):  # a dead filter correlates with none
         correlation = np.nan_to_num(np.corrcoef(maxima.T), nan=-1)
     np.fill_diagonal(correlation, -1)
@@ -689,16 +689,21 @@ def explain_reading(trust: pd.DataFrame | None) -> list[str]:
     if trust is None:
         return [reading, "How far to trust it is not measured yet: uv run analyse_projections.py adds it."]
     value = trust.set_index(["test", "condition"])["median"]
-    kept = {name: f"{value['kept', name]:.0%}" for name in ("projection", "gradient", "centre", "random")}
-    random = value["random weights, envelope taken out"]
+    kept = {
+        name: f"{value['kept', name]:.0%}"
+        for name in ("projection", "gradient", "other filter", "edges", "random")
+    }
+    alike = value["random weights, envelope taken out"]
     return [
         reading,
         "It points at what matters, up to a point: the quarter of a window's pixels where it is strongest "
         f"keeps {kept['projection']} of an activation of conv4 alive (median); a quarter chosen by the "
-        f"gradient {kept['gradient']}, the middle {kept['centre']}, a random one {kept['random']}.",
+        f"gradient {kept['gradient']}, by another filter's projection at the same place "
+        f"{kept['other filter']}, by the image's edges alone {kept['edges']}, by chance {kept['random']}.",
         "How much of it was learned: projections through random weights have a rank correlation of "
-        f"{random['conv4 to conv1, own switches']:.2f} with the trained ones, those of other filters in "
-        f"other images {random['other filter, other image']:.2f}, what all windows have in common taken out.",
+        f"{alike['conv4 to conv1']:.2f} with the trained ones, those of other filters at the same place "
+        f"{alike['other filter, same place']:.2f}, in other images {alike['other filter, other image']:.2f}, "
+        "what all windows have in common taken out.",
     ]
 
 
@@ -794,7 +799,7 @@ def write_explorer(
             "evolution": f"Strongest activation in {len(some):,} test images after each epoch; each has a "
             f"scale of its own.{later}",
             "ablation": missing,
-            "needed": "Filters of conv4 whose ablation costs the class most percentage points of accuracy.",
+            "needed": "Filters of conv4 whose ablation adds most to the loss of the class.",
             "classes": explain_classes(guesses, test.labels, names),
             "reading": explain_reading(tables.get("trust")),
         },
@@ -971,12 +976,12 @@ let order = {}, query = "";  // tiles last shown, which arrow keys follow, and h
 const count = (v) => v.toLocaleString("en"), two = (v) => v.toFixed(2);
 const four = (v) => Math.abs(v) < 1000 ? String(Number(v.toPrecision(4))) : count(Math.round(v));
 const share = (v) => `${(100 * v).toFixed(v && v < 0.0995 ? 1 : 0)} %`;
-const points = (v) => (v < 0 ? "" : "+") + (100 * v).toFixed(2);
+const nats = (v) => (v < 0 ? "" : "+") + v.toFixed(3);
 const SORTS = {  // what tiles are sorted by, largest first, and how it is written
   filter: [(f) => -f.filter], preferred_class: [(f) => -data.classes.indexOf(f.preferred_class)],
   selectivity: [(f) => f.selectivity, two], auc: [(f) => f.auc, two],
   activation_mean: [(f) => f.activation_mean, two], activation_nonzero: [(f) => f.activation_nonzero, share],
-  lost: [(f) => f.lost && f.lost.at(-1), points],
+  lost: [(f) => f.lost && f.lost.at(-1), nats],
   twin: [(f) => f.similar.length ? f.similar[0][1] : null, (v, f) => `${f.similar[0][0]} (r ${two(v)})`],
 };
 const nearlyDead = (f) => !f.dead && f.activation_nonzero < 0.01;
@@ -1030,7 +1035,7 @@ function classTable(f) {
     el("div", { style: `left:${100 * from}%;width:${100 * (to - from)}%;background:${style}` });
   const track = (...bars) => el("div", { class: "track" }, bars);
   const lost = (v, at = 0.5 + v / most / 2) => [track(bar(Math.min(0.5, at), Math.max(0.5, at), "var(--bar)"),
-    bar(0.5, 0.51, "var(--ink)")), points(v)];
+    bar(0.5, 0.51, "var(--ink)")), nats(v)];
   const rows = data.classes.map((name, k) => {
     const [mean, low, high] = f.means[k].map((v) => v / top), own = name === f.preferred_class;
     const bars = track(bar(0, mean, colour(name)), bar(low, high, "var(--ink);top:5px;bottom:5px"));
@@ -1114,7 +1119,7 @@ function classView(name) {
   const k = data.classes.indexOf(name), by = (value, most, note) => (layer) => tiles(layer,
     data.layers[layer].filters.filter((f) => value(f) !== null).sort((a, b) => value(b) - value(a))
       .slice(0, most).map((f) => f.filter), note);
-  const lost = by((f) => f.lost && f.lost[k], 12, (f) => `${points(f.lost[k])} points`);
+  const lost = by((f) => f.lost && f.lost[k], 12, (f) => `loss ${nats(f.lost[k])}`);
   const own = by((f) => f.preferred_class === name ? f.selectivity : null, 999,
     (f) => `selectivity ${two(f.selectivity)}`);
   return [el("p", {}, data.classes.map((c) => [link(["class", c], chip(c)), " "])), h1(name),

@@ -11,6 +11,7 @@ paths ~ is the home folder.
 
 import cmath
 import errno
+import gc
 import hashlib
 import math
 import tarfile
@@ -302,8 +303,10 @@ def generate_shapes(split: str) -> Split:
 
 def draw_image(shape: str, rng: np.random.Generator) -> Array:
     """Draw one image (3, 96, 96): clutter, the shape, clutter, noise; random colour, place, size, angle."""
-    # One is light and the other dark, which one is chance: no colour gives the class away.
-    ground, colour = rng.permutation([0, 0.55])[:, None, None, None] + rng.uniform(0, 0.45, (2, 3, 1, 1))
+    # They differ in a random direction of colour space: no colour gives the class away, and conv1 must see
+    # edges between any two colours (where one was light and the other dark, its filters stayed noisy).
+    ground, away = rng.random((3, 1, 1)), rng.standard_normal((3, 1, 1))
+    colour = (ground + 0.5 * away / abs(away).max()) % 1
     clutter, front = rng.choice(list(CLUTTER), 4).tolist(), rng.integers(3)
     grid = np.arange(IMAGE_SIZE, dtype=np.complex64) + 1j * np.arange(IMAGE_SIZE, dtype=np.float32)[:, None]
     canvas = np.broadcast_to(ground, (3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
@@ -318,7 +321,7 @@ def draw_image(shape: str, rng: np.random.Generator) -> Array:
         coverage = np.clip(0.5 - radius * distance, 0, 1)  # edges are smooth over one pixel
         paint = colour if name == shape else rng.random((3, 1, 1))
         canvas += coverage * (paint.astype(np.float32) - canvas)
-    canvas += rng.standard_normal(canvas.shape, np.float32) * rng.uniform(0.02, 0.08)
+    canvas += rng.standard_normal(canvas.shape, np.float32) * rng.uniform(0.05, 0.1)
     return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
 
 
@@ -473,6 +476,7 @@ def save_figure(path: Path, figure: Figure, quiet: bool = False) -> None:
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
     plt.close(figure)
+    gc.collect()  # its pixels: a figure refers to itself, and would stay until Python looks by itself
     if not quiet:
         print(f"wrote {path}", flush=True)
 

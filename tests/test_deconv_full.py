@@ -105,19 +105,6 @@ def test_many_units_in_any_order_come_back_at_their_own_place(make_net: MakeNet)
         assert_equal(in_frame(windows[n], origins[n]), plain(net, 1, image, filter_, row, column))
 
 
-def test_switches_can_be_those_of_another_network(make_net: MakeNet) -> None:
-    net, forward = make_net(seed=1), make_net(seed=2)
-    units = active_units(forward, 2, [4], 3)
-    windows, origins = project_windows(Projector(net, 2), IMAGES, units, "", forward)
-    features = features_of(forward, 4)
-    for n, (_, *place, value) in enumerate(zip(*units, strict=True)):
-        only = torch.zeros_like(features[2][0])
-        only[0, *place] = float(value)
-        expected = deconv.project(net, 2, only, [switches for _, switches in features], (96, 96))[0].numpy()
-        assert_equal(in_frame(windows[n], origins[n]), expected)
-        assert not np.allclose(expected, plain(net, 2, 4, *place), atol=1e-6)
-
-
 def test_what_is_kept_of_each_projection_comes_with_its_place(make_net: MakeNet) -> None:
     net = make_net()
     units, projector = active_units(net, 1, [1, 6, 9], 60), Projector(net, 1, 2)
