@@ -486,23 +486,33 @@ def summarise_damage(
 ) -> Iterator[tuple[str, float, float, float]]:
     """Yield quantities of damage (images, filters) with value and 95 % interval (nan for none).
 
-    `predictors` may predict the damage to a class, (classes, filters), or to all, (filters,).
+    The preferred class of a filter stands apart: over all classes together, ranks mix what the filter drives
+    with what it avoids. `predictors` may predict the damage to a class, (classes, filters), or to all,
+    (filters,).
     """
     of_class = by_class(np.mean, damage, run.test.labels, len(run.names))
-    own = np.arange(len(run.names))[:, None] == predictors["selectivity"].argmax(axis=0)
+    preferred = predictors["selectivity"].argmax(axis=0)
+    own = np.arange(len(run.names))[:, None] == preferred
+
+    def correlation(x: Array, y: Array) -> tuple[float, float, float]:
+        return run.bootstrap(lambda which: rank_correlation(x[..., which], y[..., which]), x.shape[-1])
+
     samples = bootstrap_means(damage, run)  # over images: of filters there are no others
     for text, where in (("its preferred class", own), ("each other class", ~own)):
         limits = np.percentile((samples * where).sum(axis=(1, 2)) / where.sum(), (2.5, 97.5))
         yield text, of_class[where].mean(), *limits
+        for name, x in predictors.items():
+            if x.ndim == 2:
+                there = np.where(where, x, np.nan)
+                yield f"{text}: rank correlation with {name}", *correlation(there, of_class)
+    most = of_class.argmax(axis=0) == preferred
+    share = run.bootstrap(lambda which: most[which].mean(), len(most))
+    yield "share of filters that cost their preferred class most", *share
     for text, value in zip(("a class", "all classes"), split_half(damage, run), strict=True):
         yield f"{text}: split-half rank correlation", value, math.nan, math.nan
     for name, x in predictors.items():
-        y, text = (of_class, "a class") if x.ndim == 2 else (of_class.mean(axis=0), "all classes")
-
-        def correlation(which: Array, x: Array = x, y: Array = y) -> float:
-            return rank_correlation(x[..., which], y[..., which])
-
-        yield f"{text}: rank correlation with {name}", *run.bootstrap(correlation, damage.shape[1])
+        if x.ndim == 1:
+            yield f"all classes: rank correlation with {name}", *correlation(x, of_class.mean(axis=0))
 
 
 def ablate_in_order(linear: Linear, orders: Mapping[str, Array], level: str) -> pd.DataFrame:
@@ -603,11 +613,12 @@ def run_ablation(run: Run, inputs: Sequence[Tensor], filters: pd.DataFrame, clas
     added = rows["loss_added"].to_numpy().reshape(-1, count).T
     figure = draw_ablation(added, index, pd.concat(curves), run.names)
     run.save_figure("ablation", figure, "What ablating filters of conv4 costs")
-    own, other, _, _, selectivity, contribution, *_ = table.loc[table["level"] == "their means", "value"]
+    value = table[table["level"] == "their means"].set_index("quantity")["value"]
+    own, other, most, index = value.iloc[[0, 3, 6, 1]]
     return (
-        f"ablation: set to its mean, a filter adds {own:.3f} nats to the loss of its preferred class, "
-        f"{other:.3f} to each other;\n  with what it adds to a class its selectivity has rank correlation "
-        f"{selectivity:.2f}, its contribution to the logit {contribution:.2f}"
+        f"ablation: set to its mean, a filter adds {own:.4f} nats to the loss of its preferred class, "
+        f"{other:.4f} to each\n  other; {most:.0%} of the filters cost their preferred class most; rank "
+        f"correlation of this cost with\n  the selectivity {index:.2f}"
     )
 
 
@@ -680,7 +691,7 @@ def draw_others(run: Run, top: TopUnits, which: Array, rng: np.random.Generator)
 def score_pixels(run: Run, top: TopUnits, which: Array, rng: np.random.Generator) -> Arrays:
     """Score the pixels of units' windows: what is a filter said to look at? (units, rows, columns) each.
 
-    By the projection; by other ways back (`deconv.backpropagate`), as sums over RGB of absolute values, the
+    By other ways back than the projection (`deconv.backpropagate`), as sums over RGB of absolute values, the
     gradient also blurred, since a mask with coarse grain keeps more of an image; by what knows nothing of the
     filter: the image's edges, likewise blurred and weighted as windows are on average, nearness to the
     window's centre, chance.
@@ -699,7 +710,6 @@ def score_pixels(run: Run, top: TopUnits, which: Array, rng: np.random.Generator
     from_centre = np.arange(size) - (size - 1) / 2
     near = -np.hypot(from_centre[:, None], from_centre)
     return {
-        "projection": top.magnitude[which],
         **scores,
         "centre": np.tile(near, (len(which), 1, 1)),
         "random": rng.random((len(which), size, size)),
@@ -732,7 +742,8 @@ def surviving_shares(
         batch = run.net.normalise(torch.from_numpy(run.test.images[top.units.image[which]]))
         place = np.arange(len(which)), *(entry[which] for entry in top.units[1:4])
         survived = {}
-        scores = {**score_pixels(run, top, which, rng), "other filter": others_here}
+        scores = {"projection": top.magnitude[which], "other filter": others_here}
+        scores |= score_pixels(run, top, which, rng)
         for name, of_all in scores.items():
             inside = zip(of_all, top.inside[which], strict=True)
             masks = np.stack([choose_pixels(*of_unit, share) for of_unit in inside])
@@ -808,7 +819,8 @@ def draw_trust(trust: pd.DataFrame, share: float) -> Figure:
     """Draw medians with 95 % intervals: what survives of activations; how alike projections stay."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9), width_ratios=[1.6, 1], layout="constrained")
     masked = trust[trust["test"].isin(["kept", "deleted"])]
-    masked = masked.assign(condition=masked["condition"].str.replace(",? ", "\n", n=1, regex=True))
+    texts = masked["condition"].str.replace("propagation", "prop.").str.replace(",? ", "\n", n=1, regex=True)
+    masked = masked.assign(condition=texts)
     draw_intervals(left, masked, "condition", "test")
     left.tick_params(axis="x", labelsize=7)
     left.set(xlabel=f"what chooses {share:.0%} of the window's pixels", ylim=(0, None))

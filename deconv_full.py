@@ -151,7 +151,9 @@ class Projector:
     def spans(self, row: int) -> list[Span]:
         """Return the window of a unit at `row` (or column) at the input of its own layer and of all below.
 
-        An input of the layer above is a pooled value here, spread over its pooling region.
+        An input of the layer above is a pooled value here, spread over its pooling region. In the default
+        network the unit at row 10 of conv2 sees rows 9 to 11 of conv1's pooled map, which are rows 18 to 23
+        before pooling, and these see rows 34 to 49 of the image.
         """
         spans, start, stop = [], row, row + 1
         for k in reversed(range(self.layer + 1)):
@@ -191,7 +193,7 @@ class Projector:
         """
         image, filter_, value, *place = units
         n, rows, columns = len(image), self.windows[row], self.windows[column]
-        # windows are shifted against that unit's by their distance times the steps between the two layers
+        # 3 rows further down at conv2 are 3 * 2 rows of conv1's map: `step` grows by the pools and strides
         below, right, step = place[0] - row, place[1] - column, 1
         # of a single unit the transposed convolution is its filter times its value
         own = self.own_filters[:, rows[0].cut(), columns[0].cut()]
@@ -662,6 +664,7 @@ def main() -> None:
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     net, title = checkpoint.net, TITLES[checkpoint.dataset]
+    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)  # early: one may be damaged
     images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
     print(
         f"projecting {sum(net.config['filters'])} filters over {len(images):,} test images of {title} "
@@ -685,7 +688,6 @@ def main() -> None:
     draw_pages(top, texts, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
     del top  # its memory is needed for what follows
 
-    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
     evolution = project_evolution(images[:EVOLUTION_IMAGES], snapshots, EVOLUTION_FILTERS, BATCH_SIZE)
     heading = f"strongest activation in {len(images[:EVOLUTION_IMAGES]):,} test images of {title} after each "
     heading += f"epoch, projected; at the end {checkpoint.accuracy()}\ngrey is zero, each panel has its own "

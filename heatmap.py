@@ -823,6 +823,7 @@ def main() -> None:
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     net, names, folder = checkpoint.net, checkpoint.class_names, OUTPUTS / "heatmaps"
+    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
     maxima, positions = load_arrays(OUTPUTS / "activations.npz", checkpoint, "conv4_max", "conv4_position")
     filters, classes = (
         load_table(OUTPUTS / f"{name}_metrics.csv", checkpoint) for name in ("filter", "class")
@@ -912,7 +913,6 @@ def main() -> None:
     save_figure(folder / "invariance.png", figure)
 
     # every filter on one page
-    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
     write_explorer(OUTPUTS, checkpoint, snapshots, Split(images, labels), guesses, EVOLUTION_IMAGES)
     print(f"this was the last stage: open {OUTPUTS / 'explorer/index.html'}")
 

@@ -113,7 +113,7 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
             "filter class selectivity contribution loss_added contribution_zero loss_added_zero",
         ),
         ("ablation_curves", 2 * 4 * 17, "level order ablated accuracy low high below"),
-        ("ablation_summary", 2 * 8, "level quantity value low high"),
+        ("ablation_summary", 2 * 11, "level quantity value low high"),
         ("trust", 2 * 17 + 2 * 6 * 3, "test condition median low high n"),
         ("occlusion", -1, "image filter label activation activity unit correlation taken_for"),
         ("invariance", 4 * (13 + 9 + 18), "kind degree measure mean low high n"),
