@@ -432,8 +432,10 @@ def project_examples(
         dtype: Of the projections.
 
     Returns:
-        image, value, position, origin, projection and patch, as the README's table of outputs describes them;
-        zero where there is no image.
+        All zero where there is no image: image, as given; value, the activation, and position, its row and
+        column in the pooled map (filters, examples, 2); origin, row and column of the window's top left pixel
+        in the image, negative where it crosses the border; projection (filters, examples, 3, size, size) in
+        normalised pixels; patch, likewise, uint8, zero outside the image.
     """
     fires, filter_ = image.ravel() >= 0, np.repeat(np.arange(len(image)), image.shape[1])
     units = strongest_of(maxima, positions, image.ravel(), filter_)  # -1, none, takes the last image for now
