@@ -28,7 +28,7 @@ from captum.attr import NeuronDeconvolution
 from torch import Tensor
 
 from CNN import CNN, LAYERS, load_checkpoint
-from deconv import project_unit, window_of
+from deconv import backpropagate, project_unit, window_of
 from deconv_full import (
     BATCH_SIZE,
     Projector,
@@ -42,28 +42,6 @@ from load_data import TITLES, Array, load_split
 
 ROUNDS = 9
 Timer = Callable[[], float]
-
-
-class Rectified(torch.autograd.Function):
-    """ReLU that passes max(signal, 0) on the way back."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx: object, signal: Tensor) -> Tensor:
-        return signal.clamp(min=0)
-
-
-def by_autograd(net: CNN, image: Tensor, layer: int, *unit: int) -> Tensor:
-    """Value x rectified derivative, by torch's autograd."""
-    image = image.clone().requires_grad_()
-    x = image
-    for block in net.blocks[: layer + 1]:
-        x = Rectified.apply(block.pool(block.bn(block.conv(x)))[0])
-    (gradient,) = torch.autograd.grad(x[0][unit], image)
-    return x[0][unit].detach() * gradient
 
 
 def strongest_units(net: CNN, layer: int, images: Array) -> Units:
@@ -121,11 +99,12 @@ def time_layer(net: CNN, layer: int, images: Array, rate: float, timer: Timer) -
         (image_number, *unit), value = (int(entry[n % ROUNDS]) for entry in some[:4]), some.value[n % ROUNDS]
         image, (top, left) = net.normalise(torch.from_numpy(images[[image_number]])), origins[n % ROUNDS]
         attribute = partial(captum.attribute, image, tuple(unit))
+        filter_, row, column = (np.array([k]) for k in unit)
         ways: dict[str, Callable[[], int | Tensor]] = {
             "engine": partial(engine, projector, images, units),
             "plain": partial(project_unit, net, image, layer, *unit),
             "captum": attribute,
-            "autograd": partial(by_autograd, net, image, layer, *unit),
+            "autograd": partial(backpropagate, net, image, layer, filter_, row, column, "deconvnet"),
         }
         for way, run in ways.items():
             times[way].append(clock(run, timer))
