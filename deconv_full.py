@@ -52,7 +52,7 @@ from load_data import IMAGE_SIZE, TITLES, Array, lay_out, load_split, save_array
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = 100  # test images of each class in projection_statistics.npz; None: all
-BATCH_SIZE = 32  # images whose masks are held at once by each thread; more costs memory, not time
+BATCH_SIZE = 16  # images whose masks are held at once by each thread; more costs memory, not time
 FILTERS_PER_PAGE = 16  # filters in one picture of outputs/deconv/
 EVOLUTION_FILTERS = 5  # filters of each layer in feature_evolution.png, evenly spaced by number
 EVOLUTION_IMAGES = 1000  # test images in which each snapshot's strongest activation is sought
@@ -136,7 +136,7 @@ class Projector:
     rows, columns, channels): the masks of a window's row are then one piece of memory, cheap to gather.
     """
 
-    def __init__(self, net: CNN, layer: int, batch_size: int = 32):
+    def __init__(self, net: CNN, layer: int, batch_size: int = 16):
         self.net, self.layer, self.batch_size = net, layer, batch_size
         self.blocks = net.blocks[: layer + 1]
         self.input_sizes, self.map_sizes = frame_sizes(net, IMAGE_SIZE)

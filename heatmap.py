@@ -749,7 +749,7 @@ def write_explorer(
     some = test.images[:evolution_images]
     developed: dict[str, list[Array]] = {layer: [] for layer in LAYERS}
     for snapshot in snapshots:
-        for layer, (*_, projections) in project_evolution(some, [snapshot], max(widths), 32).items():
+        for layer, (*_, projections) in project_evolution(some, [snapshot], max(widths), 16).items():
             shown = [displayed(projection) for projection in projections[:, 0]]  # each with its own scale
             developed[layer].append(as_pixels(np.stack(shown))[:, None])
     layers = {}
