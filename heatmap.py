@@ -699,7 +699,8 @@ def explain_reading(trust: pd.DataFrame | None) -> list[str]:
         "It points at what matters, up to a point: the quarter of a window's pixels where it is strongest "
         f"keeps {kept['projection']} of an activation of conv4 alive (median); a quarter chosen by the "
         f"gradient {kept['gradient']}, by another filter's projection at the same place "
-        f"{kept['other filter']}, by the image's edges alone {kept['edges']}, by chance {kept['random']}.",
+        f"{kept['other filter']}, by chance {kept['random']}. The image's edges, which know no filter, keep "
+        f"{kept['edges']}: smooth masks keep more.",
         "How much of it was learned: projections through random weights have a rank correlation of "
         f"{alike['conv4 to conv1']:.2f} with the trained ones, those of other filters at the same place "
         f"{alike['other filter, same place']:.2f}, in other images {alike['other filter, other image']:.2f}, "
@@ -976,7 +977,7 @@ let order = {}, query = "";  // tiles last shown, which arrow keys follow, and h
 const count = (v) => v.toLocaleString("en"), two = (v) => v.toFixed(2);
 const four = (v) => Math.abs(v) < 1000 ? String(Number(v.toPrecision(4))) : count(Math.round(v));
 const share = (v) => `${(100 * v).toFixed(v && v < 0.0995 ? 1 : 0)} %`;
-const nats = (v) => (v < 0 ? "" : "+") + v.toFixed(3);
+const nats = (v) => (v < 0.0005 ? "" : "+") + v.toFixed(3).replace("-0.000", "0.000");
 const SORTS = {  // what tiles are sorted by, largest first, and how it is written
   filter: [(f) => -f.filter], preferred_class: [(f) => -data.classes.indexOf(f.preferred_class)],
   selectivity: [(f) => f.selectivity, two], auc: [(f) => f.auc, two],
