@@ -39,13 +39,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import NEARLY_DEAD, class_means, rank_correlation, rank_filters
+from analyse_projections import NEARLY_DEAD, class_means, rank_correlation
 from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import displayed, robust_scale, window_of
 from deconv_full import (
     LEVELS,
     Projector,
     Units,
+    class_selectivity,
     project_evolution,
     project_units,
     read_snapshots,
@@ -144,6 +145,36 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
 
 
 # ---------------------------------------------------------------- in each class and in single images
+
+
+def rank_filters(
+    filters: pd.DataFrame, classes: pd.DataFrame, names: Sequence[str], name: str
+) -> pd.DataFrame:
+    """Order the active filters of conv4 by how well they stand for the class `name`.
+
+    First come the filters that prefer the class, by selectivity. Where they are few, those that prefer
+    another class follow, by their index for this one. Nearly dead filters come last: an index that rests on
+    a handful of images is large by chance.
+
+    Args:
+        filters: filter_metrics.csv.
+        classes: class_metrics.csv.
+        names: Of all classes.
+        name: Of this one, to which the columns selectivity, activation_mean and prefers refer; the others
+            are those of filter_metrics.csv.
+    """
+    conv4 = filters[filters["layer"] == "conv4"].set_index("filter")
+    means, place = class_means(classes), list(names).index(name)
+    columns = {
+        "selectivity": class_selectivity(means)[place],
+        "activation_mean": means[place],
+        "prefers": conv4["preferred_class"] == name,
+        "nearly_dead": conv4["activation_nonzero"] < NEARLY_DEAD,
+        **conv4[["preferred_class", "preferred_share", "top_class"]],
+    }
+    ranking = pd.DataFrame(columns, index=conv4.index)[~conv4["dead"]].reset_index()
+    order = ["nearly_dead", "prefers", "selectivity", "activation_mean", "filter"]
+    return ranking.sort_values(order, ascending=[True, False, False, False, True], ignore_index=True)
 
 
 def sum_projections(images: Array, net: CNN, units: Units, group: Array, doing: str) -> tuple[Array, Array]:
@@ -839,7 +870,7 @@ def main() -> None:
     heading = f"Filters of conv4, by preferred class, most selective first\n{source}, "
     heading += f"{conv4['dead'].sum()} dead filters left out\n"
     heading += "framed: the preferred class, by definition the largest value of its column"
-    figure = draw_class_filters(class_means(classes, names), conv4, names, heading)
+    figure = draw_class_filters(class_means(classes), conv4, names, heading)
     save_figure(folder / "class_filter_heatmap.png", figure)
 
     # in each class

@@ -26,10 +26,16 @@ def some_images(count: int, size: int = 96) -> Array:
 def make_run(labels: Any, images: Array | None = None, net: CNN | None = None) -> ap.Run:
     checkpoint = make_checkpoint(net or CNN(filters=(2, 2, 2, 2), classes=3), class_names=NAMES)
     split = Split(some_images(len(labels), 1) if images is None else images, np.array(labels))
-    return ap.Run(checkpoint, split, split, "some images", Path("outputs"), 200, 5, 2, 0)
+    return ap.Run(checkpoint, split, split, "some images", Path("outputs"))
 
 
-def run_and_top(make_net: MakeNet, count: int) -> tuple[ap.Run, ap.TopUnits]:
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ap, "RESAMPLINGS", 200)
+    monkeypatch.setattr(ap, "RANDOM_DRAWS", 2)
+
+
+def run_and_top(make_net: MakeNet, count: int) -> tuple[ap.Run, ap.Projected]:
     """A network most of whose filters fire, and the strongest unit of each in some images."""
     images = some_images(count)
     net = ap.recalibrate_batch_norm(make_net(classes=3), 0, images)
@@ -57,12 +63,15 @@ def test_rank_correlation_with_ties_by_hand() -> None:
     assert ap.rank_correlation(x, -(x**3)) == pytest.approx(-1)
 
 
-def test_bootstrap_intervals_are_as_wide_as_theory_says_and_medians_leave_nan_out() -> None:
-    values, run = np.random.default_rng(0).standard_normal(400), make_run([0])._replace(resamplings=1000)
-    value, low, high = run.bootstrap(lambda which: values[which].mean(), 400)
+def test_bootstrap_intervals_are_as_wide_as_theory_says_and_medians_leave_nan_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ap, "RESAMPLINGS", 1000)
+    values = np.random.default_rng(0).standard_normal(400)
+    value, low, high = ap.bootstrap(lambda which: values[which].mean(), 400)
     assert value == values.mean() and low < value < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
-    assert run.median(np.array([4.0, np.nan, 2.0, 9.0])) == (4, 2, 9)
+    assert ap.median(np.array([4.0, np.nan, 2.0, 9.0])) == (4, 2, 9)
 
 
 def test_selectivity_by_hand() -> None:
@@ -80,10 +89,11 @@ def test_area_under_the_roc_curve_counts_pairs_and_half_of_ties() -> None:
         assert area == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a in inside for b in outside]))
 
 
-def test_images_are_drawn_within_each_class() -> None:
+def test_images_are_drawn_within_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ap, "RESAMPLINGS", 2000)
     rng, labels = np.random.default_rng(5), np.repeat([2, 0, 1], [200, 3, 1])
     values = np.where(labels == 2, rng.normal(5, 1, 204), labels)[:, None]
-    means = ap.bootstrap_means(values, make_run(labels)._replace(resamplings=2000))
+    means = ap.bootstrap_means(values, labels)
     assert (means[:, :2, 0] == [0, 1]).all()  # a class keeps its images
     assert means[:, 2].mean() == pytest.approx(values[:200].mean(), abs=0.01)
     assert means[:, 2].std() == pytest.approx(values[:200].std() / 200**0.5, rel=0.05)
@@ -91,18 +101,18 @@ def test_images_are_drawn_within_each_class() -> None:
 
 LABELS = [0, 1, 1, 1, 2]
 STRENGTH = np.array([[4, 0, 5], [1, 0, 0], [1, 0, 0], [1, 0, 3], [3, 0, 5]], np.float32)  # filter 1 is dead
-MAXIMA = {"conv3": STRENGTH, "conv4": STRENGTH}
+ACTIVATIONS = {f"{layer}_{kind}": STRENGTH for layer in LAYERS for kind in ("max", "mean")}
 MEAN, MAX = [[1, 0, 2], [3, 0, 4], [1, 0, 0], [3, 0, 6]], [[1, 0, 7], [5, 0, 2], [8, 0, 3], [2, 0, 1]]
 STATISTICS = {"mean": np.array(MEAN), "max": np.array(MAX)}  # in four images, of classes 0, 1, 2 and 2
 
 
-def drawn(maxima: dict[str, Array], run: ap.Run) -> dict[str, Array]:
-    return {layer: ap.bootstrap_means(values, run) for layer, values in maxima.items()}
+def tables_of(activations: dict[str, Array], labels: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return ap.tabulate(activations, STATISTICS, np.array([0, 1, 2, 2]), make_run(labels))
 
 
 def test_the_table_of_filters_by_hand() -> None:
-    table = ap.tabulate_filters(MAXIMA, MAXIMA, drawn(MAXIMA, run := make_run(LABELS)), STATISTICS, run)
-    conv3, conv4 = (table[table["layer"] == layer].reset_index() for layer in MAXIMA)
+    table, _ = tables_of(ACTIVATIONS, LABELS)
+    conv3, conv4 = (table[table["layer"] == layer].reset_index() for layer in LAYERS[2:])
     columns = ["filter", "dead", "activation_mean", "activation_variance", "activation_nonzero"]
     rows: Any = [[0, 0, 2, 1.6, 1, 2, 8], [1, 1, 0, 0, 0, 0, 0], [2, 0, 2.6, 5.04, 0.6, 3, 7]]
     np.testing.assert_allclose(conv4[[*columns, "mean", "max"]].astype(float), rows)
@@ -119,32 +129,14 @@ def test_the_table_of_filters_by_hand() -> None:
 
 
 def test_the_table_of_classes_by_hand() -> None:
-    table = ap.tabulate_classes(
-        MAXIMA, drawn(MAXIMA, run := make_run(LABELS)), STATISTICS, np.array([0, 1, 2, 2]), run
-    )
-    assert table["class"].tolist() == NAMES * 6
-    assert table["filter"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 2
-    assert table["activation_mean"].tolist() == [4, 1, 3, 0, 0, 0, 5, 1, 5] * 2
-    assert table["mean"][9:].tolist() == [1, 3, 2, 0, 0, 0, 2, 4, 3]
-    assert table["max"][9:].tolist() == [1, 5, 8, 0, 0, 0, 7, 2, 3]
-    assert table.loc[:8, list(STATISTICS)].isna().all(axis=None)
-    assert ap.class_means(table, NAMES).tolist() == [[4, 0, 5], [1, 0, 1], [3, 0, 5]]
-
-
-def test_filters_that_prefer_the_class_come_first_and_nearly_dead_ones_last() -> None:
-    # 0 is dead; 1 prefers another class, yet has a higher index than 2; 4 is as selective as 3, and stronger;
-    # 5 is as 3; 7 fires on two images
-    first, second, third = [0, 3, 2, 4, 8, 4, 1, 0], [0, 3.5, 1.8, 1, 2, 1, 5, 0], [0, 0, 1.8, 1, 2, 1, 5, 0]
-    run, strength = make_run(np.tile([0, 1, 2], 100)), np.tile([first, second, third], (100, 1))
-    strength[[0, 3], 7] = 25
-    maxima = {"conv4": strength}
-    filters = ap.tabulate_filters(maxima, maxima, drawn(maxima, run), {}, run)
-    classes = ap.tabulate_classes(maxima, drawn(maxima, run), {}, run.test.labels, run)
-    ranking = ap.rank_filters(filters, classes, NAMES, "dog")
-    assert ranking["filter"].tolist() == [4, 3, 5, 2, 1, 6, 7]
-    assert ranking["prefers"].tolist() == [True] * 4 + [False] * 2 + [True]
-    assert ranking["selectivity"].tolist() == pytest.approx([0.6, 0.6, 0.6, 1 / 19, 5 / 19, -2 / 3, 1])
-    assert ranking["activation_mean"].tolist() == pytest.approx([8, 4, 4, 2, 3, 1, 0.5])
+    _, table = tables_of(ACTIVATIONS, LABELS)
+    assert table["class"].tolist() == NAMES * 12
+    assert table["filter"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 4
+    assert table["activation_mean"].tolist() == [4, 1, 3, 0, 0, 0, 5, 1, 5] * 4
+    assert table["mean"][27:].tolist() == [1, 3, 2, 0, 0, 0, 2, 4, 3]
+    assert table["max"][27:].tolist() == [1, 5, 8, 0, 0, 0, 7, 2, 3]
+    assert table.loc[:26, list(STATISTICS)].isna().all(axis=None)
+    assert ap.class_means(table).tolist() == [[4, 0, 5], [1, 0, 1], [3, 0, 5]]
 
 
 def test_batch_norm_takes_the_average_over_batches_and_blocks_below_stay(make_net: MakeNet) -> None:
@@ -159,24 +151,29 @@ def test_batch_norm_takes_the_average_over_batches_and_blocks_below_stay(make_ne
     assert not any(same(net.blocks[3].bn, old.blocks[3].bn)[2:])
 
 
-def test_the_untrained_network_is_the_start_of_this_training(pipeline: Path, tiny_stl10: Path) -> None:
-    (checkpoint, train, test), path = ran(pipeline, tiny_stl10), pipeline / "outputs/snapshots/epoch_000.pth"
-    start, stored = ap.load_untrained(path, checkpoint, train.images), load_checkpoint(path).net
-    assert all(map(torch.equal, start.parameters(), stored.parameters()))
-    assert not any(same(start.blocks[3].bn, stored.blocks[3].bn)[2:])  # recalibrated
+def test_the_untrained_network_is_the_start_of_this_training(
+    pipeline: Path, pipeline_copy: Path, tiny_stl10: Path
+) -> None:
+    (_, train, test), path = ran(pipeline, tiny_stl10), pipeline_copy / "snapshots/epoch_000.pth"
+    start, old = (load_checkpoint(path).net for _ in range(2))
+    ap.recalibrate_batch_norm(start, 0, train.images)
+    assert all(map(torch.equal, start.parameters(), old.parameters()))
+    assert not any(same(start.blocks[3].bn, old.blocks[3].bn)[2:])
     measured = measure_activations(test.images, start, 50, "")
     means = np.concatenate([measured[f"{layer}_max"].mean(axis=0) for layer in LAYERS])
-    table = pd.read_csv(pipeline / "outputs/filter_metrics_untrained.csv")
+    table = pd.read_csv(pipeline_copy / "filter_metrics_untrained.csv")
     np.testing.assert_allclose(table["activation_mean"], means, rtol=1e-4, atol=1e-5)
+    stored = torch.load(path, weights_only=True)
+    torch.save(stored | {"settings": {}}, path)
     with pytest.raises(SystemExit, match=f"^{path} is of another training: run `uv run train_CNN.py` again$"):
-        ap.load_untrained(path, checkpoint._replace(settings={}), train.images)
+        ap.main()
 
 
 def test_what_was_learned_is_the_median_of_the_differences_over_filters_active_in_both() -> None:
     layers, auc = pd.DataFrame({"layer": np.repeat(LAYERS, 5)}), np.tile([0.1, 0.2, 0.6, 0.7, 0.8], 4)
     trained = layers.assign(selectivity=[0.5, 0.7, 0.6, 0.9, np.nan] * 4, auc=auc + 0.2, selectivity_space=1)
     untrained = layers.assign(selectivity=[np.nan, 0.1, 0.3, 0.2, 0.0] * 4, auc=auc, selectivity_space=auc)
-    table = ap.compare_networks({"trained": trained, "untrained": untrained}, make_run([0]))
+    table = ap.compare_networks({"trained": trained, "untrained": untrained})
     found = table.query("layer == 'conv3' and metric == 'selectivity'")[["network", "median"]].to_numpy()
     assert dict(found) == pytest.approx({"trained": 0.65, "untrained": 0.15, "learned": 0.6})  # 0.6, 0.3, 0.7
     np.testing.assert_allclose(table.query("metric == 'auc' and network == 'learned'").iloc[:, 3:], 0.2)
@@ -202,9 +199,9 @@ def test_ablation_sets_what_the_classifier_sees_of_a_filter(make_net: MakeNet, t
     net, pooled, labels = net_and_maps(make_net)
     inputs = net.average(pooled).flatten(1)
     level = inputs[:9].mean(dim=0) if to_mean else torch.zeros_like(inputs[0])
-    linear = ap.linear_parts(net, inputs, level, labels)
-    torch.testing.assert_close(linear.parts.sum(dim=0) + linear.base, net.classify(pooled))
-    damage, truth = ap.ablate_each(linear), torch.from_numpy(labels)
+    (parts, base), truth = ap.linear_parts(net, inputs, level), torch.from_numpy(labels)
+    torch.testing.assert_close(parts.sum(dim=0) + base, net.classify(pooled))
+    damage = ap.ablate_each(parts, base, truth)
     before = net.classify(pooled)
     for filter_ in range(8):
         after = logits_without(net, pooled, [filter_], level.view(8, -1))
@@ -216,9 +213,10 @@ def test_ablation_sets_what_the_classifier_sees_of_a_filter(make_net: MakeNet, t
 def test_ablating_in_order_goes_from_the_network_to_the_class_of_the_base(make_net: MakeNet) -> None:
     net, pooled, labels = net_and_maps(make_net)
     zero, truth = torch.zeros(8, 4, dtype=torch.float64), torch.from_numpy(labels)
-    linear = ap.linear_parts(net, net.average(pooled).flatten(1), zero.flatten(), labels)
+    parts, base = ap.linear_parts(net, net.average(pooled).flatten(1), zero.flatten())
     some = [[3, 7, 0, 1, 2, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7]]
-    table = ap.ablate_in_order(linear, {"one": np.array(some[:1]), "random": np.array(some)}, "zero")
+    orders = {"one": np.array(some[:1]), "random": np.array(some)}
+    table = ap.ablate_in_order(parts, base, truth, orders, "zero")
     right = [
         [
             (logits_without(net, pooled, order[:n], zero).argmax(dim=1) == truth).double().mean()
@@ -234,16 +232,17 @@ def test_ablating_in_order_goes_from_the_network_to_the_class_of_the_base(make_n
 
 
 def test_halves_agree_where_damage_is_a_filters_own_and_not_where_it_is_noise() -> None:
-    rng, run = np.random.default_rng(0), make_run(np.arange(400) % 3)
+    rng, labels = np.random.default_rng(0), np.arange(400) % 3
     own, noise = np.tile(rng.standard_normal(30), (400, 1)), rng.standard_normal((400, 30))
-    np.testing.assert_allclose(ap.split_half(own, run), 1, atol=1e-3)  # rounding unties some ranks
-    assert (abs(ap.split_half(noise, run)) < 0.3).all()
+    np.testing.assert_allclose(ap.split_half(own, labels), 1, atol=1e-3)  # rounding unties some ranks
+    assert (abs(ap.split_half(noise, labels)) < 0.3).all()
 
 
 def test_damage_is_summarised_by_hand() -> None:
-    run, index = make_run([0, 0, 1, 1, 2, 2]), np.array([[0.9, 0.1], [0.1, 0.2], [0.3, 0.5]])
-    damage = np.array([[1.0, 0], [0, 0], [0, -1], [0, -1], [0, 1], [0, 1]])  # preferred: 0 and 2
-    rows = {text: rest for text, *rest in ap.summarise_damage(damage, {"selectivity": index}, run)}
+    dead = np.nan  # the third filter is
+    index = np.array([[0.9, 0.1, dead], [0.1, 0.2, dead], [0.3, 0.5, dead]])
+    damage = np.array([[1.0, 0, 0], [0, 0, 0], [0, -1, 0], [0, -1, 0], [0, 1, 0], [0, 1, 0]])  # 0 and 2
+    rows = ap.summarise_damage(damage, {"selectivity": index}, {}, np.array([0, 0, 1, 1, 2, 2]))
     assert rows["its preferred class"][0] == (0.5 + 1) / 2
     assert rows["each other class"][0] == (0 + 0 + 0 - 1) / 4
     assert rows["share of filters that cost their preferred class most"][0] == 1
@@ -289,7 +288,7 @@ def test_top_units_are_projected_where_the_file_says(pipeline: Path, tiny_stl10:
         np.testing.assert_allclose(frame, magnitude, atol=1e-4 * magnitude.max())
         inside = ap.cut_windows(np.ones((1, 96, 96)), top.origin[[k]], len(top.envelope))[0]
         assert (top.inside[k] == inside).all()
-    drawn = ap.one_of_each(top, 0)
+    drawn = ap.one_of_each(top.units.filter)
     assert top.units.filter[drawn].tolist() == np.unique(top.units.filter).tolist()
 
 
@@ -307,7 +306,10 @@ def test_chosen_pixels_are_the_strongest_inside_the_image_and_so_many() -> None:
     rng, inside = np.random.default_rng(0), np.zeros((75, 75), np.bool_)
     inside[30:, :60] = True
     score = rng.random((75, 75))
-    chosen = ap.choose_pixels(score, inside, 0.3)
+    chosen, all_of_another = ap.choose_pixels(
+        np.stack([score, score]), np.stack([inside, inside | True]), 0.3
+    )
+    assert all_of_another.sum() == round(0.3 * 75**2)
     assert chosen.sum() == round(0.3 * 45 * 60) and not (chosen & ~inside).any()
     assert score[chosen].min() >= score[inside & ~chosen].max()
 
@@ -315,7 +317,7 @@ def test_chosen_pixels_are_the_strongest_inside_the_image_and_so_many() -> None:
 def test_pixels_are_scored_by_projection_gradients_edges_centre_and_chance(make_net: MakeNet) -> None:
     run, top = run_and_top(make_net, 3)
     which = np.arange(0, len(top.units.image), 4)
-    scores = ap.score_pixels(run, top, which, np.random.default_rng(0))
+    scores = ap.score_pixels(run, top.select(which), np.random.default_rng(0))
     assert list(scores) == [
         "gradient", "gradient x input", "guided backpropagation", "gradient, blurred", "edges", "centre",
         "random",
@@ -347,9 +349,9 @@ def test_pixels_are_scored_by_projection_gradients_edges_centre_and_chance(make_
 
 def test_other_filters_are_projected_at_the_place_of_a_unit(make_net: MakeNet) -> None:
     run, top = run_and_top(make_net, 4)
-    which, net = ap.one_of_each(top, 0), run.net
+    which, net = ap.one_of_each(top.units.filter), run.net
     filters = (top.units.filter[which] + 1) % 8
-    others = ap.project_others(run, top, which, filters, "")
+    others = ap.project_others(run, top.select(which), filters, "")
     for k, unit in enumerate(which):
         image, _, row, column, _ = (entry[unit] for entry in top.units)
         features = net.features(net.normalise(torch.from_numpy(run.test.images[[image]])))
@@ -364,13 +366,13 @@ def test_other_filters_are_projected_at_the_place_of_a_unit(make_net: MakeNet) -
 def test_what_survives_is_what_the_network_makes_of_the_masked_image(make_net: MakeNet) -> None:
     run, top = run_and_top(make_net, 4)
     units, others = np.arange(40) % 8, np.random.default_rng(0).random((40, *top.envelope.shape))
-    survived = ap.surviving_shares(run, top, units, others, 0.25)
+    survived = ap.surviving_shares(run, top.select(units), others, 0.25)
     for k, unit in enumerate(units):
         image, filter_, row, column, value = (entry[unit] for entry in top.units)
         batch = run.net.normalise(torch.from_numpy(run.test.images[[image]]))
         for name, score in (("projection", top.magnitude[unit]), ("other filter", others[k])):
-            chosen = ap.choose_pixels(score, top.inside[unit], 0.25)
-            mask = torch.from_numpy(ap.cut_windows(chosen[None], -top.origin[[unit]], 96))
+            chosen = ap.choose_pixels(score[None], top.inside[[unit]], 0.25)
+            mask = torch.from_numpy(ap.cut_windows(chosen, -top.origin[[unit]], 96))
             for variant, masked in (("kept", batch * mask), ("deleted", batch * ~mask)):
                 share = float(run.net.features(masked)[3][0][0, filter_, row, column]) / value
                 assert survived[variant][name][k] == pytest.approx(share, rel=1e-3, abs=1e-4)
@@ -378,8 +380,8 @@ def test_what_survives_is_what_the_network_makes_of_the_masked_image(make_net: M
 
 def test_an_activation_survives_whole_if_all_that_it_sees_is_kept(make_net: MakeNet) -> None:
     run, top = run_and_top(make_net, 3)
-    units = ap.one_of_each(top, 0)
-    survived = ap.surviving_shares(run, top, units, top.magnitude[units], 1.0)
+    one = top.select(ap.one_of_each(top.units.filter))
+    survived = ap.surviving_shares(run, one, one.magnitude, 1.0)
     np.testing.assert_allclose(survived["kept"], 1, rtol=1e-3)
     assert survived["deleted"]["projection"].median() < 0.9
 
@@ -400,10 +402,10 @@ def test_weights_become_random_from_the_top(make_net: MakeNet, monkeypatch: pyte
         return project_windows(projector, images, units, doing)
 
     monkeypatch.setattr(ap, "project_windows", spy)
-    state, before = torch.get_rng_state(), [value.clone() for value in run.net.state_dict().values()]
+    before = [value.clone() for value in run.net.state_dict().values()]
     every = np.arange(len(top.units.image))
-    alike = ap.randomise_weights(run, top, every, run.train.images)
-    assert all(map(torch.equal, (torch.get_rng_state(), *run.net.state_dict().values()), (state, *before)))
+    alike = ap.randomise_weights(run, top, top, run.train.images)
+    assert all(map(torch.equal, run.net.state_dict().values(), before))
     names = [name for name in alike if name.startswith("conv")]
     assert names == ["conv4", "conv4 to conv3", "conv4 to conv2", "conv4 to conv1"]
     assert len(calls) == 2 * 5  # two draws
@@ -417,8 +419,8 @@ def test_weights_become_random_from_the_top(make_net: MakeNet, monkeypatch: pyte
         for number, (block, trained) in enumerate(zip(net.blocks, run.net.blocks, strict=True)):
             assert all(same(block, trained)) if number < 4 - random else not any(same(block, trained))
             assert block.bn.running_mean.all()  # recalibrated
-    (first, _), (second, _) = calls[1], calls[6]
-    assert not torch.equal(first.blocks[3].conv.weight, second.blocks[3].conv.weight)
+    first, more, second = (calls[k][0].blocks[3].conv.weight for k in (1, 2, 6))
+    assert torch.equal(first, more) and not torch.equal(first, second)
     assert all(values.shape == (2, len(every), 2) for values in alike.values())
     assert all(np.median(alike[name]) < 0.95 for name in names)
     others = alike["other filter, other image"][0, :, 0]
@@ -436,15 +438,19 @@ def test_trained_weights_leave_projections_alike(make_net: MakeNet, monkeypatch:
     for layer in (nn.Conv2d, nn.BatchNorm2d):
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     monkeypatch.setattr(ap, "recalibrate_batch_norm", lambda net, first, images: net)
-    alike = ap.randomise_weights(run, top, ap.one_of_each(top, 0), run.train.images)
+    one = top.select(ap.one_of_each(top.units.filter))
+    alike = ap.randomise_weights(run, top, one, run.train.images)
     assert np.median(alike["other filter, same place"][..., 0]) < 0.95
     for name in ("conv4", "conv4 to conv1"):
         np.testing.assert_allclose(alike[name], 1, atol=1e-3)
 
 
-def test_features_are_averages_of_regions_and_conv4_as_the_classifier_sees_it(make_net: MakeNet) -> None:
+def test_features_are_averages_of_regions_and_conv4_as_the_classifier_sees_it(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net, images = make_net(classes=3, head_size=2), some_images(60)
-    found = list(ap.pool_features(net, images, 125, "").values())
+    monkeypatch.setattr(ap, "PROBE_INPUTS", 125)
+    found = list(ap.pool_features(net, images, "").values())
     # maps of 24, 12 and 6 rows; 5 x 5 regions of conv1 and 4 x 4 of conv3 would be few enough, but do not fit
     assert [part.shape for part in found] == [(60, 5 * 16), (60, 6 * 16), (60, 7 * 9), (60, 8 * 4)]
     batch = net.normalise(torch.from_numpy(images))
@@ -496,7 +502,8 @@ def test_probes_choose_the_decay_on_training_images_alone(monkeypatch: pytest.Mo
     pooled = [torch.arange(20.0)[:, None], torch.arange(60.0, 70)[:, None]]
     features = [dict.fromkeys(LAYERS, of) for of in pooled]
     own = np.arange(60, 70) % 3 == 2
-    rows = ap.probe_layers(run, "trained", features, own, list(right))
+    monkeypatch.setattr(ap, "PROBE_DECAYS", list(right))
+    rows = ap.probe_layers(run, "trained", features, own)
     for start in range(0, len(calls), 4):
         for fit, _, held in calls[start : start + 3]:
             assert len(held) == 4 and sorted(fit + held) == list(range(20))

@@ -14,7 +14,7 @@ import pytest
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from conftest import FAST, FILTERS, MakeNet
+from conftest import FAST, FILTERS, MakeNet, make_checkpoint
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import heatmap
 import load_data
-from analyse_projections import recalibrate_batch_norm
+from analyse_projections import Run, recalibrate_batch_norm, tabulate
 from CNN import CNN, LAYERS, load_checkpoint
 from deconv import displayed, project_unit, window_of
 from deconv_full import Units, measure_activations, strongest_of
@@ -103,6 +103,23 @@ def test_filters_stand_by_class_vehicles_first_then_by_falling_selectivity_witho
     frames: Any = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     assert [(*frame.get_xy(), frame.get_width()) for frame in frames] == [(0, 0, 2), (3, 1, 2)]
     plt.close(figure)
+
+
+def test_filters_that_prefer_the_class_come_first_and_nearly_dead_ones_last() -> None:
+    # 0 is dead; 1 prefers another class, yet has a higher index than 2; 4 is as selective as 3, and stronger;
+    # 5 is as 3; 7 fires on two images
+    first, second, third = [0, 3, 2, 4, 8, 4, 1, 0], [0, 3.5, 1.8, 1, 2, 1, 5, 0], [0, 0, 1.8, 1, 2, 1, 5, 0]
+    labels, strength = np.tile([0, 1, 2], 100), np.tile([first, second, third], (100, 1))
+    strength[[0, 3], 7] = 25
+    activations = {f"{layer}_{kind}": strength for layer in LAYERS for kind in ("max", "mean")}
+    names, test = ["dog", "cat", "ship"], Split(some_images(1), labels)
+    run = Run(make_checkpoint(CNN(), class_names=names), test, test, "", Path())
+    filters, classes = tabulate(activations, {}, labels, run)
+    ranking = heatmap.rank_filters(filters, classes, names, "dog")
+    assert ranking["filter"].tolist() == [4, 3, 5, 2, 1, 6, 7]
+    assert ranking["prefers"].tolist() == [True] * 4 + [False] * 2 + [True]
+    assert ranking["selectivity"].tolist() == pytest.approx([0.6, 0.6, 0.6, 1 / 19, 5 / 19, -2 / 3, 1])
+    assert ranking["activation_mean"].tolist() == pytest.approx([8, 4, 4, 2, 3, 1, 0.5])
 
 
 def test_sums_are_those_of_full_frame_projections(make_net: MakeNet) -> None:
