@@ -465,9 +465,8 @@ def run_ablation(
     keys = {"most selective": -np.nan_to_num(highest), "least selective": np.nan_to_num(highest)}
     keys["strongest on average"] = -strength
     orders = {name: np.argsort(key, kind="stable")[None] for name, key in keys.items()}
-    orders[f"random ({RANDOM_ORDERS:,} orders)"] = rng.permuted(
-        [np.arange(len(highest))] * RANDOM_ORDERS, axis=1
-    )
+    numbers = np.arange(len(highest))
+    orders[f"random ({RANDOM_ORDERS:,} orders)"] = rng.permuted([numbers] * RANDOM_ORDERS, axis=1)
     by_name, summary, curves = {"selectivity": index}, [], []
     for level, suffix, values in ("their means", "", learned.mean(dim=0)), ("zero", "_zero", 0 * learned[0]):
         parts, base = linear_parts(run.net, seen, values)
@@ -482,12 +481,9 @@ def run_ablation(
         by_name[f"loss_added{suffix}"] = np.vstack([rises, damage.mean(axis=0)])
         curves.append(ablate_in_order(parts, base, truth, orders, level))
     rows = [*names, "all"]  # of these only what was lost
-    columns: dict[str, Any] = {
-        "filter": np.arange(len(highest)).repeat(len(rows)),
-        "class": rows * len(highest),
-    }
+    columns: dict[str, Any] = {"filter": numbers.repeat(len(rows)), "class": rows * len(numbers)}
     for name, of in by_name.items():
-        missing = np.full((len(rows) - len(of), len(highest)), np.nan)
+        missing = np.full((len(rows) - len(of), len(numbers)), np.nan)
         columns[name] = np.vstack([of, missing]).T.ravel()
     run.save_table("ablation", pd.DataFrame(columns))
     run.save_table("ablation_curves", pd.concat(curves))
@@ -496,13 +492,12 @@ def run_ablation(
     figure = draw_ablation(by_name["loss_added"][:-1], index, pd.concat(curves), names)
     run.save_figure("ablation", figure, "What ablating filters of conv4 costs")
     value = table[table["level"] == "their means"].set_index("quantity")["value"]
-    own, other = value["its preferred class"], value["each other class"]
     most = value["share of filters that cost their preferred class most"]
-    index = value["its preferred class: rank correlation with selectivity"]
+    correlation = value["its preferred class: rank correlation with selectivity"]
     return (
-        f"ablation: set to its mean, a filter adds {own:.4f} nats to the loss of its preferred class, "
-        f"{other:.4f}\n  to each other; {most:.0%} of the filters cost their preferred class most; rank "
-        f"correlation of\n  this cost with the selectivity {index:.2f}"
+        f"ablation: set to its mean, a filter adds {value['its preferred class']:.4f} nats to the loss of its\n"
+        f"  preferred class, {value['each other class']:.4f} to each other; {most:.0%} of the filters cost their "
+        f"preferred class most;\n  rank correlation of this cost with the selectivity {correlation:.2f}"
     )
 
 
@@ -831,9 +826,10 @@ def main() -> None:
     checkpoint = load_checkpoint(CHECKPOINT, choose_device(DEVICE))
     keys = [f"{layer}_{kind}" for layer in LAYERS for kind in ("max", "mean")]
     stored = load_arrays(OUTPUTS / "activations.npz", checkpoint, *keys)
-    activations = {"trained": dict(zip(keys, stored, strict=True))}
+    activations = dict(zip(keys, stored, strict=True))
     path = OUTPUTS / "projection_statistics.npz"
     projected_labels, *stored = load_arrays(path, checkpoint, "labels", *STATISTICS)
+    statistics = dict(zip(STATISTICS, stored, strict=True))
     top = read_top_units(OUTPUTS / "projections.npz", checkpoint)
     train, test = (load_split(checkpoint.dataset, DATA_DIR, split) for split in ("train", "test"))
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
@@ -844,14 +840,10 @@ def main() -> None:
     if start.settings != checkpoint.settings:
         raise SystemExit(f"{path} is of another training: run `uv run train_CNN.py` again")
     untrained = recalibrate_batch_norm(start.net, 0, some)
-    activations["untrained"] = measure_activations(
-        test.images, untrained, 50, "activations, untrained network"
-    )
 
-    filters, classes = tabulate(
-        activations["trained"], dict(zip(STATISTICS, stored, strict=True)), projected_labels, run
-    )
-    before, _ = tabulate(activations["untrained"], {}, projected_labels, run)
+    filters, classes = tabulate(activations, statistics, projected_labels, run)
+    activations = measure_activations(test.images, untrained, 50, "activations, untrained network")
+    before, _ = tabulate(activations, {}, projected_labels, run)
     specialisation = compare_networks({"trained": filters, "untrained": before})
     run.save_table("filter_metrics", filters)
     run.save_table("class_metrics", classes)
