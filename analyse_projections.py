@@ -495,9 +495,9 @@ def run_ablation(
     most = value["share of filters that cost their preferred class most"]
     correlation = value["its preferred class: rank correlation with selectivity"]
     return (
-        f"ablation: set to its mean, a filter adds {value['its preferred class']:.4f} nats to the loss of its\n"
-        f"  preferred class, {value['each other class']:.4f} to each other; {most:.0%} of the filters cost their "
-        f"preferred class most;\n  rank correlation of this cost with the selectivity {correlation:.2f}"
+        f"ablation: set to its mean, a filter adds {value['its preferred class']:.4f} nats to the loss of "
+        f"its preferred class,\n  {value['each other class']:.4f} to each other; {most:.0%} of the filters cost "
+        f"their preferred class most;\n  rank correlation of this cost with the selectivity {correlation:.2f}"
     )
 
 
