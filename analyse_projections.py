@@ -496,8 +496,8 @@ def run_ablation(
     correlation = value["its preferred class: rank correlation with selectivity"]
     return (
         f"ablation: set to its mean, a filter adds {value['its preferred class']:.4f} nats to the loss of "
-        f"its preferred class,\n  {value['each other class']:.4f} to each other; {most:.0%} of the filters cost "
-        f"their preferred class most;\n  rank correlation of this cost with the selectivity {correlation:.2f}"
+        f"its preferred class,\n  {value['each other class']:.4f} to each other; {most:.0%} of the filters "
+        f"cost it most;\n  rank correlation of this cost with the selectivity {correlation:.2f}"
     )
 
 
