@@ -511,7 +511,7 @@ class Projected(NamedTuple):
     origin: Array  # row and column of the window's top left pixel in the image, (units, 2)
     inside: Array  # whether a place of the window lies inside the image
     magnitude: Array  # of the projection, float32
-    envelope: Array  # mean over all units, each projection's sum being 1, (rows, columns)
+    envelope: Array  # mean of those whose window is inside the image there, each with the sum 1
 
     def select(self, which: Array) -> "Projected":
         """Return some of the units."""
