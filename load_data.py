@@ -107,24 +107,17 @@ def class_names(dataset: str, data_dir: Path) -> list[str]:
     """
     if dataset != "folders":
         return list(STL10_CLASSES if dataset == "stl10" else SHAPES)
-    names = {}
-    for part in ("train", "test"):
-        folder = data_dir.expanduser() / part
-        if not folder.is_dir():
-            raise SystemExit(
-                f"{folder.absolute()} not found: put pictures into {folder}/CLASS/ for each class"
-            )
-        names[part] = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if names["train"] != names["test"]:
-        differing = ", ".join(sorted(set(names["train"]) ^ set(names["test"])))
-        raise SystemExit(
-            f"{data_dir}/train and {data_dir}/test must hold the same classes; they differ in {differing}"
-        )
-    if len(names["train"]) < 2:
-        raise SystemExit(
-            f"{data_dir}/train holds {len(names['train'])} folders; one for each of two classes is least"
-        )
-    return names["train"]
+    parts = [data_dir.expanduser() / split for split in ("train", "test")]
+    for part in parts:
+        if not part.is_dir():
+            raise SystemExit(f"{part.absolute()} not found: put pictures into {part}/CLASS/ for each class")
+    train, test = (sorted(path.name for path in part.iterdir() if path.is_dir()) for part in parts)
+    if train != test:
+        both, differing = f"{data_dir}/train and {data_dir}/test", ", ".join(sorted(set(train) ^ set(test)))
+        raise SystemExit(f"{both} must hold the same classes; they differ in {differing}")
+    if len(train) < 2:
+        raise SystemExit(f"{data_dir}/train holds {len(train)} folders; one for each of two classes is least")
+    return train
 
 
 def stl10_folder(data_dir: Path) -> Path:
@@ -143,21 +136,20 @@ def find_dataset(dataset: str, data_dir: Path) -> str:
     """
     if dataset not in ("auto", *TITLES):
         raise SystemExit(f"DATASET is {dataset!r}; allowed are 'auto', {str(list(TITLES))[1:-1]}")
-    folder = stl10_folder(data_dir)
     if dataset in ("folders", "shapes"):
         return dataset
+    folder = stl10_folder(data_dir)
     if all((folder / name).exists() for name in FILES):
         return "stl10"
     places = (place / PurePosixPath(URL).name for place in (data_dir.expanduser(), folder))
     archive = next((path for path in places if path.is_file()), None)
-    print(f"reading STL-10 from {archive or URL} to {folder}", flush=True)
+    source, done = (archive, "unpacked") if archive else (URL, "downloaded")
+    print(f"reading STL-10 from {source} to {folder}", flush=True)
     try:
         download(folder, archive)
         return "stl10"
     except DownloadError as error:
-        failed = (
-            f"STL-10 could not be {'unpacked' if archive else 'downloaded'} from {archive or URL} ({error})"
-        )
+        failed = f"STL-10 could not be {done} from {source} ({error})"
     by_hand = f"put {', '.join(FILES)} into {folder}"
     # Where one of the files or the archive is, STL-10 can be had: go on with it rather than make do.
     if dataset == "stl10" or archive or any((folder / name).exists() for name in FILES):
@@ -179,8 +171,8 @@ def load_split(dataset: str, data_dir: Path, split: str) -> Split:
     if dataset == "folders":
         return read_folders(data_dir.expanduser() / split, class_names(dataset, data_dir))
     image_path, label_path = (stl10_folder(data_dir) / f"{split}_{kind}.bin" for kind in "Xy")
-    for path in (image_path, label_path):
-        check_file(path)
+    check_file(image_path)
+    check_file(label_path)
     # Each channel is stored column by column: (images, 3, columns, rows) -> (images, 3, rows, columns).
     stored = np.memmap(image_path, np.uint8, "r").reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
     labels = np.fromfile(label_path, np.uint8).astype(np.int64) - 1  # 1 to 10 in the file
@@ -228,7 +220,7 @@ def read_folders(folder: Path, names: list[str]) -> Split:
     Raises:
         SystemExit: If a class has no picture.
     """
-    images, labels, skipped = [], [], 0
+    images, labels = [], []
     paths = [(p, k) for k, name in enumerate(names) for p in sorted((folder / name).rglob("*"))]
     pictures = [(path, label) for path, label in paths if path.suffix.lower() in IMG_EXTENSIONS]
     for path, label in tqdm(pictures, f"reading {folder}", unit=" pictures", disable=None):
@@ -237,23 +229,15 @@ def read_folders(folder: Path, names: list[str]) -> Split:
             labels.append(label)
         except Exception as error:  # what Pillow raises for a damaged picture is of nearly any type
             tqdm.write(f"{path} cannot be read as a picture and is left out: {error}")
-            skipped += 1
-    if skipped:
+    if skipped := len(pictures) - len(images):
         print(f"{skipped} of {len(pictures):,} pictures in {folder} were left out")
-    empty = [name for label, name in enumerate(names) if label not in labels]
-    if empty:
-        raise SystemExit(
-            f"{folder} has no picture of {', '.join(empty)}: put some there, or remove the class"
-        )
+    if empty := ", ".join(name for label, name in enumerate(names) if label not in labels):
+        raise SystemExit(f"{folder} has no picture of {empty}: put some there, or remove the class")
     return Split(np.stack(images), np.array(labels, np.int64))
 
 
-def download(folder: Path, archive: Path | None = None) -> None:
-    """Read the published archive as a stream and stop as soon as the missing labelled files are out.
-
-    Args:
-        folder: Where they go.
-        archive: The archive, if it was downloaded before.
+def download(folder: Path, archive: Path | None) -> None:
+    """Write the missing files to `folder`; stream `archive`, or URL if None, no further than needed.
 
     Raises:
         DownloadError: If it failed; files that were whole by then stay.
@@ -297,8 +281,7 @@ def generate_shapes(split: str) -> Split:
     """Draw the split "train" or "test" of the stand-in, always the same."""
     rng = np.random.default_rng(SHAPES_SEEDS[split])
     labels = rng.permutation(np.arange(SHAPES_IMAGES[split], dtype=np.int64) % len(SHAPES))
-    names = list(SHAPES)
-    return Split(np.stack([draw_image(names[label], rng) for label in labels]), labels)
+    return Split(np.stack([draw_image(list(SHAPES)[label], rng) for label in labels]), labels)
 
 
 def draw_image(shape: str, rng: np.random.Generator) -> Array:
@@ -334,34 +317,21 @@ def mean_and_std(images: Array) -> tuple[Array, Array]:
 
 
 class Augmentation(NamedTuple):
-    """How far training images are changed, each drawn anew for every image; flipping is always on.
+    """How far training images are changed at most, drawn anew for every image; flipping is always on."""
 
-    Attributes:
-        shift: Pixels, at most, in each direction.
-        zoom: Largest relative change of size and of aspect ratio.
-        rotation: Degrees, at most.
-        colour: Largest relative change of contrast and of saturation, largest shift of brightness in
-            standard deviations.
-        cutout: Side in pixels of a square that is set to the mean colour; 0 for none (DeVries & Taylor 2017).
-    """
-
-    shift: float = 0
-    zoom: float = 0
-    rotation: float = 0
-    colour: float = 0
-    cutout: int = 0
+    shift: float = 0  # pixels in each direction
+    zoom: float = 0  # relative change of size and of aspect ratio
+    rotation: float = 0  # degrees
+    colour: float = 0  # change of contrast and saturation (relative) and brightness (in standard deviations)
+    cutout: int = 0  # side in pixels of a square set to the mean colour; 0 for none (DeVries & Taylor 2017)
 
 
 def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) -> Tensor:
     """Flip, move, zoom, turn and recolour each image at random, and cut a square out of it.
 
     torchvision's transforms draw one change for a whole batch, or work image by image; here every image of a
-    batch has its own, in one resampling and one mixing of colours.
-
-    Args:
-        images: Normalised, float32 (images, 3, rows, columns).
-        strength: How far.
-        generator: Where the random numbers come from; on the CPU, so that a seed means the same everywhere.
+    batch has its own, in one resampling and one mixing of colours. They are normalised, float32 (images, 3,
+    rows, columns); the generator is on the CPU, so that a seed means the same everywhere.
     """
     n, _, height, width = images.shape
 
@@ -387,12 +357,10 @@ def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) 
 
     if strength.cutout:
         centre = (uniform(0.5, 2) + 0.5) * torch.tensor([[height], [width]], device=images.device)
-        start = centre.long() - strength.cutout // 2  # (2, images)
-        down, across = (torch.arange(side, device=images.device) for side in (height, width))
-        in_rows, in_columns = (
-            (place >= first[:, None]) & (place < first[:, None] + strength.cutout)
-            for place, first in zip((down, across), start, strict=True)
-        )
+        top, left = (centre.long() - strength.cutout // 2)[:, :, None]  # (images, 1) each
+        row, column = (torch.arange(side, device=images.device) for side in (height, width))
+        in_rows = (row >= top) & (row < top + strength.cutout)
+        in_columns = (column >= left) & (column < left + strength.cutout)
         images = images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
     return images
 
@@ -412,8 +380,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def save_arrays(path: Path, checkpoint: "Checkpoint", **arrays: Array) -> None:
     """Write arrays, with the checkpoint and the data set they were made from, to an .npz file."""
-    origin = {"checkpoint_sha256": checkpoint.sha256, "dataset": checkpoint.dataset}
-    facts = {key: np.array(text) for key, text in origin.items()}
+    facts = {"checkpoint_sha256": np.array(checkpoint.sha256), "dataset": np.array(checkpoint.dataset)}
     with atomic_write(path) as partial, partial.open("wb") as file:  # given a path, numpy appends a suffix
         np.savez(file, allow_pickle=False, **facts, **arrays)
     print(f"wrote {path}", flush=True)
@@ -432,9 +399,8 @@ def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             origin, *arrays = (stored[key] for key in ("checkpoint_sha256", *keys))
     except Exception as error:  # what numpy raises for a damaged file is of nearly any type
-        raise SystemExit(
-            f"{path} is damaged or not of this project ({type(error).__name__}): {run}"
-        ) from None
+        kind = type(error).__name__
+        raise SystemExit(f"{path} is damaged or not of this project ({kind}): {run}") from None
     if origin != checkpoint.sha256:
         raise SystemExit(f"{path} was made from another checkpoint: {run} again")
     return arrays
@@ -463,9 +429,8 @@ def load_table(path: Path, checkpoint: "Checkpoint") -> pd.DataFrame:
         table = pd.read_csv(path, dtype={"checkpoint": str})
         matches = (table["checkpoint"] == checkpoint.sha256[:12]).all()
     except (ValueError, KeyError) as error:  # the former includes pandas' parser and Unicode errors
-        raise SystemExit(
-            f"{path} is damaged or not of this project ({type(error).__name__}): {run}"
-        ) from None
+        kind = type(error).__name__
+        raise SystemExit(f"{path} is damaged or not of this project ({kind}): {run}") from None
     if not matches:
         raise SystemExit(f"{path} was made from another checkpoint: {run} again")
     return table.drop(columns=["checkpoint", "dataset"])
@@ -502,9 +467,8 @@ def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
     fig, ax = plt.subplots(figsize=(8, 8), layout="constrained")
     ax.imshow(lay_out(pictures, columns, 4), interpolation="nearest")
     step = IMAGE_SIZE + 4  # pixels from one image to the next
-    ax.set_xticks([])
     ax.set_yticks(np.arange(len(names)) * step + step / 2, names)
-    ax.set_title(heading)
+    ax.set(xticks=[], title=heading)
     sns.despine(fig, left=True, bottom=True)
     return fig
 

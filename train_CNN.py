@@ -77,6 +77,9 @@ CHECKPOINT = Path("outputs/CNN.pth")  # the other files go beside it
 SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, those of the paper's Figure 4; 0, the start, always
 
 
+Row = dict[str, float]  # of training_log.csv
+
+
 class Result(NamedTuple):
     """What a network makes of some images: mean loss in nats, accuracy from 0 to 1, predicted classes."""
 
@@ -97,11 +100,7 @@ def choose_precision(device: torch.device) -> torch.dtype:
 def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> tuple[Split, Split, str]:
     """Return the images to train on, the images to measure on and what these are called.
 
-    Args:
-        train: The training split.
-        test: The test split.
-        train_on: "all", "validation" or "fold 0" to "fold 9".
-        folds: fold_indices.txt of the published archive: ten lines of 1,000 indices into the training split.
+    `folds` is fold_indices.txt of the published archive: ten lines of 1,000 indices into the training split.
 
     Raises:
         SystemExit: If there is no such part, or the file that a fold needs is missing or damaged.
@@ -113,8 +112,7 @@ def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> t
         held_out = (place >= np.bincount(train.labels)[train.labels] * 4 // 5).to_numpy()
         return train.select(~held_out), train.select(held_out), "validation"
     if train_on not in [f"fold {number}" for number in range(10)]:
-        allowed = "'all', 'validation', 'fold 0' to 'fold 9'"
-        raise SystemExit(f"TRAIN_ON is {train_on!r}; allowed are {allowed}")
+        raise SystemExit(f"TRAIN_ON is {train_on!r}; allowed are 'all', 'validation', 'fold 0' to 'fold 9'")
     try:
         indices = np.loadtxt(folds, dtype=np.int64, ndmin=2, encoding="utf-8-sig")
         if len(indices) != 10 or indices.min() < 0:
@@ -139,14 +137,12 @@ def build_network(config: dict[str, Any]) -> CNN:
     return net
 
 
-def evaluate(
-    net: CNN, split: Split, precision: torch.dtype = torch.float32, mirrored: bool = False
-) -> Result:
+def evaluate(net: CNN, data: Split, precision: torch.dtype = torch.float32, mirrored: bool = False) -> Result:
     """Measure the network in evaluation mode; `mirrored` averages logits with those of the mirror images."""
     net.eval()
     loss, predictions = 0.0, []
     size = 50 if net.mean.device.type == "cpu" else 500  # on a CPU 50 took half the time of 250: cache
-    images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     with torch.no_grad():
         for some, truth in zip(images.split(size), labels.split(size), strict=True):
             batch = net.normalise(some)
@@ -182,12 +178,8 @@ class Muon(torch.optim.Optimizer):
 
     Each filter is set back to norm 1 before a step: batch norm makes its scale irrelevant, and this takes the
     place of weight decay (the paper renormalises filters, too, section 3). A step moves the filters of a
-    layer by `lr` in the root mean square. torch.optim.Muon takes no 4-D parameters.
-
-    Args:
-        params: Filters, (filters, channels, rows, columns) each.
-        lr: How far a filter moves in a step.
-        momentum: Of the gradient, with Nesterov's look-ahead.
+    layer, (filters, channels, rows, columns), by `lr` in the root mean square; the gradient has momentum with
+    Nesterov's look-ahead. torch.optim.Muon takes no 4-D parameters.
     """
 
     def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95):
@@ -210,11 +202,8 @@ class Muon(torch.optim.Optimizer):
 class Trainer:
     """A training run: network, optimisers, schedules and random state, which can be stored and restored.
 
-    Args:
-        train: The training images.
-        settings: Under the names of the constants above, in small letters.
-        device: Where to train.
-        precision: Of the forward and backward pass; weights and optimisers stay in float32.
+    `settings` has the constants above under their names in small letters. `precision` is that of the forward
+    and backward pass; weights and optimisers stay in float32.
     """
 
     def __init__(self, train: Split, settings: dict[str, Any], device: torch.device, precision: torch.dtype):
@@ -239,10 +228,9 @@ class Trainer:
             torch.optim.AdamW(others, settings["learning_rate"], betas=(0.9, 0.99)),
         )
         steps = settings["epochs"] * (len(self.images) // self.batch_size)
-        rates = settings["filter_rate"], settings["learning_rate"]
         self.schedules = [
-            OneCycleLR(o, rate, steps + 1, pct_start=settings["warm_up"], cycle_momentum=False)
-            for o, rate in zip(self.optimizers, rates, strict=True)
+            OneCycleLR(o, o.defaults["lr"], steps + 1, pct_start=settings["warm_up"], cycle_momentum=False)
+            for o in self.optimizers
         ]
 
     def epoch(self, bar: "tqdm[Any] | None" = None) -> Result:
@@ -303,38 +291,30 @@ class Trainer:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def resume(path: Path, trainer: Trainer) -> list[dict[str, Any]]:
+def resume(path: Path, trainer: Trainer) -> list[Row]:
     """Take up the interrupted run kept in `path`, if there is one, and return the rows of its log."""
     if not path.is_file():
         return []
     try:
         state = torch.load(path, weights_only=True)
         trainer.restore(state)
-        rows: list[dict[str, Any]] = state["rows"]
+        rows: list[Row] = state["rows"]
     except Exception as error:  # what torch raises for a damaged file is of nearly any type
         raise SystemExit(f"{path} is damaged ({type(error).__name__}): move it and start anew") from None
     print(f"going on after epoch {len(rows)} of an interrupted run")
     return rows
 
 
-def log_row(
-    epoch: int, learned: Result, measured: Result | None, trainer: Trainer, seconds: float
-) -> dict[str, Any]:
+def log_row(epoch: int, learned: Result, measured: Result | None, rate: float, seconds: float) -> Row:
     """Print what an epoch brought and return it as a row of training_log.csv."""
-    rate = float(trainer.schedules[0].get_last_lr()[0])
     middle = f"{measured.loss:>17.4f}{measured.accuracy:>10.1%}" if measured else " " * 27
     line = f"{epoch:>5}{learned.loss:>16.4f}{learned.accuracy:>10.1%}{middle}{rate:>15.2g}{seconds:>7.0f} s"
     tqdm.write(line)  # above the progress bar
     sys.stdout.flush()
-    return {
-        "epoch": epoch,
-        "train_loss": learned.loss,
-        "train_accuracy": learned.accuracy,
-        "measured_loss": measured.loss if measured else math.nan,
-        "measured_accuracy": measured.accuracy if measured else math.nan,
-        "filter_rate": rate,
-        "seconds": seconds,
-    }
+    loss, accuracy = (measured.loss, measured.accuracy) if measured else (math.nan, math.nan)
+    row = {"epoch": epoch, "train_loss": learned.loss, "train_accuracy": learned.accuracy}
+    row |= {"measured_loss": loss, "measured_accuracy": accuracy, "filter_rate": rate, "seconds": seconds}
+    return row
 
 
 def draw_filters(filters: Array, heading: str) -> Figure:
@@ -378,12 +358,8 @@ def draw_confusion(counts: Array, names: list[str], heading: str) -> Figure:
     share = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     fig, ax = plt.subplots(figsize=(6, 5), layout="constrained")
     style: dict[str, Any] = {"annot": True, "fmt": ".0f", "cmap": "mako_r", "vmin": 0, "vmax": 100}
-    style |= {
-        "xticklabels": names,
-        "yticklabels": names,
-        "cbar_kws": {"label": "share of the true class (%)"},
-    }
-    sns.heatmap(share, square=True, ax=ax, **style)
+    bar = {"label": "share of the true class (%)"}
+    sns.heatmap(share, square=True, xticklabels=names, yticklabels=names, cbar_kws=bar, ax=ax, **style)
     ax.tick_params(axis="x", rotation=45)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="predicted class", ylabel="true class", title=heading)
@@ -410,9 +386,9 @@ def main() -> None:
     device, dataset = choose_device(DEVICE), find_dataset(DATASET, DATA_DIR)
     names, title, precision = class_names(dataset, DATA_DIR), TITLES[dataset], choose_precision(device)
     train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
-    train, measured, split = part_of_training(
-        train, test, TRAIN_ON, stl10_folder(DATA_DIR) / "fold_indices.txt"
-    )
+    folds = stl10_folder(DATA_DIR) / "fold_indices.txt"
+    train, measured, split = part_of_training(train, test, TRAIN_ON, folds)
+    count, measured_on = len(train.images), f"{len(measured.images):,} {split} images"
     epochs = min(EPOCHS, SHAPES_EPOCHS) if dataset == "shapes" else EPOCHS
     settings: dict[str, Any] = {  # with these a run that goes on is the run that was interrupted
         "network": {
@@ -440,29 +416,25 @@ def main() -> None:
         "torch": str(torch.__version__),  # its own type would not load
     }
     print(
-        f"training on {len(train.images):,} images of {title} for {epochs} epochs, measuring on "
-        f"{len(measured.images):,} {split} images, on {device} in {settings['precision']}, "
-        f"torch {torch.__version__}, seed {SEED}"
+        f"training on {count:,} images of {title} for {epochs} epochs, measuring on {measured_on}, "
+        f"on {device} in {settings['precision']}, torch {torch.__version__}, seed {SEED}"
     )
-    if len(train.images) < BATCH_SIZE:
-        raise SystemExit(
-            f"BATCH_SIZE is {BATCH_SIZE}; there are only {len(train.images)} training images: lower it"
-        )
+    if count < BATCH_SIZE:
+        raise SystemExit(f"BATCH_SIZE is {BATCH_SIZE}; there are only {count} training images: lower it")
     trainer = Trainer(train, settings, device, precision)
     facts = {"dataset": dataset, "class_names": names, "settings": settings}
-    state_path = CHECKPOINT.expanduser().with_name(
-        f"training_state_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.pth"
-    )
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    state_path = CHECKPOINT.expanduser().with_name(f"training_state_{digest}.pth")
 
-    def save_snapshot(epoch: int, accuracy: float) -> None:
-        path = CHECKPOINT.parent / "snapshots" / f"epoch_{epoch:03d}.pth"
-        metrics = {"split": split, "accuracy": accuracy}
-        save_checkpoint(path, trainer.net, epochs=epoch, metrics=metrics, **facts)
+    def save(name: str, epoch: int, **metrics: float) -> None:
+        path, measures = CHECKPOINT.parent / name, {"split": split, **metrics}
+        save_checkpoint(path, trainer.net, epochs=epoch, metrics=measures, **facts)
 
-    save_snapshot(0, math.nan)  # also of a run that goes on: another training may have been here since
+    # also of a run that goes on: another training may have been here since
+    save("snapshots/epoch_000.pth", 0, accuracy=math.nan)
     rows = resume(state_path, trainer)
     print(f"epoch  training: loss  accuracy  {split:>10}: loss  accuracy  learning rate   time")
-    steps = len(train.images) // BATCH_SIZE
+    steps = count // BATCH_SIZE
     bar = tqdm(total=epochs * steps, initial=len(rows) * steps, unit=" steps", disable=None)
     start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
     try:
@@ -471,17 +443,15 @@ def main() -> None:
             # measuring draws no random numbers, so how often it happens does not change the training
             due = epoch % MEASURE_EVERY == 0 or epoch in SNAPSHOTS or epoch == epochs
             tested = evaluate(trainer.net, measured, precision) if due else None
-            rows.append(log_row(epoch, learned, tested, trainer, time.perf_counter() - start))
+            rate, seconds = trainer.schedules[0].get_last_lr()[0], time.perf_counter() - start
+            rows.append(log_row(epoch, learned, tested, float(rate), seconds))
             if epoch == 1:
-                tqdm.write(
-                    f"all {epochs} epochs will take about {epochs * rows[0]['seconds'] / 60:.0f} minutes"
-                )
+                tqdm.write(f"all {epochs} epochs will take about {epochs * seconds / 60:.0f} minutes")
             if tested and epoch in SNAPSHOTS:
-                save_snapshot(epoch, tested.accuracy)
+                save(f"snapshots/epoch_{epoch:03d}.pth", epoch, accuracy=tested.accuracy)
             save_whole({"rows": rows, **trainer.state()}, state_path)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; run again to go on after epoch {len(rows)}") from None
-
     bar.close()
 
     # once more in float32, the precision of every later stage
@@ -490,18 +460,15 @@ def main() -> None:
     report(counts, names)
     print(f"averaged with each image's mirror image, at twice the cost: {mirrored.accuracy:.2%}")
     seconds = rows[-1]["seconds"]
-    print(f"{epochs * len(train.images) / seconds:,.0f} training images per second, measuring included")
-    metrics = {"split": split, "accuracy": final.accuracy, "loss": final.loss, "seconds": seconds}
-    metrics["accuracy_mirrored"] = mirrored.accuracy
-    save_checkpoint(CHECKPOINT, trainer.net, epochs=epochs, metrics=metrics, **facts)
+    print(f"{epochs * count / seconds:,.0f} training images per second, measuring included")
+    metrics = {"accuracy": final.accuracy, "loss": final.loss, "seconds": seconds}
+    save(CHECKPOINT.name, epochs, **metrics, accuracy_mirrored=mirrored.accuracy)
     print(f"wrote {CHECKPOINT} and, beside it, snapshots/")
     log = pd.DataFrame(rows)
     save_table(CHECKPOINT.with_name("training_log.csv"), load_checkpoint(CHECKPOINT), log)
-    heading = (
-        f"{title}, {len(train.images):,} training and {len(measured.images):,} {split} images, seed {SEED}"
-    )
+    heading = f"{title}, {count:,} training and {measured_on}, seed {SEED}"
     save_figure(CHECKPOINT.with_name("training_curves.png"), draw_curves(log, split, heading))
-    heading = f"{len(measured.images):,} {split} images of {title}, accuracy {final.accuracy:.1%}"
+    heading = f"{measured_on} of {title}, accuracy {final.accuracy:.1%}"
     save_figure(CHECKPOINT.with_name("confusion_matrix.png"), draw_confusion(counts, names, heading))
     filters = trainer.net.blocks[0].conv.weight.detach().cpu().numpy()
     heading = f"filters of conv1, each with its own scale, trained on {title}"
