@@ -147,24 +147,18 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
 # ---------------------------------------------------------------- in each class and in single images
 
 
-def rank_filters(
-    filters: pd.DataFrame, classes: pd.DataFrame, names: Sequence[str], name: str
-) -> pd.DataFrame:
+def rank_filters(filters: pd.DataFrame, classes: pd.DataFrame, names: list[str], name: str) -> pd.DataFrame:
     """Order the active filters of conv4 by how well they stand for the class `name`.
 
     First come the filters that prefer the class, by selectivity. Where they are few, those that prefer
     another class follow, by their index for this one. Nearly dead filters come last: an index that rests on
     a handful of images is large by chance.
 
-    Args:
-        filters: filter_metrics.csv.
-        classes: class_metrics.csv.
-        names: Of all classes.
-        name: Of this one, to which the columns selectivity, activation_mean and prefers refer; the others
-            are those of filter_metrics.csv.
+    `filters` is filter_metrics.csv, `classes` class_metrics.csv, `names` those of all classes. The columns
+    selectivity, activation_mean and prefers refer to the class, the others are those of filter_metrics.csv.
     """
     conv4 = filters[filters["layer"] == "conv4"].set_index("filter")
-    means, place = class_means(classes), list(names).index(name)
+    means, place = class_means(classes), names.index(name)
     columns = {
         "selectivity": class_selectivity(means)[place],
         "activation_mean": means[place],
@@ -178,12 +172,9 @@ def rank_filters(
 
 
 def sum_projections(images: Array, net: CNN, units: Units, group: Array, doing: str) -> tuple[Array, Array]:
-    """Project units of conv4 and add the projections up, group by group.
+    """Project units of conv4; return sum of magnitudes (groups, 96, 96) and signed sum (groups, 3, 96, 96).
 
     `group` is the number of each unit's group, 0, 1, ...; `doing` labels the progress bar.
-
-    Returns:
-        Sum of magnitudes (groups, 96, 96), and signed sum (groups, 3, 96, 96).
     """
     groups = int(group.max()) + 1
     magnitudes = np.zeros((groups, IMAGE_SIZE, IMAGE_SIZE))
@@ -204,25 +195,20 @@ def draw_class(
 
     Each filter has a scale of its own: a filter's gain, not what it shows, makes it weak.
 
-    Args:
-        ranking: What `rank_filters` says of these filters.
-        means: Magnitude averaged over all images of the class, (filters, 96, 96).
-        images: That drive each filter most, uint8 (filters, images, 3, 96, 96).
-        magnitudes: Of the projections in these images, (filters, images, 96, 96).
-        values: Strongest activations there, (filters, images).
-        heading: Title.
+    `ranking` is what `rank_filters` says of these filters; `means`, (filters, 96, 96), the magnitude averaged
+    over all images of the class; `images`, uint8 (filters, images, 3, 96, 96), those that drive each filter
+    most; `magnitudes`, (filters, images, 96, 96), of the projections there; `values`, (filters, images),
+    strongest activations there.
     """
     filters, count = images.shape[:2]
     size = 2.4 + 2.5 * count, 1.4 + 1.4 * filters
-    panels = 1 + 2 * count  # in a row
-    fig, axes = plt.subplots(filters, panels, figsize=size, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(filters, 1 + 2 * count, figsize=size, squeeze=False, layout="constrained")
     colours = sns.color_palette("rocket", as_cmap=True)(np.linspace(0.3, 1, 256))
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
     style: dict[str, Any] = {"vmin": 0, "vmax": 1}
     for k, (row, of_filter) in enumerate(zip(axes, ranking.itertuples(), strict=True)):
-        mean = show(
-            row[0], means[k] / means[k].max(), "" if k else "mean over the class", cmap="mako", **style
-        )
+        above = "" if k else "mean over the class"
+        mean = show(row[0], means[k] / means[k].max(), above, cmap="mako", **style)
         text = f"filter {of_filter.filter}\nselectivity {of_filter.selectivity:.2f}\n"
         text += f"mean activation {of_filter.activation_mean:.2f}\nprefers {of_filter.preferred_class}"
         text += f" in\n{of_filter.preferred_share:.0%} of bootstrap samples"
@@ -244,25 +230,21 @@ def draw_class(
     return fig
 
 
-def draw_images(
-    images: Array, magnitudes: Array, signed: Array, texts: Sequence[str], heading: str
-) -> Figure:
+def draw_images(images: Array, magnitudes: Array, signed: Array, texts: list[str], heading: str) -> Figure:
     """Draw images, two a row, each beside the summed magnitude and the signed sum of its projections.
 
     Images are uint8 (images, 3, 96, 96), below `texts`; magnitudes (images, 96, 96), signed sums as images.
     """
     rows = -(-len(images) // 2)
-    size = 8, 1.6 + 1.42 * rows
-    fig, axes = plt.subplots(rows, 6, figsize=size, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, 6, figsize=(8, 1.6 + 1.42 * rows), squeeze=False, layout="constrained")
     panels, coloured, top = axes.reshape(-1, 3), displayed(signed), robust_scale(magnitudes)
     for ax in panels[len(images) :].flat:
         ax.axis("off")
     for k, (left, middle, right) in enumerate(panels[: len(images)]):
+        above = ("sum of magnitudes", "signed sum") if k < 2 else ("", "")
         show(left, np.moveaxis(images[k], 0, 2), texts[k])
-        drawn = show(
-            middle, magnitudes[k], "" if k > 1 else "sum of magnitudes", cmap="mako", vmin=0, vmax=top
-        )
-        show(right, coloured[k], "" if k > 1 else "signed sum")
+        drawn = show(middle, magnitudes[k], above[0], cmap="mako", vmin=0, vmax=top)
+        show(right, coloured[k], above[1])
     bar = fig.colorbar(drawn, ax=axes, location="bottom", aspect=40, pad=0.02, shrink=0.6, extend="max")
     bar.set_label("sum of magnitudes (normalised pixels); in the signed sum grey is zero, one scale for all")
     fig.suptitle(heading)
@@ -285,13 +267,10 @@ def first_correct(guesses: Array, labels: Array) -> Array:
 
 
 def square_positions(side: int, stride: int) -> Array:
-    """Return which rows (columns alike) of the image a square covers at each of its positions.
+    """Return which rows (columns alike) of the image a square covers at each position, (positions, 96).
 
     Its centres are `stride` pixels apart, the first one stride // 2 from the border. The border cuts squares
     that reach beyond it.
-
-    Returns:
-        (positions, 96)
     """
     starts = np.arange(stride // 2, IMAGE_SIZE, stride)[:, None] - side // 2
     pixels = np.arange(IMAGE_SIZE)
@@ -306,16 +285,6 @@ class Occlusion(NamedTuple):
     probability: Array  # of each class, (down, across, classes)
     label: int  # the true class
 
-    @property
-    def truth(self) -> Array:
-        """Return the probability of the true class."""
-        return self.probability[:, :, self.label]
-
-    @property
-    def taken(self) -> Array:
-        """Return whether another class comes first."""
-        return np.asarray(self.probability.argmax(axis=2) != self.label)
-
 
 def occlusion_sensitivity(
     image: Array, label: int, unit: Sequence[int], net: CNN, covered: Array
@@ -323,13 +292,8 @@ def occlusion_sensitivity(
     """Slide a grey square over an image; measure a filter of conv4, its strongest unit, and the classes.
 
     The paper measures the sum over the map (Figure 6 of the ECCV version); the projection shows one unit.
-
-    Args:
-        image: uint8 (3, 96, 96).
-        label: Its class.
-        unit: Filter, row and column in the pooled map.
-        net: The network.
-        covered: What `square_positions` returned.
+    The image is uint8 (3, 96, 96), `label` its class, `unit` filter, row and column in the pooled map,
+    `covered` what `square_positions` returned.
     """
     whole, (filter_, row, column) = net.normalise(torch.from_numpy(image[None])), unit
     lines, found = torch.from_numpy(covered).to(whole.device), []
@@ -357,22 +321,16 @@ def tabulate_occlusion(
     for k, found in enumerate(occlusions):
         shares = np.bincount(found.probability.argmax(axis=2).ravel(), minlength=len(names)) / found.unit.size
         others = [other for other in np.argsort(-shares, kind="stable") if other != found.label]
-        entry = found.activity.min(), found.unit.min(), rank_correlation(1 - found.unit, under[k])
         texts = [f"{names[other]} {shares[other]:.0%}" for other in others if shares[other] >= 0.005]
-        rows.append(
-            (*(of[k] for of in units[:2]), names[found.label], units.value[k], *entry, ", ".join(texts))
-        )
+        measured = found.activity.min(), found.unit.min(), rank_correlation(1 - found.unit, under[k])
+        unit = units.image[k], units.filter[k], names[found.label], units.value[k]
+        rows.append((*unit, *measured, ", ".join(texts)))
     columns = ["image", "filter", "label", "activation", "activity", "unit", "correlation", "taken_for"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def draw_occlusion(
-    images: Array,
-    occlusions: Sequence[Occlusion],
-    magnitudes: Array,
-    table: pd.DataFrame,
-    square: Sequence[int],
-    heading: str,
+    images: Array, occlusions: list[Occlusion], magnitudes: Array, table: pd.DataFrame, square: Sequence[int]
 ) -> Figure:
     """Draw maps of an occluded image, one image a row (Figure 6 of the paper's ECCV version).
 
@@ -391,21 +349,21 @@ def draw_occlusion(
     maps: dict[str, Any] = {"extent": (first, last, last, first)}  # a value stands for stride x stride pixels
     for k, (row, found, of_image) in enumerate(zip(axes, occlusions, table.itertuples(), strict=True)):
         texts = [""] * 5 if k else above
-        lowest = np.unravel_index(found.unit.argmin(), found.unit.shape)
-        corner = [centres[place] - side / 2 for place in reversed(lowest)]
+        down, across = np.unravel_index(found.unit.argmin(), found.unit.shape)
+        corner = centres[across] - side / 2, centres[down] - side / 2
         show(row[0], np.moveaxis(images[k], 0, 2), texts[0], **whole)
         for colour, width in (("black", 2.2), ("white", 1.0)):
-            style: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": width}
-            row[0].add_patch(Rectangle((corner[0], corner[1]), side, side, **style))
+            row[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
         name = f"{of_image.label}\nfilter {of_image.filter}\nactivation {of_image.activation:.2f}"
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach}
         activity = show(row[1], found.activity, texts[1], **scale, **maps)
         unit = show(row[2], found.unit, texts[2], **scale, **maps)
         projection = show(row[3], magnitudes[k], texts[3], cmap="mako", vmin=0, vmax=top, **whole)
-        probability = show(row[4], found.truth, texts[4], cmap="viridis", vmin=0, vmax=1, **maps)
-        if found.taken.any():
-            row[4].contour(centres, centres, found.taken, levels=[0.5], colors="white", linewidths=1)
+        truth, taken = found.probability[:, :, found.label], found.probability.argmax(axis=2) != found.label
+        probability = show(row[4], truth, texts[4], cmap="viridis", vmin=0, vmax=1, **maps)
+        if taken.any():
+            row[4].contour(centres, centres, taken, levels=[0.5], colors="white", linewidths=1)
             row[4].set_xlabel(of_image.taken_for, fontsize=7, labelpad=2)
         for ax in row:
             ax.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0))
@@ -416,7 +374,6 @@ def draw_occlusion(
         bar = fig.colorbar(drawn, ax=axes[:, column], **below)
         bar.ax.tick_params(labelsize=7)
         bar.set_label(units[column - 1], fontsize=8)
-    fig.suptitle(heading)
     return fig
 
 
@@ -436,45 +393,36 @@ def change(image: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -
 MEASURES = ("distance in conv1", "distance in conv4", "probability of the true class", "accuracy")
 
 
-def measure_invariance(
-    net: CNN, images: Array, labels: Array, kind: str, degrees: Sequence[float]
-) -> dict[str, Array]:
+def measure_invariance(net: CNN, images: Array, labels: Array, kind: str, degrees: Sequence[float]) -> Array:
     """Measure how far features of images move when these are changed (Figure 5 of the paper).
 
-    Images are uint8; `kind` is one of `CHANGES`, `degrees` how far they are changed.
-
-    Returns:
-        (images, degrees) for each of `MEASURES`: Euclidean distance between the pooled maps of the changed
-        and the unchanged image, as a share of the norm of the latter; probability of the true class; 1 where
-        the image is classified correctly.
+    Images are uint8; `kind` is one of `CHANGES`, `degrees` how far they are changed. Returns `MEASURES`,
+    (measures, images, degrees): Euclidean distance between the pooled maps of the changed and the unchanged
+    image, as a share of the norm of the latter; probability of the true class; 1 where that comes first.
     """
-    found: dict[str, list[Array]] = {name: [] for name in MEASURES}
+    found = []
     for start in range(0, len(images), 50):
         batch = net.normalise(torch.from_numpy(images[start : start + 50]))
         truth = torch.from_numpy(labels[start : start + 50]).to(batch.device)
         whole, columns = net.features(batch), []
         for degree in degrees:
-            features = net.features(change(batch, **{kind: degree}))
-            distances = [
-                (features[k][0] - whole[k][0]).flatten(1).norm(dim=1) / whole[k][0].flatten(1).norm(dim=1)
-                for k in (0, -1)
-            ]
+            features, distances = net.features(change(batch, **{kind: degree})), []
+            for (before, _), (after, _) in ((whole[0], features[0]), (whole[-1], features[-1])):
+                distances.append((after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1))
             shares = net.classify(features[-1][0]).softmax(dim=1)
             of_truth = shares.gather(1, truth[:, None])[:, 0]
             columns.append(torch.stack([*distances, of_truth, (shares.argmax(dim=1) == truth).float()]))
-        for name, values in zip(MEASURES, torch.stack(columns, dim=2).cpu().numpy(), strict=True):
-            found[name].append(values.astype(np.float64))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+        found.append(torch.stack(columns, dim=2).cpu().numpy().astype(np.float64))
+    return np.concatenate(found, axis=1)
 
 
-def tabulate_invariance(kind: str, degrees: Sequence[float], measured: Mapping[str, Array]) -> pd.DataFrame:
+def tabulate_invariance(kind: str, degrees: Sequence[float], measured: Array) -> pd.DataFrame:
     """Return rows of invariance.csv: mean over the images with its 95 % interval (normal)."""
     tables = []
-    for name, values in measured.items():
+    for name, values in zip(MEASURES, measured, strict=True):
         mean, reach = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / len(values) ** 0.5
-        columns = {"kind": kind, "degree": degrees, "measure": name, "mean": mean}
-        columns |= {"low": mean - reach, "high": mean + reach, "n": len(values)}
-        tables.append(pd.DataFrame(columns))
+        table = pd.DataFrame({"kind": kind, "degree": degrees, "measure": name, "mean": mean})
+        tables.append(table.assign(low=mean - reach, high=mean + reach, n=len(values)))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -497,7 +445,7 @@ def draw_invariance(
     net: CNN,
     images: Array,
     degrees: Mapping[str, Sequence[float]],
-    curves: Mapping[str, Mapping[str, Array]],
+    curves: Mapping[str, Array],
     table: pd.DataFrame,
     names: Sequence[str],
 ) -> Figure:
@@ -512,7 +460,7 @@ def draw_invariance(
     fig, axes = plt.subplots(len(curves), 5, figsize=size, squeeze=False, **layout)
     for row, (kind, measured) in zip(axes, curves.items(), strict=True):
         draw_examples(row[0], net, images, kind, degrees[kind])
-        for ax, (name, values) in zip(row[1:], measured.items(), strict=True):
+        for ax, name, values in zip(row[1:], MEASURES, measured, strict=True):
             for k, curve in enumerate(values if name != "accuracy" else ()):
                 style = ("-", "--", "-.", ":")[k % 4]
                 ax.plot(degrees[kind], curve, color=f"C{k}", linestyle=style, linewidth=0.9, label=names[k])
@@ -565,11 +513,6 @@ METRICS = {  # what the page calls them, and what they are
 }
 
 
-def as_pixels(pictures: Array) -> Array:
-    """Return pictures (n, rows, columns, 3) from 0 to 1 as opaque uint8 (n, rows, columns, 4)."""
-    return np.pad((255 * pictures).round().astype(np.uint8), [(0, 0)] * 3 + [(0, 1)], constant_values=255)
-
-
 def cut_patches(images: Array, image: Array, origins: Array, size: int) -> Array:
     """Cut windows out of images, uint8 (n, size, size, 4); transparent beyond the border and for image -1."""
     opaque, patches = np.full((1, IMAGE_SIZE, IMAGE_SIZE), 255, np.uint8), []
@@ -593,17 +536,16 @@ def save_panels(path: Path, panels: Array, columns: int) -> None:
         Image.fromarray(lay_out(panels, columns, 0)).save(partial, "WEBP", **options)
 
 
-def read_panels(path: Path, checkpoint: Checkpoint, key: str, groups: int) -> Array:
-    """Return projections of projections.npz as pixels, (filters, images, rows, columns, 4).
+def as_panels(projections: Array, groups: int) -> Array:
+    """Return projections (filters, n, 3, rows, columns) as opaque uint8 (filters, n, rows, columns, 4).
 
-    A filter's images are split into `groups` of equal size, each with a scale of its own.
+    The n of a filter are split into `groups` of equal size, each with a scale of its own.
     """
-    (projections,) = load_arrays(path, checkpoint, key)
-    filters, images, _, *sides = projections.shape
-    pixels = np.empty((filters, images, *sides, 4), np.uint8)
+    filters, n, _, *sides = projections.shape
+    pixels = np.full((filters, n, *sides, 4), 255, np.uint8)
     for of_filter, shown in zip(projections, pixels, strict=True):
         parts = np.split(of_filter.astype(np.float32), groups)
-        shown[:] = as_pixels(np.concatenate([displayed(part) for part in parts]))
+        shown[..., :3] = (255 * np.concatenate([displayed(part) for part in parts])).round()
     return pixels
 
 
@@ -613,16 +555,11 @@ def save_strips(
     """Write the pictures of a layer.
 
     LAYER/NNN.webp has two rows. Above: projections of the filter's strongest images, of weaker ones and of
-    its strongest activation after some epochs; below: the patches of the former two. LAYER.webp has the
-    first projection of every filter, 16 a row, each above its patch.
+    its strongest activation after some epochs (`panels`, of `as_panels`); below: the patches of the former
+    two. LAYER.webp has the first projection of every filter, 16 a row, each above its patch.
 
-    Args:
-        folder: Where they go.
-        layer: Its name.
-        panels: Projections as pixels, (filters, n, rows, columns, 4) each, in the order from above.
-        image: Of the former two, index into `images`, (filters, n); -1 for none.
-        origin: Row and column of the window's top left pixel, (filters, n, 2).
-        images: uint8 (images, 3, 96, 96).
+    Of the former two, `image`, (filters, n), is the index into `images`, uint8 (images, 3, 96, 96), or -1 for
+    none; `origin`, (filters, n, 2), row and column of the window's top left pixel.
     """
 
     def draw(n: int) -> Array:
@@ -647,12 +584,8 @@ def explain_filters(
     its own, and the coefficients. Of the images of the preferred class and of the others: `images`, how many;
     `zeros`, on how many it does not fire; `counts` in 24 bins from 0 to `largest` of those on which it does.
 
-    Args:
-        layer: Its name.
-        maxima: Strongest activation of each filter in each test image, (images, filters).
-        labels: Of the images.
-        names: Of the classes.
-        tables: filter, class and ablation, the latter only if there is one.
+    `maxima`, (images, filters), is the strongest activation of each filter in each test image; `labels` are
+    those of the images; `tables`: filter, class and ablation, the latter only if there is one.
     """
     filters, classes = (table[table["layer"] == layer] for table in (tables["filter"], tables["class"]))
     means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
@@ -720,10 +653,7 @@ def explain_reading(trust: pd.DataFrame | None) -> list[str]:
     if trust is None:
         return [reading, "How far to trust it is not measured yet: uv run analyse_projections.py adds it."]
     value = trust.set_index(["test", "condition"])["median"]
-    kept = {
-        name: f"{value['kept', name]:.0%}"
-        for name in ("projection", "gradient", "other filter", "edges", "random")
-    }
+    kept = value["kept"].map("{:.0%}".format)
     alike = value["random weights, envelope taken out"]
     return [
         reading,
@@ -759,17 +689,12 @@ def write_explorer(
     guesses: Array,
     evolution_images: int,
 ) -> None:
-    """Write explorer/index.html and its pictures.
+    """Write explorer/index.html and its pictures into `outputs`, where the files of the earlier stages are.
 
-    Args:
-        outputs: Folder with the files of the earlier stages.
-        checkpoint: The network.
-        snapshots: What `read_snapshots` returned.
-        test: Test images and labels.
-        guesses: What `predict` returned for them.
-        evolution_images: In how many of them each snapshot's strongest activation is sought.
+    `snapshots` is what `read_snapshots` returned, `guesses` what `predict` returned for the test images. Each
+    snapshot's strongest activation is sought in the first `evolution_images` of these.
     """
-    outputs, names, widths = outputs.expanduser(), checkpoint.class_names, checkpoint.net.config["filters"]
+    outputs, names = outputs.expanduser(), checkpoint.class_names
     folder = outputs / "explorer"
     for old in [*folder.glob("index.html"), *folder.rglob("*.webp")]:  # of a network with more filters
         old.unlink()
@@ -779,26 +704,20 @@ def write_explorer(
             tables[name] = load_table(outputs / f"{name}.csv", checkpoint)
 
     some = test.images[:evolution_images]
-    developed: dict[str, list[Array]] = {layer: [] for layer in LAYERS}
-    for snapshot in snapshots:
-        for layer, (*_, projections) in project_evolution(some, [snapshot], max(widths), 16).items():
-            shown = [displayed(projection) for projection in projections[:, 0]]  # each with its own scale
-            developed[layer].append(as_pixels(np.stack(shown))[:, None])
+    evolution = project_evolution(some, snapshots, max(checkpoint.net.config["filters"]), 16)
     layers = {}
     for layer in LAYERS:
         (maxima,) = load_arrays(outputs / "activations.npz", checkpoint, f"{layer}_max")
-        path, keys = outputs / "projections.npz", ("image", "value", "origin")
-        top = load_arrays(path, checkpoint, *(f"{layer}_{key}" for key in keys))
-        weaker = load_arrays(path, checkpoint, *(f"{layer}_level_{key}" for key in keys))
-        image, value, origin = (np.concatenate(pair, axis=1) for pair in zip(top, weaker, strict=True))
-        panels = [
-            read_panels(path, checkpoint, f"{layer}_projection", 1),
-            read_panels(path, checkpoint, f"{layer}_level_projection", len(LEVELS)),
-            *developed.pop(layer),
-        ]
+        path, keys = outputs / "projections.npz", ("projection", "image", "value", "origin")
+        top, *strongest = load_arrays(path, checkpoint, *(f"{layer}_{key}" for key in keys))
+        lower, *weaker = load_arrays(path, checkpoint, *(f"{layer}_level_{key}" for key in keys))
+        image, value, origin = (np.concatenate(pair, axis=1) for pair in zip(strongest, weaker, strict=True))
+        panels = [as_panels(top, 1), as_panels(lower, len(LEVELS))]
+        panels.append(as_panels(evolution.pop(layer).projections, len(snapshots)))  # a scale for each
+        n_top, size = top.shape[1], top.shape[-1]
+        del top, lower  # large
         save_strips(folder, layer, panels, image, origin, test.images)
         filters = explain_filters(layer, maxima, test.labels, names, tables)
-        n_top, size = top[0].shape[1], panels[0].shape[2]
         for of_filter, *examples in zip(filters, image, value, strict=True):
             pairs = list(zip(*examples, strict=True))
             of_filter |= {"top": pairs[:n_top], "levels": pairs[n_top:]}
@@ -809,8 +728,22 @@ def write_explorer(
     figures = sorted(path.relative_to(outputs).as_posix() for path in outputs.rglob("*.png"))
     run = {"epochs": checkpoint.epochs, **checkpoint.metrics, **checkpoint.settings}
     run["checkpoint"] = checkpoint.sha256[:12]
+    for key, fact in run.items():
+        run[key] = f"{fact:.4g}" if isinstance(fact, float) else re.sub("[{}']", "", str(fact))
     missing = "" if "ablation" in tables else "uv run analyse_projections.py adds what ablation costs."
     later = "" if len(snapshots) > 1 else " No snapshots of this training: uv run train_CNN.py writes them."
+    notes = {
+        "generated": "Generated shapes, no photographs: they show that the code works, nothing more",
+        "strongest": "Projection and patch in the test images that drive it most, with its activation. "
+        "Grey is zero; one scale for all.",
+        "weaker": "In images near percentiles of its activations above zero; a scale for each level.",
+        "evolution": f"Strongest activation in {len(some):,} test images after each epoch; each has a "
+        f"scale of its own.{later}",
+        "ablation": missing,
+        "needed": "Filters of conv4 whose ablation adds most to the loss of the class.",
+        "classes": explain_classes(guesses, test.labels, names),
+        "reading": explain_reading(tables.get("trust")),
+    }
     facts = {
         "title": TITLES[checkpoint.dataset],
         "generated": checkpoint.dataset == "shapes",
@@ -823,25 +756,8 @@ def write_explorer(
         "levels": LEVELS,
         "layers": layers,
         "metrics": METRICS,
-        "notes": {
-            "generated": "Generated shapes, no photographs: they show that the code works, nothing more",
-            "strongest": "Projection and patch in the test images that drive it most, with its activation. "
-            "Grey is zero; one scale for all.",
-            "weaker": "In images near percentiles of its activations above zero; a scale for each level.",
-            "evolution": f"Strongest activation in {len(some):,} test images after each epoch; each has a "
-            f"scale of its own.{later}",
-            "ablation": missing,
-            "needed": "Filters of conv4 whose ablation adds most to the loss of the class.",
-            "classes": explain_classes(guesses, test.labels, names),
-            "reading": explain_reading(tables.get("trust")),
-        },
-        "run": [
-            (
-                key.replace("_", " "),
-                f"{fact:.4g}" if isinstance(fact, float) else re.sub("[{}']", "", str(fact)),
-            )
-            for key, fact in run.items()
-        ],
+        "notes": notes,
+        "run": [(key.replace("_", " "), text) for key, text in run.items()],
         "figures": [name for name in figures if not name.startswith("readme")],
     }
     with atomic_write(folder / "index.html") as partial:
@@ -857,9 +773,8 @@ def main() -> None:
     net, names, folder = checkpoint.net, checkpoint.class_names, OUTPUTS / "heatmaps"
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
     maxima, positions = load_arrays(OUTPUTS / "activations.npz", checkpoint, "conv4_max", "conv4_position")
-    filters, classes = (
-        load_table(OUTPUTS / f"{name}_metrics.csv", checkpoint) for name in ("filter", "class")
-    )
+    filters = load_table(OUTPUTS / "filter_metrics.csv", checkpoint)
+    classes = load_table(OUTPUTS / "class_metrics.csv", checkpoint)
     images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
     source = f"{len(images):,} test images of {TITLES[checkpoint.dataset]}"
     print(f"drawing conv4 on {source} on {device}, torch {torch.__version__}")
@@ -922,7 +837,8 @@ def main() -> None:
     heading += f" image of each class,\n{len(right)} of the {source}. Strongest filter: of conv4; its\n"
     heading += "activity: sum over its map. Frame: the square that takes most of the unit's activation"
     square = OCCLUDER, OCCLUSION_STRIDE
-    figure = draw_occlusion(images[right], occlusions, magnitudes, table, square, heading)
+    figure = draw_occlusion(images[right], occlusions, magnitudes, table, square)
+    figure.suptitle(heading)
     save_figure(folder / "occlusion.png", figure)
 
     # in images that are moved, enlarged and turned
@@ -938,9 +854,7 @@ def main() -> None:
     texts = [names[label] for label in labels[moved]]
     figure = draw_invariance(net, images[moved], DEGREES, curves, table, texts)
     heading = f"{len(moved)} correctly classified of the {source}, moved, enlarged and turned.\n"
-    heading += (
-        f"Black: mean of {len(many)} images, as many of each class, right or wrong, with its 95 % interval"
-    )
+    heading += f"Black: mean of {len(many)} images, as many of each class, with its 95 % interval"
     figure.suptitle(heading)
     save_figure(folder / "invariance.png", figure)
 
