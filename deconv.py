@@ -53,8 +53,7 @@ def project(
     """Project pooled maps of one layer back to pixels (section 2.1).
 
     Args:
-        net: A network in evaluation mode: any object whose `blocks` have conv, bn, pool and relu, which run
-            in this order.
+        net: In evaluation mode: any object whose `blocks` have conv, bn, pool and relu, run in this order.
         layer: 0 for conv1 to 3 for conv4.
         pooled: (images, filters, rows, columns), what is to be seen; usually one activation, zero elsewhere.
         switches: Of each layer from conv1 up to `layer`, as `CNN.features` returns them for the images.
@@ -101,16 +100,8 @@ def project(
 def project_unit(net: CNN, image: Tensor, layer: int, filter_: int, row: int, column: int) -> Tensor:
     """Project one unit of one image: its activation kept, all others of its layer set to zero.
 
-    Args:
-        net: The network, in evaluation mode.
-        image: Normalised, (1, 3, rows, columns).
-        layer: 0 for conv1 to 3 for conv4.
-        filter_: Index of the filter.
-        row: Row of the unit in the pooled map.
-        column: Column of the unit in the pooled map.
-
-    Returns:
-        (3, rows, columns) of the image, in units of normalised pixels, signed.
+    The image is normalised, (1, 3, rows, columns); `layer` is 0 for conv1 to 3 for conv4; `row` and `column`
+    are those of the pooled map. The projection is (3, rows, columns), as that of `project`.
     """
     features = net.features(image)
     pooled, switches = features[layer][0], [switches for _, switches in features]
@@ -145,20 +136,11 @@ def backpropagate(
     """Send one activation of each image back to its pixels by backpropagation.
 
     The deconvnet, the gradient (Simonyan et al. 2014) and guided backpropagation (Springenberg et al. 2015)
-    differ in the ReLU alone. With the rule "deconvnet" this is `project` by another way, for an activation
-    of 1.
+    differ in the ReLU alone, by `rule`: "deconvnet", "gradient" or "guided". With "deconvnet" this is
+    `project` by another way, for an activation of 1.
 
-    Args:
-        net: The network, in evaluation mode.
-        images: Normalised, (images, 3, rows, columns).
-        layer: 0 for conv1 to 3 for conv4.
-        filter_: Number of the filter in each image, (images,).
-        row: Of the unit in the pooled map, likewise.
-        column: Likewise.
-        rule: "deconvnet", "gradient" or "guided".
-
-    Returns:
-        As the images.
+    The images are normalised, (images, 3, rows, columns), and the result has their shape; `layer` is 0 for
+    conv1 to 3 for conv4; filter, row and column in the pooled map are those of each image's unit, (images,).
     """
     with torch.enable_grad():
         x = pixels = images.detach().requires_grad_()
@@ -188,33 +170,23 @@ def load_picture(name: str) -> Array:
 
 
 class Unit(NamedTuple):
-    """One unit with its projection, as the figure shows it.
+    """One unit with its projection, as the figure shows it."""
 
-    Attributes:
-        filter: Index of the filter.
-        value: Activation.
-        row: Row in the pooled map.
-        column: Column likewise.
-        top: Row of the top left pixel of its receptive field, negative where the field crosses the border.
-        left: Column likewise.
-        projection: (3, rows, columns) of the whole image, signed, in units of normalised pixels.
-    """
-
-    filter: int
-    value: float
-    row: int
+    filter: int  # its number
+    value: float  # activation
+    row: int  # in the pooled map
     column: int
-    top: int
-    left: int
-    projection: Array
+    top: int  # row of its receptive field's top left pixel, negative where the field crosses the border
+    left: int  # column likewise
+    projection: Array  # (3, rows, columns) of the whole image, signed, in units of normalised pixels
 
 
 def strongest_units(
     net: CNN, image: Tensor, layer: int, count: int, filters: Sequence[int] | None = None
 ) -> list[Unit]:
-    """Return the strongest unit of each of the `count` filters of a layer that an image drives most.
+    """Return the strongest unit of each of `filters`, or of the `count` that an image drives most.
 
-    Or of each of the given `filters`. Filters that do not fire at all are left out.
+    Filters that do not fire at all are left out.
     """
     pooled, switches = net.features(image)[layer]
     field, (_, outputs) = receptive_fields(net)[layer], frame_sizes(net, image.shape[-1])
@@ -250,14 +222,9 @@ def robust_scale(values: Array) -> float:
 
 
 def displayed(projections: Array) -> Array:
-    """Map signed projections to [0, 1] for display: grey is zero, 0.5 + p / (2 m).
+    """Map signed projections (..., 3, rows, columns) to [0, 1], (..., rows, columns, 3); grey is zero.
 
-    Args:
-        projections: (..., 3, rows, columns); m, their `robust_scale`, is one for all, so that panels shown
-            together can be compared.
-
-    Returns:
-        (..., rows, columns, 3)
+    A value p becomes 0.5 + p / (2 m); the `robust_scale` m is one for all, so that panels can be compared.
     """
     shown = np.clip(0.5 + projections / (2 * robust_scale(projections)), 0, 1)
     return np.moveaxis(shown, -3, -1).astype(np.float32)
@@ -275,28 +242,22 @@ def window_of(frame: Array, top: int, left: int, size: int, outside: float) -> A
 def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int], heading: str) -> Figure:
     """Draw, for each layer, where its strongest units look, their projections and the patches under them.
 
-    Args:
-        image: uint8 (3, 96, 96).
-        layers: For each layer's name its units, strongest first.
-        field_sizes: For each layer the rows and columns of its receptive field, in pixels.
-        heading: Title of the figure.
+    The image is uint8 (3, 96, 96); `field_sizes` are those of each layer's receptive field, in pixels.
     """
     pixels = image / 255
     columns = 2 + max(1, *(len(units) for units in layers.values()))
-    size = 1.15 * columns + 0.2, 2.45 * len(layers) + 0.5
-    fig = plt.figure(figsize=size, layout="constrained")
+    fig = plt.figure(figsize=(1.15 * columns + 0.2, 2.45 * len(layers) + 0.5), layout="constrained")
     grid = fig.add_gridspec(2 * len(layers), columns)
     for k, ((layer, units), field) in enumerate(zip(layers.items(), field_sizes, strict=True)):
         whole = fig.add_subplot(grid[2 * k : 2 * k + 2, :2])
         whole.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
         whole.set(xticks=[], yticks=[], xlim=(-0.5, IMAGE_SIZE - 0.5), ylim=(IMAGE_SIZE - 0.5, -0.5))
-        whole.set_title(
-            f"{layer}, receptive field {field} px" + ("" if units else "\nno filter fires"), fontsize=8
-        )
+        nothing = "" if units else "\nno filter fires"
+        whole.set_title(f"{layer}, receptive field {field} px{nothing}", fontsize=8)
         colors = sns.color_palette("colorblind", len(units))
         for column, (unit, color) in enumerate(zip(units, colors, strict=True), start=2):
-            style: dict[str, Any] = {"fill": False, "edgecolor": color, "linewidth": 1.4}
-            whole.add_patch(Rectangle((unit.left - 0.5, unit.top - 0.5), field, field, **style))
+            corner = unit.left - 0.5, unit.top - 0.5
+            whole.add_patch(Rectangle(corner, field, field, fill=False, edgecolor=color, linewidth=1.4))
             # on the upper edge; side by side where large frames lie on each other
             at = max(unit.left, 0) + min(9 * (column - 2), max(field - 8, 0)), max(unit.top, 7)
             number: dict[str, Any] = {"color": "white", "fontsize": 6, "va": "bottom", "clip_on": True}
@@ -336,11 +297,10 @@ def main() -> None:
     batch = net.normalise(torch.from_numpy(image[None]))
     probabilities = net(batch).softmax(dim=1)[0]
     guess = checkpoint.class_names[int(probabilities.argmax())]
-    numbers = None if isinstance(FILTERS, str) else FILTERS
-    count = net.config["filters"][chosen[0]]
-    if numbers and (len(chosen) > 1 or not all(0 <= number < count for number in numbers)):
-        allowed = "one layer in LAYER" if len(chosen) > 1 else f"filters 0 to {count - 1} of {LAYER}"
-        raise SystemExit(f"FILTERS is {FILTERS}; such a list takes {allowed}")
+    numbers, count = FILTERS if isinstance(FILTERS, list) else None, net.config["filters"][chosen[0]]
+    if FILTERS != "strongest" and (len(chosen) > 1 or not numbers or not set(numbers) <= set(range(count))):
+        which = f"0 to {count - 1} of {LAYER}" if len(chosen) == 1 else "of one layer, set in LAYER"
+        raise SystemExit(f"FILTERS is {FILTERS!r}; allowed are 'strongest' and a list of filters {which}")
     layers = {LAYERS[k]: strongest_units(net, batch, k, N_FILTERS, numbers) for k in chosen}
     for layer, units in layers.items():
         texts = ", ".join(f"{unit.filter} ({unit.value:.2f})" for unit in units)

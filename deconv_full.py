@@ -105,11 +105,10 @@ def turned_filters(block: ConvBlock) -> Tensor:
     each e = 0 .. s - 1 there is one plain convolution with taps t, turned round because a plain convolution
     looks back where a transposed one spreads. Taps past the end of the kernel are zero. Kernel 6 with stride
     2, for instance, makes 2 x 2 convolutions of 3 x 3 taps: even rows of the result come from W[0], W[2],
-    W[4], odd ones from W[1], W[3], W[5].
+    W[4], odd ones from W[1], W[3], W[5]; `interleave` puts the results together.
 
-    Returns:
-        (s * s * channels, filters, taps, taps), then as many zeros as make the first number a multiple of 16,
-        which fills vector registers (1.6 times as fast for conv1); `interleave` puts the results together.
+    Returns (s * s * channels, filters, taps, taps), then as many zeros as make the first number a multiple
+    of 16, which fills vector registers (1.6 times as fast for conv1).
     """
     filters = fold_batch_norm(block)
     (count, channels, kernel, _), (_, stride, *_) = filters.shape, sizes(block)
@@ -181,15 +180,9 @@ class Projector:
     def project(self, masks: Sequence[Tensor], units: Sequence[Tensor], row: int, column: int) -> Tensor:
         """Project units that the border cuts alike: their windows have one shape at every layer.
 
-        Args:
-            masks: What `masks` returned.
-            units: Index of the image among those of the masks, filter, value, row and column before pooling.
-            row: Of one of the units, before pooling.
-            column: Likewise.
-
-        Returns:
-            float32 (units, rows, columns, 3), the part of each window inside the image, signed, in normalised
-            pixels.
+        `units` are image (among those of `masks`), filter, value, row and column before pooling, (units,)
+        each; `row` and `column` are those of one of them. Returns float32 (units, rows, columns, 3), the part
+        of each window inside the image, signed, in normalised pixels.
         """
         image, filter_, value, *place = units
         n, rows, columns = len(image), self.windows[row], self.windows[column]
@@ -304,12 +297,11 @@ def project_windows(
 
 
 def measure_activations(images: Array, net: CNN, batch_size: int, doing: str) -> Arrays:
-    """Measure each filter of each layer on each image, uint8 (images, 3, 96, 96).
+    """Measure each filter of each layer on each image, uint8 (images, 3, 96, 96), over its pooled map.
 
-    Returns:
-        For k = 1 to 4, over the pooled map: conv{k}_max float32 (images, filters); conv{k}_position int16
-        (images, filters, 2), row and column of the maximum, the first one, 0 where nothing fires;
-        conv{k}_mean and conv{k}_nonzero, the mean and the share of positions above zero, float32.
+    Returns, for k = 1 to 4, conv{k}_max float32 (images, filters); conv{k}_position int16 (images, filters,
+    2), row and column of the maximum, the first one, 0 where nothing fires; conv{k}_mean and conv{k}_nonzero,
+    the mean and the share of positions above zero, float32 (images, filters).
     """
     arrays: Arrays = {}
     with tqdm(total=len(images), desc=doing, unit=" images", disable=None) as bar:
@@ -334,13 +326,9 @@ def measure_activations(images: Array, net: CNN, batch_size: int, doing: str) ->
 
 
 def strongest_of(maxima: Array, positions: Array, image: Array, filter_: Array) -> Units:
-    """Return the strongest unit of `filter_` in `image`, (units,) each.
+    """Return the strongest unit of `filter_` in `image`, numbers (units,) each.
 
-    Args:
-        maxima: conv{k}_max of `measure_activations`.
-        positions: conv{k}_position likewise.
-        image: Indices of images.
-        filter_: Numbers of filters.
+    `maxima` and `positions` are conv{k}_max and conv{k}_position of `measure_activations`.
     """
     row, column = positions[image, filter_].astype(np.int64).T
     return Units(image.astype(np.int64), filter_, row, column, maxima[image, filter_])
@@ -349,12 +337,7 @@ def strongest_of(maxima: Array, positions: Array, image: Array, filter_: Array) 
 def top_images(values: Array, count: int) -> Array:
     """Return the images that drive each filter most, strongest first, ties to the lower index.
 
-    Args:
-        values: Strongest activation of each filter in each image, (images, filters).
-        count: How many images a filter.
-
-    Returns:
-        int32 (filters, count); -1 where fewer images make the filter fire at all.
+    Of `values`, conv{k}_max; int32 (filters, count), -1 where fewer images make the filter fire at all.
     """
     order = np.argsort(-values, axis=0, kind="stable")[:count]
     fires = np.take_along_axis(values, order, axis=0) > 0
@@ -373,12 +356,8 @@ def class_selectivity(means: Array) -> Array:
     importance of single directions for generalization"): 0 if the filter fires alike on all classes, 1 if on
     one only. They average a feature map over space; here its strongest value counts.
 
-    Args:
-        means: mu, mean activation of each filter on each class, (..., classes, filters). mu_rest is the mean
-            of the other classes' mu.
-
-    Returns:
-        (..., classes, filters), -1 to 1; nan for a filter that never fires.
+    `means` are mu, the mean activation of each filter on each class, (..., classes, filters); mu_rest is the
+    mean of the other classes' mu. The result has the same shape, -1 to 1; nan for a filter that never fires.
     """
     rest = (means.sum(axis=-2, keepdims=True) - means) / (means.shape[-2] - 1)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is promised
@@ -389,14 +368,8 @@ def level_images(values: Array, top: Array) -> Array:
     """Choose `EXAMPLES` images near each of the `LEVELS`, of those on which a filter fires.
 
     They are drawn by a fixed seed from the three times as many whose activation is nearest to the percentile.
-    None is among the filter's `top` images, and none is chosen twice.
-
-    Args:
-        values: Strongest activation of each filter in each image, (images, filters).
-        top: What `top_images` returned.
-
-    Returns:
-        int32 (filters, levels * examples), at each level strongest first; -1 where too few images are left.
+    None is among the filter's `top_images` of the same values, and none is chosen twice. Returns int32
+    (filters, levels * examples), at each level strongest first; -1 where too few images are left.
     """
     rng, chosen = np.random.default_rng(0), np.full((len(top), len(LEVELS), EXAMPLES), -1, np.int32)
     for of_filter, own, strongest in zip(chosen, values.T, top, strict=True):
@@ -414,22 +387,11 @@ def level_images(values: Array, top: Array) -> Array:
 
 
 def project_examples(
-    projector: Projector,
-    images: Array,
-    image: Array,
-    maxima: Array,
-    positions: Array,
-    dtype: type = np.float32,
+    projector: Projector, images: Array, image: Array, activations: Arrays, dtype: type
 ) -> Arrays:
     """Project every filter of a layer in images of its own, each from its strongest unit there.
 
-    Args:
-        projector: Of the layer.
-        images: uint8 (images, 3, 96, 96).
-        image: Which images, int32 (filters, examples); -1 for none.
-        maxima: conv{k}_max of `measure_activations`.
-        positions: conv{k}_position likewise.
-        dtype: Of the projections.
+    `image` says which, int32 (filters, examples), -1 for none; `dtype` is that of the projections.
 
     Returns:
         All zero where there is no image: image, as given; value, the activation, and position, its row and
@@ -437,9 +399,11 @@ def project_examples(
         in the image, negative where it crosses the border; projection (filters, examples, 3, size, size) in
         normalised pixels; patch, likewise, uint8, zero outside the image.
     """
+    layer = LAYERS[projector.layer]
+    maxima, positions = activations[f"{layer}_max"], activations[f"{layer}_position"]
     fires, filter_ = image.ravel() >= 0, np.repeat(np.arange(len(image)), image.shape[1])
     units = strongest_of(maxima, positions, image.ravel(), filter_)  # -1, none, takes the last image for now
-    doing = f"{LAYERS[projector.layer]}, {image.shape[1]} images a filter"
+    doing = f"{layer}, {image.shape[1]} images a filter"
     projections, origins = project_windows(projector, images, units, doing, dtype)
     windows = zip(units.image, origins, strict=True)
     size = projector.field.size
@@ -455,50 +419,40 @@ def project_examples(
 def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_size: int) -> Arrays:
     """Project every filter's strongest activations in `n_top` different images (Figure 2), and weaker ones.
 
-    Returns:
-        For k = 1 to 4 what `project_examples` returns, as conv{k}_image and so on, and the same of the
-        `level_images`, as conv{k}_level_image and so on; their projections are float16, to save memory.
+    Returns for k = 1 to 4 what `project_examples` returns, as conv{k}_image and so on, and the same of the
+    `level_images`, as conv{k}_level_image and so on; their projections are float16, to save memory.
     """
     arrays: Arrays = {}
     for k, layer in enumerate(LAYERS):
-        measured = activations[f"{layer}_max"], activations[f"{layer}_position"]
-        projector, top = Projector(net, k, batch_size), top_images(measured[0], n_top)
-        levels = project_examples(
-            projector, images, level_images(measured[0], top), *measured, dtype=np.float16
-        )
-        arrays |= {f"{layer}_level_{name}": values for name, values in levels.items()}
-        examples = project_examples(projector, images, top, *measured)
-        arrays |= {f"{layer}_{name}": values for name, values in examples.items()}
+        projector, maxima = Projector(net, k, batch_size), activations[f"{layer}_max"]
+        top = top_images(maxima, n_top)
+        levels = level_images(maxima, top)
+        for prefix, image, dtype in ((f"{layer}_level", levels, np.float16), (layer, top, np.float32)):
+            examples = project_examples(projector, images, image, activations, dtype)
+            arrays |= {f"{prefix}_{name}": values for name, values in examples.items()}
     return arrays
 
 
 def describe_filters(maxima: Array, labels: Array, names: Sequence[str]) -> list[str]:
     """Say of each filter which class it prefers, how selectively, and how strong it gets."""
     means = by_class(np.mean, maxima, labels, len(names))
-    pairs = zip(means.argmax(axis=0), class_selectivity(means).max(axis=0), maxima.max(axis=0), strict=True)
-    texts = (
-        f"{names[k]}, selectivity {index:.2f}, activation {top:.2f}" if top else "dead"
-        for k, index, top in pairs
-    )
-    return [f"filter {number}: {text}" for number, text in enumerate(texts)]
+    preferred, selectivity = means.argmax(axis=0), class_selectivity(means).max(axis=0)
+    texts = []
+    for f, top in enumerate(maxima.max(axis=0)):
+        about = f"{names[preferred[f]]}, selectivity {selectivity[f]:.2f}, activation {top:.2f}"
+        texts.append(f"filter {f}: {about if top else 'dead'}")
+    return texts
 
 
 def draw_page(top: Arrays, layer: str, filters: Sequence[int], texts: Sequence[str], heading: str) -> Figure:
     """Draw the layout of the paper's Figure 2: projections of each filter, beside them the image patches.
 
-    Of conv1, whose projections are the filter times the activation, one stands for all.
-
-    Args:
-        top: What `project_top` returned.
-        layer: One of its layers.
-        filters: Which of them.
-        texts: What is written above each filter of the layer.
-        heading: Title. Of projections grey is zero, with one scale for each filter; of patches white lies
-            beyond the image.
+    Of conv1, whose projections are the filter times the activation, one stands for all. Of projections grey
+    is zero, with one scale for each filter; of patches white lies beyond the image. `top` is what
+    `project_top` returned; `texts` are written above the filters of the layer, by number.
     """
-    patches, projections, origins = (
-        top[f"{layer}_{name}"][filters] for name in ("patch", "projection", "origin")
-    )
+    names = "patch", "projection", "origin"
+    patches, projections, origins = (top[f"{layer}_{name}"][filters] for name in names)
     once, side, size = layer == LAYERS[0], math.ceil(patches.shape[1] ** 0.5), patches.shape[-1]
     columns, height = (6, 1.05) if once else (2, 2.6)  # of a page, and inches of a row
     rows, frame = math.ceil(len(filters) / columns), np.ones((1, IMAGE_SIZE, IMAGE_SIZE))
@@ -535,12 +489,10 @@ def draw_pages(top: Arrays, texts: dict[str, list[str]], heading: str, per_page:
         count, *_, window = top[f"{layer}_patch"].shape
         step = count if layer == LAYERS[0] else per_page
         for start in range(0, count, step):
-            numbers = list(range(start, min(start + step, count)))
-            text = (
-                f"{layer}, filters {start} to {numbers[-1]}, windows of {window} x {window} pixels\n{heading}"
-            )
-            path = folder / f"{layer}_filters_{start:03d}_to_{numbers[-1]:03d}.png"
-            save_figure(path, draw_page(top, layer, numbers, texts[layer], text))
+            last = min(start + step, count) - 1
+            text = f"{layer}, filters {start} to {last}, windows of {window} x {window} pixels\n{heading}"
+            path = folder / f"{layer}_filters_{start:03d}_to_{last:03d}.png"
+            save_figure(path, draw_page(top, layer, range(start, last + 1), texts[layer], text))
 
 
 # ---------------------------------------------------------------- evolution of features (Figure 4)
@@ -577,9 +529,8 @@ def project_evolution(
             maxima, positions = activations[f"{layer}_max"], activations[f"{layer}_position"]
             units = strongest_of(maxima, positions, maxima[:, chosen].argmax(axis=0), chosen)
             projector = Projector(snapshot.net, k, batch_size)
-            columns[k].append(
-                (units.image, project_windows(projector, images, units, f"{doing}, {layer}")[0])
-            )
+            projections, _ = project_windows(projector, images, units, f"{doing}, {layer}")
+            columns[k].append((units.image, projections))
     evolution = {}
     for layer, chosen, parts in zip(LAYERS, numbers, columns, strict=True):
         image, projections = (np.stack(of, axis=1) for of in zip(*parts, strict=True))
@@ -597,14 +548,14 @@ def draw_evolution(evolution: dict[str, Evolution], epochs: Sequence[int], headi
     for ax, (layer, (numbers, image, projections)) in zip(axes.flat, evolution.items(), strict=True):
         rows, columns, _, size, _ = projections.shape
         gap = max(1, size // 12)
+        step, middle = size + gap, gap + size / 2 - 0.5
         panels = np.stack([displayed(panel) for panel in projections.reshape(-1, 3, size, size)])
         ax.imshow(lay_out(panels, columns, gap), interpolation="nearest")
         row, column = np.nonzero(np.diff(image, axis=1))
-        above = row * (size + gap) + gap - 0.5
-        ax.vlines((column + 1) * (size + gap) + gap / 2 - 0.5, above, above + size, "C1", linewidth=1.5)
-        middle = gap + size / 2 - 0.5
-        ax.set_xticks(np.arange(columns) * (size + gap) + middle, [str(epoch) for epoch in epochs])
-        ax.set_yticks(np.arange(rows) * (size + gap) + middle, [str(number) for number in numbers])
+        above = row * step + gap - 0.5
+        ax.vlines((column + 1) * step + gap / 2 - 0.5, above, above + size, "C1", linewidth=1.5)
+        ax.set_xticks(np.arange(columns) * step + middle, [str(epoch) for epoch in epochs])
+        ax.set_yticks(np.arange(rows) * step + middle, [str(number) for number in numbers])
         ax.set_title(f"{layer}, windows of {size} x {size} pixels")
         sns.despine(ax=ax, left=True, bottom=True)
     fig.supxlabel("epoch", size="medium")
@@ -620,10 +571,8 @@ def magnitude_statistics(projections: Tensor) -> Tensor:
     """Return nonzero_count, mean, max and variance of each projection's magnitude, float32 (units, 4).
 
     The magnitude at a pixel is the sum over RGB of the absolute values. The mean is over the non-zero pixels,
-    0 where there are none; the variance is over all pixels of the full frame.
-
-    Args:
-        projections: (units, rows, columns, 3), the part of each window inside the image; all else is zero.
+    0 where there are none; the variance is over all pixels of the full frame, zero outside the given part
+    of each window, (units, rows, columns, 3).
     """
     red, green, blue = projections.abs().unbind(dim=3)
     magnitude = (red + green + blue).flatten(1)  # a sum over so short a dimension takes four times as long
@@ -642,9 +591,8 @@ def measure_projections(
 ) -> Arrays:
     """Project every filter of conv4 in the `chosen` images from its strongest unit; measure the projections.
 
-    Returns:
-        nonzero_count, mean, max and variance of `magnitude_statistics`, float32 (chosen images, filters); all
-        0 where the filter does not fire, which costs no projection.
+    Returns what `magnitude_statistics` does, by name, float32 (chosen images, filters) each; all 0 where the
+    filter does not fire, which costs no projection.
     """
     maxima, positions = activations["conv4_max"], activations["conv4_position"]
     measured = np.zeros((len(chosen), maxima.shape[1], 4), np.float32)
@@ -668,10 +616,8 @@ def main() -> None:
     net, title = checkpoint.net, TITLES[checkpoint.dataset]
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)  # early: one may be damaged
     images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
-    print(
-        f"projecting {sum(net.config['filters'])} filters over {len(images):,} test images of {title} "
-        f"on {device}, torch {torch.__version__}"
-    )
+    count, searched = sum(net.config["filters"]), f"{len(images):,} test images of {title}"
+    print(f"projecting {count} filters over {searched} on {device}, torch {torch.__version__}")
     activations = measure_activations(images, net, BATCH_SIZE, "activations")
     save_arrays(OUTPUTS / "activations.npz", checkpoint, labels=labels, **activations)
     for layer in LAYERS:
@@ -681,7 +627,7 @@ def main() -> None:
 
     top = project_top(images, net, activations, N_TOP, BATCH_SIZE)
     save_arrays(OUTPUTS / "projections.npz", checkpoint, **top)
-    heading = f"top {N_TOP} of {len(images):,} test images of {title}; grey is zero; {checkpoint.accuracy()}"
+    heading = f"top {N_TOP} of {searched}; grey is zero; {checkpoint.accuracy()}"
     # what only the files hold would take memory from here on
     top = {name: values for name, values in top.items() if "level" not in name}
     activations = {name: values for name, values in activations.items() if name.endswith(("max", "position"))}
@@ -700,7 +646,7 @@ def main() -> None:
     place = pd.Series(labels).groupby(labels).cumcount()  # among the images of its class
     chosen, start = np.flatnonzero(place < (IMAGES_PER_CLASS or len(labels))), time.perf_counter()
     measure_projections(images, chosen[:64], activations, net, BATCH_SIZE)  # to know how long all will take
-    minutes = (time.perf_counter() - start) * len(chosen) / 64 / 60
+    minutes = (time.perf_counter() - start) * max(1, len(chosen) / 64) / 60
     print(f"pictures are ready; statistics of all projections of conv4 will take about {minutes:.1f} minutes")
     start = time.perf_counter()
     statistics = measure_projections(images, chosen, activations, net, BATCH_SIZE)

@@ -370,12 +370,13 @@ def test_chosen_filters_are_drawn_and_their_arrays_kept(
         rows, columns = np.nonzero(arrays["conv3_projection"][k].any(axis=0))
         size = receptive_fields(checkpoint.net)[2].size
         assert top <= rows.min() and rows.max() < top + size and left <= columns.min()
-    for layer, numbers, message in (
-        ("all", [1], "FILTERS is [1]; such a list takes one layer in LAYER"),
-        ("conv3", [7], "FILTERS is [7]; such a list takes filters 0 to 6 of conv3"),
-    ):
+    one, known = "of one layer, set in LAYER", "0 to 6 of conv3"
+    for layer, chosen, which in (
+        ("all", [1], one), ("conv3", "weakest", known), ("conv3", [], known), ("conv3", [7], known),
+    ):  # fmt: skip
+        message = f"FILTERS is {chosen!r}; allowed are 'strongest' and a list of filters {which}"
         monkeypatch.setattr(deconv, "LAYER", layer)
-        monkeypatch.setattr(deconv, "FILTERS", numbers)
+        monkeypatch.setattr(deconv, "FILTERS", chosen)
         with pytest.raises(SystemExit, match=re.escape(message)):
             deconv.main()
 
