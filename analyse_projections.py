@@ -228,12 +228,10 @@ def class_means(classes: pd.DataFrame) -> Array:
     return rows["activation_mean"].to_numpy().reshape(-1, rows["class"].nunique()).T
 
 
-def describe_filters(filters: pd.DataFrame) -> str:
+def describe_layers(filters: pd.DataFrame) -> str:
     """Return dead filters of each layer, medians over the active ones, and how sure preferences are."""
-    active = filters[~filters["dead"]]
-    table = active.groupby("layer")[
-        ["activation_nonzero", "selectivity", "selectivity_space", "auc"]
-    ].median()
+    active, columns = filters[~filters["dead"]], ["activation_nonzero", "selectivity", "selectivity_space"]
+    table = active.groupby("layer")[[*columns, "auc"]].median()
     table.insert(0, "dead", filters.groupby("layer")["dead"].sum())
     conv4 = active[active["layer"] == "conv4"]
     uncertain = (conv4["preferred_share"] < 0.9).sum()
@@ -272,8 +270,9 @@ def pool_features(net: CNN, images: Array, doing: str) -> dict[str, Tensor]:
         for layer, (pooled, _) in zip(LAYERS, net.features(net.normalise(batch)), strict=True):
             filters, height = pooled.shape[1:3]
             sides = (s for s in range(2, height + 1) if height % s == 0 and s**2 * filters <= PROBE_INPUTS)
-            regions = F.adaptive_avg_pool2d(pooled, max(sides, default=1)) if layer != "conv4" else None
-            parts[layer].append((net.average(pooled) if regions is None else regions).flatten(1))
+            side = max(sides, default=1)
+            regions = net.average(pooled) if layer == "conv4" else F.adaptive_avg_pool2d(pooled, side)
+            parts[layer].append(regions.flatten(1))
     return {layer: torch.cat(of_layer) for layer, of_layer in parts.items()}
 
 
@@ -308,8 +307,9 @@ def draw_specialisation(table: pd.DataFrame) -> Figure:
         draw_intervals(below, rows[rows["network"] == "learned"], "layer", "network")
         below.axhline(0, color="0.5", linestyle=":", linewidth=1)
         above.set_title(text, fontsize=9)
-        above.set_ylim(0.5 if metric == "auc" else 0, None)  # chance
-    axes[0, 0].sharey(axes[0, 1])
+    axes[0, 2].set_ylim(0.5, None)  # chance
+    for ax in axes[0, :2]:  # one quantity, one scale
+        ax.set_ylim(0, 1.1 * table.loc[table["metric"] != "auc", "high"].max())
     axes[0, 0].set_ylabel("median over filters")
     axes[1, 0].set_ylabel("trained - untrained,\nmedian over filters")
     axes[0, 0].legend(title="network; 95 % interval\nover filters", frameon=False, loc="upper left")
@@ -339,8 +339,8 @@ def ablate_each(parts: Tensor, base: Tensor, labels: Tensor) -> Array:
     Accuracy is too coarse for a single filter: it counts the few images that tip over.
     """
     whole = parts.sum(dim=0) + base
-    losses = [F.cross_entropy(whole - part, labels, reduction="none") for part in (0 * whole, *parts)]
-    return np.asarray((torch.stack(losses[1:], dim=1) - losses[0][:, None]).cpu().numpy())
+    before, *after = (F.cross_entropy(whole - part, labels, reduction="none") for part in (0 * whole, *parts))
+    return np.asarray((torch.stack(after, dim=1) - before[:, None]).cpu().numpy())
 
 
 def split_half(damage: Array, labels: Array) -> Array:
@@ -408,12 +408,12 @@ def ablate_in_order(
             logits = torch.tensordot(kept, parts, 1) + base  # (sizes, images, classes)
             accuracies.append((logits.argmax(dim=2) == labels).float().mean(dim=1).tolist())
         curves[name] = np.array(accuracies)
-    tables = []
+    tables, random = [], [*curves.values()][-1].mean(axis=1)
     for name, of_name in curves.items():
         low, high = np.percentile(of_name, (2.5, 97.5), axis=0)
         columns = {"ablated": sizes, "accuracy": of_name.mean(axis=0), "low": low, "high": high}
-        below = (list(curves.values())[-1].mean(axis=1) < of_name.mean(axis=1).mean()).mean()
-        tables.append(pd.DataFrame({"level": level, "order": name, **columns, "below": below}))
+        columns["below"] = (random < of_name.mean(axis=1).mean()).mean()
+        tables.append(pd.DataFrame({"level": level, "order": name, **columns}))
     return pd.concat(tables)
 
 
@@ -437,10 +437,8 @@ def draw_ablation(damage: Array, index: Array, curves: pd.DataFrame, names: Sequ
     ax.set_yticks(np.arange(len(names)) + 0.5, list(names))
     ax.set_title("one filter set to its mean", fontsize=9)
     ax.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
-    for ax, (level, of_level) in zip(
-        (axes["B"], axes["C"]), curves.groupby("level", sort=False), strict=True
-    ):
-        groups = of_level.groupby("order", sort=False)
+    for place, (level, of_level) in zip("BC", curves.groupby("level", sort=False), strict=True):
+        ax, groups = axes[place], of_level.groupby("order", sort=False)
         for (name, rows), style in zip(groups, ("-", "--", "-.", ":"), strict=True):
             ax.plot(rows["ablated"], 100 * rows["accuracy"], linestyle=style, label=name)
             ax.fill_between(rows["ablated"], 100 * rows["low"], 100 * rows["high"], alpha=0.25, linewidth=0)
@@ -486,10 +484,11 @@ def run_ablation(
         missing = np.full((len(rows) - len(of), len(numbers)), np.nan)
         columns[name] = np.vstack([of, missing]).T.ravel()
     run.save_table("ablation", pd.DataFrame(columns))
-    run.save_table("ablation_curves", pd.concat(curves))
+    accuracies = pd.concat(curves)
+    run.save_table("ablation_curves", accuracies)
     table = pd.DataFrame(summary, columns=["level", "quantity", "value", "low", "high"])
     run.save_table("ablation_summary", table)
-    figure = draw_ablation(by_name["loss_added"][:-1], index, pd.concat(curves), names)
+    figure = draw_ablation(by_name["loss_added"][:-1], index, accuracies, names)
     run.save_figure("ablation", figure, "What ablating filters of conv4 costs")
     value = table[table["level"] == "their means"].set_index("quantity")["value"]
     most = value["share of filters that cost their preferred class most"]
@@ -863,7 +862,7 @@ def main() -> None:
     run.save_table("probes", probes)
     run.save_figure("probes", draw_probes(probes, run), "What a linear classifier reads from each layer")
 
-    print(describe_filters(filters))
+    print(describe_layers(filters))
     print(run_ablation(run, learned, seen, filters, classes))
     print(run_trust(run, top, some))
     print(describe_probes(probes, own.mean()))
