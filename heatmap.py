@@ -854,7 +854,8 @@ def main() -> None:
     texts = [names[label] for label in labels[moved]]
     figure = draw_invariance(net, images[moved], DEGREES, curves, table, texts)
     heading = f"{len(moved)} correctly classified of the {source}, moved, enlarged and turned.\n"
-    heading += f"Black: mean of {len(many)} images, as many of each class, with its 95 % interval"
+    heading += f"Black: mean of {len(many)} images, as many of each class, right or wrong, "
+    heading += "with its 95 % interval"
     figure.suptitle(heading)
     save_figure(folder / "invariance.png", figure)
 
