@@ -236,7 +236,8 @@ def window_of(frame: Array, top: int, left: int, size: int, outside: float) -> A
     The window may cross the border; `outside` fills what lies beyond it.
     """
     padded = np.pad(frame, ((0, 0), (size, size), (size, size)), constant_values=outside)
-    return padded[:, top + size : top + 2 * size, left + size : left + 2 * size]
+    # a view would keep the whole padded frame in memory
+    return padded[:, top + size : top + 2 * size, left + size : left + 2 * size].copy()
 
 
 def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int], heading: str) -> Figure:

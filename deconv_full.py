@@ -239,7 +239,7 @@ def project_units(
     net, side = projector.net, projector.map_sizes[projector.layer]
     device = net.mean.device
     on_cpu = device.type == "cpu"
-    chunk = 32 if on_cpu else 2048  # units at once: what fits a core's cache, or fills a GPU
+    chunk = 32 if on_cpu else 2048  # units at once: on a CPU more take more memory, a GPU wants many
     threads = torch.get_num_threads() if on_cpu else 1
 
     def work(which: Array) -> list[tuple[Array, Array, Tensor]]:
@@ -405,9 +405,9 @@ def project_examples(
     units = strongest_of(maxima, positions, image.ravel(), filter_)  # -1, none, takes the last image for now
     doing = f"{layer}, {image.shape[1]} images a filter"
     projections, origins = project_windows(projector, images, units, doing, dtype)
-    patches = np.empty(projections.shape, np.uint8)
-    for patch, n, (top, left) in zip(patches, units.image, origins, strict=True):
-        patch[:] = window_of(images[n], top, left, projector.field.size, 0)  # a view would keep its frame
+    windows = zip(units.image, origins, strict=True)
+    size = projector.field.size
+    patches = np.stack([window_of(images[n], top, left, size, 0) for n, (top, left) in windows])
     arrays: Arrays = {"value": units.value, "position": np.stack(units[2:4], axis=1).astype(np.int16)}
     arrays |= {"origin": origins, "projection": projections, "patch": patches}
     for values in arrays.values():
