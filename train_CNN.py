@@ -39,6 +39,7 @@ from load_data import (
     augment,
     class_names,
     find_dataset,
+    fingerprint,
     lay_out,
     load_split,
     mean_and_std,
@@ -386,6 +387,7 @@ def main() -> None:
     device, dataset = choose_device(DEVICE), find_dataset(DATASET, DATA_DIR)
     names, title, precision = class_names(dataset, DATA_DIR), TITLES[dataset], choose_precision(device)
     train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
+    prints = {"train": fingerprint(train, names), "test": fingerprint(test, names)}
     folds = stl10_folder(DATA_DIR) / "fold_indices.txt"
     train, measured, split = part_of_training(train, test, TRAIN_ON, folds)
     count, measured_on = len(train.images), f"{len(measured.images):,} {split} images"
@@ -401,6 +403,7 @@ def main() -> None:
             "classes": len(names),
         },
         "dataset": dataset,
+        "data": {"folder": str(DATA_DIR), **prints},
         "train_on": TRAIN_ON,
         "epochs": epochs,
         "batch_size": BATCH_SIZE,
