@@ -4,12 +4,13 @@ Run:    uv run CNN.py
 Reads:  nothing
 Writes: nothing; prints a table of the layers
 
-Every later stage imports the network from here, with the geometry of its receptive fields, the reading and
-writing of its checkpoint and the choice of device.
+Every later stage imports the network from here, and with it the geometry of its receptive fields, its
+checkpoint, the function that writes a file whole or not at all, and the choice of device.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,16 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
+IMAGE_SIZE = 96  # rows and columns of an image
+
+
+# ---------------------------------------------------------------- the network
 
 
 class ConvBlock(nn.Module):
-    """Convolution, batch norm, non-overlapping max pooling and ReLU.
+    """Convolution, batch norm, max pooling without overlap, and ReLU.
 
-    The convolution has no bias: batch norm subtracts the mean, so a bias could change nothing. It is padded
-    so that a map of n rows becomes one of n / stride rows, unless its kernel is even and its stride 1. The
-    paper rectifies, then pools; maximum and ReLU commute, so the values are the same, but here a switch is
-    the place of the largest value whatever its sign. After a ReLU a region in which nothing fires is a tie of
-    zeros, whose switch would be arbitrary.
+    The convolution has no bias, because batch norm subtracts the mean and a bias could change nothing. The
+    padding turns a map of n rows into one of n / stride rows, unless the kernel is even and the stride is 1.
+
+    The paper rectifies first and pools then (section 3). The maximum and the ReLU commute, so the values are
+    the same in either order. In the order used here a switch points to the largest value whatever its sign;
+    after a ReLU, a region in which nothing fires would be a tie of zeros with an arbitrary switch.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, pool_size: int):
@@ -40,32 +46,43 @@ class ConvBlock(nn.Module):
         self.pool_size = pool_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return pooled activations (images, filters, rows, columns); without switches, which cost time."""
+        """Return pooled activations (images, filters, rows, columns) without switches, which cost time."""
         return cast(Tensor, self.relu(F.max_pool2d(self.bn(self.conv(x)), self.pool_size)))
 
     def with_switches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return pooled activations and switches, both (images, filters, rows, columns).
 
-        A switch is the place of the maximum in the map before pooling, row * columns of that map + column.
+        A switch is the position of the maximum of a pooling region, counted in the map before pooling:
+        row * (columns of that map) + column.
         """
         pooled, switches = self.pool(self.bn(self.conv(x)))
         return self.relu(pooled), switches
 
 
-def sizes(block: ConvBlock) -> tuple[int, int, int, int]:
-    """Return kernel size, stride and padding of a block's convolution, and the side of its pooling regions.
+class ConvGeometry(NamedTuple):
+    """Sizes of a block in pixels of the map they work on; rows and columns are alike."""
 
-    Any object with conv and pool will do.
-    """
-    conv, pool = block.conv, block.pool
-    return conv.kernel_size[0], conv.stride[0], cast(int, conv.padding[0]), cast(int, pool.kernel_size)
+    kernel: int
+    stride: int
+    padding: int
+    pool: int  # side of a pooling region
+
+
+def conv_geometry(block: ConvBlock) -> ConvGeometry:
+    """Return the sizes of a block's convolution and pooling; any object with `conv` and `pool` will do."""
+    return ConvGeometry(
+        kernel=block.conv.kernel_size[0],
+        stride=block.conv.stride[0],
+        padding=cast(int, block.conv.padding[0]),
+        pool=cast(int, block.pool.kernel_size),
+    )
 
 
 class CNN(nn.Module):
     """Four `ConvBlock`s, dropout and a linear classifier on the average of `head_size` x `head_size` regions.
 
     Args:
-        filters: Filters of conv1 to conv4.
+        filters: How many filters conv1 to conv4 have.
         kernel_sizes: Rows and columns of each convolution's filters.
         strides: Stride of each convolution.
         pool_sizes: Rows and columns of each block's pooling regions; 1 leaves the maps as they are.
@@ -76,7 +93,8 @@ class CNN(nn.Module):
 
     Attributes:
         config: The arguments, from which a checkpoint rebuilds the network.
-        mean, std: Of each channel of the training images, on a scale of 0 to 1, (3, 1, 1).
+        mean: Mean of each channel of the training images, on a scale of 0 to 1, (3, 1, 1).
+        std: Standard deviation of each channel, likewise.
     """
 
     mean: Tensor
@@ -102,18 +120,22 @@ class CNN(nn.Module):
             "dropout": dropout,
             "classes": classes,
         }
-        inputs = (3, *filters[:-1])
-        sizes = zip(inputs, filters, kernel_sizes, strides, pool_sizes, strict=True)
-        blocks = nn.ModuleList(ConvBlock(*of_block) for of_block in sizes)
+
+        channels = (3, *filters[:-1])  # what each convolution reads
+        arguments = zip(channels, filters, kernel_sizes, strides, pool_sizes, strict=True)
+        blocks = nn.ModuleList(ConvBlock(*block_arguments) for block_arguments in arguments)
         self.blocks = cast(Sequence[ConvBlock], blocks)  # a ModuleList does not say what it holds
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(filters[-1] * head_size**2, classes)
+
+        # buffers travel with the weights into the checkpoint, and are not trained
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return uint8 images (images, 3, rows, columns) normalised, float32, on the network's device."""
-        pixels = images.to(self.mean.device).float().div_(255).sub_(self.mean).div_(self.std)
+        """Return uint8 images (images, 3, rows, columns) normalised, in float32, on the network's device."""
+        pixels = images.to(self.mean.device).float().div_(255)
+        pixels = pixels.sub_(self.mean).div_(self.std)
         return pixels.contiguous(memory_format=torch.channels_last)  # convolutions are faster with it
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,20 +147,25 @@ class CNN(nn.Module):
 
     def features(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return (pooled activations, switches) of each layer, conv1 first, from one forward pass."""
-        layers, x = [], images
+        layers = []
+        x = images
         for block in self.blocks:
             x, switches = block.with_switches(x)
             layers.append((x, switches))
         return layers
 
     def average(self, pooled: Tensor) -> Tensor:
-        """Average the pooled maps of conv4 over head_size x head_size regions."""
-        strides = [side // self.config["head_size"] for side in pooled.shape[-2:]]
+        """Average the pooled maps of conv4 over head_size x head_size regions.
+
+        The regions start at equal steps and are large enough to cover the map, so they overlap where
+        head_size does not divide it. Adaptive pooling would do the same, but fails on Apple GPUs.
+        """
+        head_size = self.config["head_size"]
+        strides = [side // head_size for side in pooled.shape[-2:]]
         kernels = [
-            side - (self.config["head_size"] - 1) * stride
-            for side, stride in zip(pooled.shape[-2:], strides, strict=True)
+            side - (head_size - 1) * stride for side, stride in zip(pooled.shape[-2:], strides, strict=True)
         ]
-        return F.avg_pool2d(pooled, kernels, strides)  # adaptive pooling fails on Apple GPUs
+        return F.avg_pool2d(pooled, kernels, strides)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Return logits (images, classes) for the pooled maps of conv4."""
@@ -146,11 +173,14 @@ class CNN(nn.Module):
         return cast(Tensor, logits)
 
 
-class ReceptiveField(NamedTuple):
-    """Where a unit of a convolution, before pooling, looks in the image.
+# ---------------------------------------------------------------- its geometry
 
-    The unit at row r sees rows r * jump + start to r * jump + start + size - 1; columns alike. Rows below 0
-    or beyond the image are padding.
+
+class ReceptiveField(NamedTuple):
+    """Where a unit of a convolution, before pooling, looks in the image; all in pixels.
+
+    The unit at row r sees the rows from r * jump + start to r * jump + start + size - 1, and columns alike.
+    Rows below 0 or beyond the image are padding.
     """
 
     size: int
@@ -159,37 +189,53 @@ class ReceptiveField(NamedTuple):
 
 
 def receptive_fields(net: CNN) -> list[ReceptiveField]:
-    """Return the receptive field of a unit of conv1 to conv4, in pixels, from kernels, strides and pools.
+    """Return the receptive field of a unit of conv1 to conv4, from kernels, strides, paddings and pools.
 
-    Going up one convolution, a field grows by (kernel - 1) jumps and starts `padding` jumps earlier; pooling
-    makes the next block's inputs `pool` jumps apart and as wide as a pooling region.
+    `jump` is the distance in the image between neighbouring inputs of a block, `size` is how many pixels an
+    input sees. A convolution adds (kernel - 1) jumps to the size and starts `padding` jumps earlier. Pooling
+    then widens an input of the next block by (pool - 1) jumps, and makes the jump `pool` times as large.
     """
-    fields, size, jump, start = [], 1, 1, 0
+    fields = []
+    size = 1  # an input of conv1 is a pixel
+    jump = 1
+    start = 0
     for block in net.blocks:
-        kernel, stride, padding, pool = sizes(block)
-        size, start = size + (kernel - 1) * jump, start - padding * jump
-        jump *= stride
+        geometry = conv_geometry(block)
+        size += (geometry.kernel - 1) * jump
+        start -= geometry.padding * jump
+        jump *= geometry.stride
         fields.append(ReceptiveField(size, jump, start))
-        size, jump = size + (pool - 1) * jump, jump * pool
+
+        size += (geometry.pool - 1) * jump
+        jump *= geometry.pool
     return fields
 
 
-def frame_sizes(net: CNN, image_size: int) -> tuple[list[int], list[int]]:
-    """Return, for each layer, the rows of the convolution's input and of its output before pooling.
+class FrameSizes(NamedTuple):
+    """Rows of the maps of each layer, conv1 first; columns are counted alike."""
 
-    For an image of `image_size` rows; columns alike.
-    """
-    inputs, outputs, size = [], [], image_size
+    inputs: list[int]  # of what the convolution reads
+    outputs: list[int]  # of what it makes, before pooling
+
+
+def frame_sizes(net: CNN, image_size: int) -> FrameSizes:
+    """Return the rows of each layer's input and output for an image of `image_size` rows."""
+    inputs = []
+    outputs = []
+    rows = image_size
     for block in net.blocks:
-        kernel, stride, padding, pool = sizes(block)
-        inputs.append(size)
-        outputs.append((size + 2 * padding - kernel) // stride + 1)
-        size = outputs[-1] // pool
-    return inputs, outputs
+        kernel, stride, padding, pool = conv_geometry(block)
+        inputs.append(rows)
+        outputs.append((rows + 2 * padding - kernel) // stride + 1)
+        rows = outputs[-1] // pool
+    return FrameSizes(inputs, outputs)
+
+
+# ---------------------------------------------------------------- device, files, checkpoint
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" takes CUDA, then Apple's GPU, then the CPU.
+    """Return the device called `name`; "auto" takes CUDA if it is there, then Apple's GPU, then the CPU.
 
     Raises:
         SystemExit: If this machine has no such device.
@@ -200,22 +246,39 @@ def choose_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         present.insert(0, "cuda")
         present += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+
     if name != "auto" and name not in present:
         raise SystemExit(f'DEVICE is {name!r}; this machine has {", ".join(present)} (or "auto")')
     return torch.device(present[0] if name == "auto" else name)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes `path` if the block ends well; nothing is left behind otherwise.
+
+    In `path` ~ is the home folder. Missing folders are made.
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Checkpoint(NamedTuple):
     """A trained network and what made it.
 
     Attributes:
-        net: In evaluation mode, without gradients.
+        net: The network, in evaluation mode, without gradients.
         dataset: "stl10", "folders" or "shapes".
-        class_names: Of classes 0, 1, ...
-        epochs: How many were trained.
+        class_names: Names of the classes 0, 1, ...
+        epochs: How many epochs were trained.
         settings: All that decided the training.
-        metrics: accuracy (0 to 1) and others; split says on which images they were measured.
-        sha256: Of the file.
+        metrics: accuracy (0 to 1) and others; `split` says on which images they were measured.
+        sha256: Checksum of the file.
     """
 
     net: CNN
@@ -227,36 +290,36 @@ class Checkpoint(NamedTuple):
     sha256: str
 
     def accuracy(self) -> str:
-        """Return the accuracy as figures write it: `test accuracy 79.1%`."""
-        return f"{self.metrics['split']} accuracy {self.metrics['accuracy']:.1%}"
+        """Return the accuracy as figures write it: `test accuracy 79.1 %`."""
+        return f"{self.metrics['split']} accuracy {100 * self.metrics['accuracy']:.1f} %"
 
 
-def save_whole(content: dict[str, Any], path: Path) -> None:
-    """Write tensors, text, numbers, lists and dicts to `path`, whole or not at all."""
-    path = path.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save(content, partial)
-    partial.replace(path)
-
-
-def save_checkpoint(path: Path, net: CNN, **facts: Any) -> None:
+def save_checkpoint(path: str | Path, net: CNN, **facts: Any) -> None:
     """Write the network and the other entries of `Checkpoint` to `path`, whole or not at all.
 
-    A network that torch.compile or DataParallel has wrapped is unwrapped.
+    A network that torch.compile or DataParallel has wrapped is unwrapped first.
     """
     net = getattr(net, "_orig_mod", getattr(net, "module", net))
     weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
-    save_whole({"state_dict": weights, "config": net.config, **facts}, path)
+    content = {"state_dict": weights, "config": net.config, **facts}
+    with atomic_write(path) as partial:
+        torch.save(content, partial)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint and rebuild its network on `device`. Nothing stored in the file is executed.
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint and rebuild its network. Nothing stored in the file is executed.
+
+    Args:
+        path: A file that train_CNN.py wrote.
+        device: Where the network is put.
+
+    Returns:
+        The network, in evaluation mode, with the data set, class names, settings and metrics of its training.
 
     Raises:
         SystemExit: If the file is missing, damaged or foreign.
     """
-    path = path.expanduser()
+    path = Path(path).expanduser()
     if not path.is_file():
         raise SystemExit(f"{path.absolute()} not found: run `uv run train_CNN.py` first")
     try:
@@ -275,21 +338,21 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
 
 def main() -> None:
     """Print output shape, parameters and receptive field of each part of the default network."""
-    from load_data import IMAGE_SIZE  # here, so that `import CNN` loads nothing but torch
-
     net = CNN().eval()
-    layers = net.features(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    features = net.features(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+
     print(f"{'layer':<12}{'output shape':>16}{'parameters':>12}{'receptive field':>17}")
     for name, block, (pooled, _), field in zip(
-        LAYERS, net.blocks, layers, receptive_fields(net), strict=True
+        LAYERS, net.blocks, features, receptive_fields(net), strict=True
     ):
         shape = " x ".join(map(str, pooled.shape[1:]))
         parameters = sum(p.numel() for p in block.parameters())
         print(f"{name:<12}{shape:>16}{parameters:>12,}{f'{field.size} px':>17}")
+
     parameters = sum(p.numel() for p in net.classifier.parameters())
     print(f"{'classifier':<12}{net.classifier.out_features:>16}{parameters:>12,}{f'{IMAGE_SIZE} px':>17}")
     print(f"{'total':<12}{'':>16}{sum(p.numel() for p in net.parameters()):>12,}")
-    print("The receptive field is that of a filter before pooling: the window its projections are drawn in.")
+    print("A projection is drawn in a window: the receptive field of a unit before pooling.")
 
 
 if __name__ == "__main__":

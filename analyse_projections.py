@@ -33,8 +33,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
-from deconv import backpropagate, window_of
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
+from deconv import backpropagate, crop
 from deconv_full import (
     Arrays,
     Projector,
@@ -45,17 +45,7 @@ from deconv_full import (
     project_windows,
     top_images,
 )
-from load_data import (
-    IMAGE_SIZE,
-    TITLES,
-    Array,
-    Split,
-    load_arrays,
-    load_split,
-    save_figure,
-    save_table,
-    set_style,
-)
+from load_data import TITLES, Array, Split, load_arrays, load_split, save_figure, save_table, set_style
 
 OUTPUTS = Path("outputs")  # where results go
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
@@ -518,10 +508,10 @@ class Projected(NamedTuple):
         return Projected(units, self.origin[which], self.inside[which], self.magnitude[which], self.envelope)
 
 
-def cut_windows(frames: Array, origins: Array, size: int) -> Array:
+def crop_windows(frames: Array, origins: Array, size: int) -> Array:
     """Cut a window of `size` pixels at its origin out of each frame (units, rows, columns), 0 outside."""
     pairs = zip(frames, origins.tolist(), strict=True)
-    return np.stack([window_of(frame[None], top, left, size, 0)[0] for frame, (top, left) in pairs])
+    return np.stack([crop(frame[None], top, left, size, 0)[0] for frame, (top, left) in pairs])
 
 
 def read_top_units(path: Path, checkpoint: Checkpoint) -> Projected:
@@ -533,7 +523,7 @@ def read_top_units(path: Path, checkpoint: Checkpoint) -> Projected:
     units = Units(image[fires].astype(np.int64), fires[0], row, column, value[fires])
     magnitude, origin = np.abs(projection[fires]).sum(axis=1), origin[fires].astype(np.int64)
     whole = np.broadcast_to(True, (len(origin), IMAGE_SIZE, IMAGE_SIZE))
-    inside = cut_windows(whole, origin, magnitude.shape[-1])
+    inside = crop_windows(whole, origin, magnitude.shape[-1])
     shares = magnitude / magnitude.sum(axis=(1, 2), keepdims=True)
     return Projected(units, origin, inside, magnitude, shares.sum(axis=0) / inside.sum(axis=0).clip(min=1))
 
@@ -553,7 +543,7 @@ def project_others(run: Run, top: Projected, filters: Array, doing: str, net: CN
     units = top.units._replace(filter=filters, value=np.ones(len(filters), np.float32))
     projector = Projector(net or run.net, len(LAYERS) - 1)
     windows, origins = project_windows(projector, run.test.images, units, doing)
-    return cut_windows(np.abs(windows).sum(axis=1), top.origin - origins, len(top.envelope))
+    return crop_windows(np.abs(windows).sum(axis=1), top.origin - origins, len(top.envelope))
 
 
 def project_random_filters(run: Run, top: Projected, rng: np.random.Generator) -> Array:
@@ -582,14 +572,14 @@ def score_pixels(run: Run, top: Projected, rng: np.random.Generator) -> Arrays:
     edges = torch.stack(torch.gradient(batch, dim=(2, 3))).abs().sum(dim=(0, 2))
     for name, of in (("gradient, blurred", sums["gradient"]), ("edges", edges)):
         sums[name] = gaussian_blur(of, [13, 13], [BLUR, BLUR])
-    scores = {name: cut_windows(of.cpu().numpy(), top.origin, size) for name, of in sums.items()}
+    scores = {name: crop_windows(of.cpu().numpy(), top.origin, size) for name, of in sums.items()}
     scores["edges"] = scores["edges"] * top.envelope
     from_centre = np.arange(size) - (size - 1) / 2
     scores["centre"] = np.tile(-np.hypot(from_centre[:, None], from_centre), (len(image), 1, 1))
     return scores | {"random": rng.random((len(image), size, size))}
 
 
-def choose_pixels(scores: Array, inside: Array, share: float) -> Array:
+def topk_mask(scores: Array, inside: Array, share: float) -> Array:
     """Return whether a pixel is among the `share` of its window, inside the image, that score most."""
     order = np.where(inside, -scores, np.inf).reshape(len(scores), -1).argsort(axis=1, kind="stable")
     counts = np.maximum(1, np.round(share * inside.sum(axis=(1, 2))))
@@ -610,7 +600,7 @@ def surviving_shares(run: Run, top: Projected, others: Array, share: float) -> d
         batch = run.net.normalise(torch.from_numpy(run.test.images[some.units.image]))
         scores = {"projection": some.magnitude, "other filter": others[which]}
         for name, score in (scores | score_pixels(run, some, rng)).items():
-            frames = cut_windows(choose_pixels(score, some.inside, share), -some.origin, IMAGE_SIZE)
+            frames = crop_windows(topk_mask(score, some.inside, share), -some.origin, IMAGE_SIZE)
             kept = torch.from_numpy(frames[:, None]).to(batch.device)  # of all three channels
             for variant, mask in (("kept", kept), ("deleted", ~kept)):
                 pooled = run.net.features(batch * mask)[-1][0].cpu().numpy()

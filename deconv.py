@@ -23,8 +23,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from CNN import CNN, LAYERS, ConvBlock, choose_device, frame_sizes, load_checkpoint, receptive_fields, sizes
-from load_data import IMAGE_SIZE, TITLES, Array, load_split, read_picture, save_arrays, save_figure, set_style
+from CNN import (
+    CNN,
+    IMAGE_SIZE,
+    LAYERS,
+    ConvBlock,
+    choose_device,
+    conv_geometry,
+    frame_sizes,
+    load_checkpoint,
+    receptive_fields,
+)
+from load_data import TITLES, Array, load_split, read_picture, save_arrays, save_figure, set_style
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (cropped and resized to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
@@ -79,14 +89,14 @@ def project(
     """
     (input_rows, map_rows), (input_columns, map_columns) = (frame_sizes(net, side) for side in image_size)
     for k, found in enumerate(switches[: layer + 1]):
-        *_, pool = sizes(net.blocks[k])
+        *_, pool = conv_geometry(net.blocks[k])
         expected = map_rows[k] // pool, map_columns[k] // pool
         if found.shape[-2:] != expected:
             text = f"switches of conv{k + 1} are {tuple(found.shape[-2:])}"
             raise ValueError(f"{text}; images of {tuple(image_size)} pixels have {expected}")
     signal = pooled
     for k in reversed(range(layer + 1)):
-        _, stride, padding, pool = sizes(net.blocks[k])
+        _, stride, padding, pool = conv_geometry(net.blocks[k])
         map_size = map_rows[k], map_columns[k]
         signal = F.max_unpool2d(signal, switches[k], [pool] * 2, output_size=map_size)
         signal = signal.clamp(min=0)  # rectify; the pixels at the end are not rectified
@@ -230,7 +240,7 @@ def displayed(projections: Array) -> Array:
     return np.moveaxis(shown, -3, -1).astype(np.float32)
 
 
-def window_of(frame: Array, top: int, left: int, size: int, outside: float) -> Array:
+def crop(frame: Array, top: int, left: int, size: int, outside: float) -> Array:
     """Cut the window of `size` pixels at (top, left) out of a frame (channels, rows, columns).
 
     The window may cross the border; `outside` fills what lies beyond it.
@@ -264,8 +274,8 @@ def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int]
             number: dict[str, Any] = {"color": "white", "fontsize": 6, "va": "bottom", "clip_on": True}
             box = {"boxstyle": "square,pad=0.15", "facecolor": color, "linewidth": 0}
             whole.text(*at, str(column - 1), bbox=box, **number)
-            panel = displayed(window_of(unit.projection, unit.top, unit.left, field, 0))
-            patch = window_of(pixels, unit.top, unit.left, field, 1).transpose(1, 2, 0)
+            panel = displayed(crop(unit.projection, unit.top, unit.left, field, 0))
+            patch = crop(pixels, unit.top, unit.left, field, 1).transpose(1, 2, 0)
             for row, picture in enumerate((panel, patch)):
                 ax = fig.add_subplot(grid[2 * k + row, column])
                 ax.imshow(picture, interpolation="nearest")

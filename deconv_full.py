@@ -38,17 +38,18 @@ from tqdm import tqdm
 
 from CNN import (
     CNN,
+    IMAGE_SIZE,
     LAYERS,
     Checkpoint,
     ConvBlock,
     choose_device,
+    conv_geometry,
     frame_sizes,
     load_checkpoint,
     receptive_fields,
-    sizes,
 )
-from deconv import displayed, fold_batch_norm, window_of
-from load_data import IMAGE_SIZE, TITLES, Array, lay_out, load_split, save_arrays, save_figure, set_style
+from deconv import crop, displayed, fold_batch_norm
+from load_data import TITLES, Array, load_split, save_arrays, save_figure, set_style, tile
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = 100  # test images of each class in projection_statistics.npz; None: all
@@ -98,7 +99,7 @@ class Span(NamedTuple):
         return slice(self.start - self.first, self.stop - self.first)
 
 
-def turned_filters(block: ConvBlock) -> Tensor:
+def flip_kernels(block: ConvBlock) -> Tensor:
     """Return filters whose plain convolution is the block's transposed one, batch norm's gain included.
 
     With stride s a transposed convolution puts W[s t + e] at row s (r + t) + e for an input at row r. So for
@@ -111,7 +112,7 @@ def turned_filters(block: ConvBlock) -> Tensor:
     of 16, which fills vector registers (1.6 times as fast for conv1).
     """
     filters = fold_batch_norm(block)
-    (count, channels, kernel, _), (_, stride, *_) = filters.shape, sizes(block)
+    (count, channels, kernel, _), (_, stride, *_) = filters.shape, conv_geometry(block)
     taps = math.ceil(kernel / stride)
     filters = F.pad(filters, (0, taps * stride - kernel) * 2)
     filters = filters.view(count, channels, taps, stride, taps, stride).flip(2, 4)
@@ -121,7 +122,7 @@ def turned_filters(block: ConvBlock) -> Tensor:
 
 
 def interleave(parts: Tensor, stride: int, channels: int) -> Tensor:
-    """Put the stride * stride results of `turned_filters` side by side, (units, rows, columns, channels)."""
+    """Put the stride * stride results of `flip_kernels` side by side, (units, rows, columns, channels)."""
     n, rows, columns, _ = parts.shape  # torch's pixel_shuffle took seven times as long
     parts = parts[..., : stride**2 * channels]
     parts = parts.reshape(n, rows, columns, stride, -1)  # the last: places and channels within a row
@@ -141,7 +142,7 @@ class Projector:
         self.input_sizes, self.map_sizes = frame_sizes(net, IMAGE_SIZE)
         self.field = receptive_fields(net)[layer]
         self.own_filters = fold_batch_norm(self.blocks[layer]).permute(0, 2, 3, 1).contiguous()
-        self.turned = [turned_filters(block) for block in self.blocks[:layer]]
+        self.turned = [flip_kernels(block) for block in self.blocks[:layer]]
         self.windows = [self.spans(row) for row in range(self.map_sizes[layer])]
         # rows (and columns) whose windows the border cuts alike have the same pattern
         cuts = [tuple(span.cut() for span in row) for row in self.windows]
@@ -156,7 +157,7 @@ class Projector:
         """
         spans, start, stop = [], row, row + 1
         for k in reversed(range(self.layer + 1)):
-            kernel, stride, padding, _ = sizes(self.blocks[k])
+            kernel, stride, padding, _ = conv_geometry(self.blocks[k])
             first = start * stride - padding
             last = (stop - 1) * stride - padding + kernel
             spans.append(Span(first, max(first, 0), min(last, self.input_sizes[k])))
@@ -193,14 +194,14 @@ class Projector:
         signal = own[filter_] * value[:, None, None, None]
         for depth, k in enumerate(reversed(range(self.layer))):
             pool = self.blocks[k].pool_size
-            step *= sizes(self.blocks[k + 1])[1] * pool
+            step *= conv_geometry(self.blocks[k + 1])[1] * pool
             height, width = (spans[depth].stop - spans[depth].start for spans in (rows, columns))
             top, left = rows[depth].start * pool + below * step, columns[depth].start * pool + right * step
             unpooled = gather(masks[k], image, top, left, height * pool, width * pool)
             # in place: (units, rows, 1, columns, 1, filters) over the rows and columns of its pooling region
             regions = unpooled.view(n, height, pool, width, pool, unpooled.shape[-1])
             regions *= signal.clamp_(min=0)[:, :, None, :, None]  # rectified on the way
-            stride, taps = sizes(self.blocks[k])[1], self.turned[k].shape[-1]
+            stride, taps = conv_geometry(self.blocks[k])[1], self.turned[k].shape[-1]
             signal = F.conv2d(unpooled.permute(0, 3, 1, 2), self.turned[k], padding=taps - 1)
             signal = interleave(signal.permute(0, 2, 3, 1), stride, self.blocks[k].conv.in_channels)
             signal = signal[:, rows[depth + 1].cut(), columns[depth + 1].cut()]
@@ -364,7 +365,7 @@ def class_selectivity(means: Array) -> Array:
         return np.asarray((means - rest) / (means + rest))
 
 
-def level_images(values: Array, top: Array) -> Array:
+def percentile_images(values: Array, top: Array) -> Array:
     """Choose `EXAMPLES` images near each of the `LEVELS`, of those on which a filter fires.
 
     They are drawn by a fixed seed from the three times as many whose activation is nearest to the percentile.
@@ -407,7 +408,7 @@ def project_examples(
     projections, origins = project_windows(projector, images, units, doing, dtype)
     windows = zip(units.image, origins, strict=True)
     size = projector.field.size
-    patches = np.stack([window_of(images[n], top, left, size, 0) for n, (top, left) in windows])
+    patches = np.stack([crop(images[n], top, left, size, 0) for n, (top, left) in windows])
     arrays: Arrays = {"value": units.value, "position": np.stack(units[2:4], axis=1).astype(np.int16)}
     arrays |= {"origin": origins, "projection": projections, "patch": patches}
     for values in arrays.values():
@@ -420,13 +421,13 @@ def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_
     """Project every filter's strongest activations in `n_top` different images (Figure 2), and weaker ones.
 
     Returns for k = 1 to 4 what `project_examples` returns, as conv{k}_image and so on, and the same of the
-    `level_images`, as conv{k}_level_image and so on; their projections are float16, to save memory.
+    `percentile_images`, as conv{k}_level_image and so on; their projections are float16, to save memory.
     """
     arrays: Arrays = {}
     for k, layer in enumerate(LAYERS):
         projector, maxima = Projector(net, k, batch_size), activations[f"{layer}_max"]
         top = top_images(maxima, n_top)
-        levels = level_images(maxima, top)
+        levels = percentile_images(maxima, top)
         for prefix, image, dtype in ((f"{layer}_level", levels, np.float16), (layer, top, np.float32)):
             examples = project_examples(projector, images, image, activations, dtype)
             arrays |= {f"{prefix}_{name}": values for name, values in examples.items()}
@@ -463,10 +464,10 @@ def draw_page(top: Arrays, layer: str, filters: Sequence[int], texts: Sequence[s
         ax.set(xticks=[], yticks=[])  # hidden ticks would be placed all the same, a quarter of the time
         ax.axis("off")
     for k, (ax, number) in enumerate(zip(axes.flat, filters, strict=False)):
-        inside = [window_of(frame, top_row, left, size, 0) for top_row, left in origins[k]]
+        inside = [crop(frame, top_row, left, size, 0) for top_row, left in origins[k]]
         pictures = np.where(inside, patches[k] / 255, 1)  # (images, 3, rows, columns)
-        right_half, shown = lay_out(np.moveaxis(pictures, 1, 3), side, 1), displayed(projections[k])
-        left_half = lay_out(shown, side, 1)
+        right_half, shown = tile(np.moveaxis(pictures, 1, 3), side, 1), displayed(projections[k])
+        left_half = tile(shown, side, 1)
         if once:  # as large as the patches together; one that the border does not cut, if there is one
             factor, whole = len(right_half) // (size + 1), int(np.all(inside, axis=(1, 2, 3)).argmax())
             large = shown[whole].repeat(factor, axis=0).repeat(factor, axis=1)
@@ -551,7 +552,7 @@ def draw_evolution(evolution: dict[str, Evolution], epochs: Sequence[int], headi
         gap = max(1, size // 12)
         step, middle = size + gap, gap + size / 2 - 0.5
         panels = np.stack([displayed(panel) for panel in projections.reshape(-1, 3, size, size)])
-        ax.imshow(lay_out(panels, columns, gap), interpolation="nearest")
+        ax.imshow(tile(panels, columns, gap), interpolation="nearest")
         row, column = np.nonzero(np.diff(image, axis=1))
         above = row * step + gap - 0.5
         ax.vlines((column + 1) * step + gap / 2 - 0.5, above, above + size, "C1", linewidth=1.5)

@@ -40,8 +40,8 @@ from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
 from analyse_projections import NEARLY_DEAD, class_means, rank_correlation
-from CNN import CNN, LAYERS, Checkpoint, choose_device, load_checkpoint
-from deconv import displayed, robust_scale, window_of
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, atomic_write, choose_device, load_checkpoint
+from deconv import crop, displayed, robust_scale
 from deconv_full import (
     LEVELS,
     Projector,
@@ -53,18 +53,16 @@ from deconv_full import (
     strongest_of,
 )
 from load_data import (
-    IMAGE_SIZE,
     TITLES,
     Array,
     Split,
-    atomic_write,
-    lay_out,
     load_arrays,
     load_split,
     load_table,
     save_figure,
     save_table,
     set_style,
+    tile,
 )
 
 TOP_FILTERS = 4  # filters drawn of each class
@@ -513,12 +511,12 @@ METRICS = {  # what the page calls them, and what they are
 }
 
 
-def cut_patches(images: Array, image: Array, origins: Array, size: int) -> Array:
+def crop_patches(images: Array, image: Array, origins: Array, size: int) -> Array:
     """Cut windows out of images, uint8 (n, size, size, 4); transparent beyond the border and for image -1."""
     opaque, patches = np.full((1, IMAGE_SIZE, IMAGE_SIZE), 255, np.uint8), []
     for n, (top, left) in zip(image, origins, strict=True):
         frame = np.concatenate([images[n], opaque]) * np.uint8(n >= 0)
-        patches.append(window_of(frame, top, left, size, 0).transpose(1, 2, 0))
+        patches.append(crop(frame, top, left, size, 0).transpose(1, 2, 0))
     return np.stack(patches)
 
 
@@ -533,7 +531,7 @@ def save_panels(path: Path, panels: Array, columns: int) -> None:
         panels = np.minimum((panels + np.uint16(4)) // 8 * 8, 255).astype(np.uint8)
     options: dict[str, Any] = {"lossless": True} if small else {"quality": 48}
     with atomic_write(path) as partial:
-        Image.fromarray(lay_out(panels, columns, 0)).save(partial, "WEBP", **options)
+        Image.fromarray(tile(panels, columns, 0)).save(partial, "WEBP", **options)
 
 
 def as_panels(projections: Array, groups: int) -> Array:
@@ -564,7 +562,7 @@ def save_strips(
 
     def draw(n: int) -> Array:
         above = np.concatenate([part[n] for part in panels])
-        below = cut_patches(images, image[n], origin[n], above.shape[1])
+        below = crop_patches(images, image[n], origin[n], above.shape[1])
         save_panels(folder / layer / f"{n:03d}.webp", np.concatenate([above, below]), len(above))
         return np.concatenate([above[0], below[0]])
 

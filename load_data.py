@@ -18,11 +18,10 @@ import math
 import tarfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,10 +38,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-Array = NDArray[Any]  # docstrings say shape and type
+from CNN import IMAGE_SIZE, Checkpoint, atomic_write
 
-if TYPE_CHECKING:
-    from CNN import Checkpoint  # only its name: this file does not know the network
+Array = NDArray[Any]  # docstrings say shape and type
 
 DATASET = "auto"  # "stl10", "folders" (your own), "shapes" (generated) or "auto": STL-10, else shapes
 DATA_DIR = Path("data")  # holds the folder stl10_binary, or the folders train and test
@@ -51,7 +49,6 @@ DATA_DIR = Path("data")  # holds the folder stl10_binary, or the folders train a
 URL: str = STL10.url  # 2.6 GB; the labelled files are the first eighth
 TIMEOUT = 15.0  # seconds without an answer after which the download is given up
 FOLDER = "stl10_binary"
-IMAGE_SIZE = 96  # rows and columns of an image
 MD5: dict[str, str] = dict(STL10.train_list + STL10.test_list)
 FILES = {  # name: (bytes, md5 sum)
     "train_X.bin": (5_000 * 3 * IMAGE_SIZE**2, MD5["train_X.bin"]),
@@ -312,8 +309,8 @@ def draw_image(shape: str, rng: np.random.Generator) -> Array:
 def fingerprint(data: Split, names: list[str]) -> str:
     """Return the sha256 of a split: its class names, labels and pixels, in their order."""
     digest = hashlib.sha256(json.dumps(names).encode())
-    digest.update(np.ascontiguousarray(data.labels))
-    digest.update(np.ascontiguousarray(data.images))
+    digest.update(np.ascontiguousarray(data.labels).data)
+    digest.update(np.ascontiguousarray(data.images).data)
     return digest.hexdigest()
 
 
@@ -374,20 +371,7 @@ def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) 
     return images
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a path to write to; it is renamed to `path` if the block ends well, so no file is half-written."""
-    path = path.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_arrays(path: Path, checkpoint: "Checkpoint", **arrays: Array) -> None:
+def save_arrays(path: Path, checkpoint: Checkpoint, **arrays: Array) -> None:
     """Write arrays, with the checkpoint and the data set they were made from, to an .npz file."""
     facts = {"checkpoint_sha256": np.array(checkpoint.sha256), "dataset": np.array(checkpoint.dataset)}
     with atomic_write(path) as partial, partial.open("wb") as file:  # given a path, numpy appends a suffix
@@ -395,7 +379,7 @@ def save_arrays(path: Path, checkpoint: "Checkpoint", **arrays: Array) -> None:
     print(f"wrote {path}", flush=True)
 
 
-def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]:
+def load_arrays(path: Path, checkpoint: Checkpoint, *keys: str) -> list[Array]:
     """Read the arrays called `keys` from an .npz file that deconv_full.py made from this checkpoint.
 
     Raises:
@@ -415,7 +399,7 @@ def load_arrays(path: Path, checkpoint: "Checkpoint", *keys: str) -> list[Array]
     return arrays
 
 
-def save_table(path: Path, checkpoint: "Checkpoint", table: pd.DataFrame, quiet: bool = False) -> None:
+def save_table(path: Path, checkpoint: Checkpoint, table: pd.DataFrame, quiet: bool = False) -> None:
     """Write a table as csv; its first columns name the checkpoint and the data set it was made from."""
     origin = {"checkpoint": checkpoint.sha256[:12], "dataset": checkpoint.dataset}
     table = table.assign(**origin)[[*origin, *table.columns]]
@@ -425,7 +409,7 @@ def save_table(path: Path, checkpoint: "Checkpoint", table: pd.DataFrame, quiet:
         print(f"wrote {path}", flush=True)
 
 
-def load_table(path: Path, checkpoint: "Checkpoint") -> pd.DataFrame:
+def load_table(path: Path, checkpoint: Checkpoint) -> pd.DataFrame:
     """Read a table that analyse_projections.py made from this checkpoint, without its first two columns.
 
     Raises:
@@ -462,7 +446,7 @@ def set_style() -> None:
     sns.set_theme(context="paper", style="white", palette="colorblind", rc={"figure.dpi": DPI})
 
 
-def lay_out(pictures: Array, columns: int, gap: int) -> Array:
+def tile(pictures: Array, columns: int, gap: int) -> Array:
     """Lay pictures (n, rows, columns, 3) from 0 to 1 out, `columns` a row, on white, `gap` pixels apart."""
     sheet = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), columns, gap, pad_value=1)
     return np.asarray(sheet.permute(1, 2, 0).numpy())
@@ -474,7 +458,7 @@ def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
     rows = [np.flatnonzero(data.labels == label)[:columns] for label in range(len(names))]
     pictures = np.moveaxis(data.images[np.concatenate(rows)], 1, 3) / 255
     fig, ax = plt.subplots(figsize=(8, 8), layout="constrained")
-    ax.imshow(lay_out(pictures, columns, 4), interpolation="nearest")
+    ax.imshow(tile(pictures, columns, 4), interpolation="nearest")
     step = IMAGE_SIZE + 4  # pixels from one image to the next
     ax.set_yticks(np.arange(len(names)) * step + step / 2, names)
     ax.set(xticks=[], title=heading)

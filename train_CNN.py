@@ -29,9 +29,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from CNN import CNN, choose_device, load_checkpoint, save_checkpoint, save_whole
+from CNN import CNN, IMAGE_SIZE, atomic_write, choose_device, load_checkpoint, save_checkpoint
 from load_data import (
-    IMAGE_SIZE,
     TITLES,
     Array,
     Augmentation,
@@ -40,13 +39,13 @@ from load_data import (
     class_names,
     find_dataset,
     fingerprint,
-    lay_out,
     load_split,
     mean_and_std,
     save_figure,
     save_table,
     set_style,
     stl10_folder,
+    tile,
 )
 
 # data
@@ -323,7 +322,7 @@ def draw_filters(filters: Array, heading: str) -> Figure:
     scale = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
     pictures = np.moveaxis(0.5 + filters / (2 * scale), 1, 3)
     fig, ax = plt.subplots(figsize=(6, 0.3 + 0.74 * math.ceil(len(filters) / 8)), layout="constrained")
-    ax.imshow(lay_out(pictures, 8, 1), interpolation="nearest")
+    ax.imshow(tile(pictures, 8, 1), interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(heading, fontsize=9)
     return fig
@@ -452,7 +451,8 @@ def main() -> None:
                 tqdm.write(f"all {epochs} epochs will take about {epochs * seconds / 60:.0f} minutes")
             if tested and epoch in SNAPSHOTS:
                 save(f"snapshots/epoch_{epoch:03d}.pth", epoch, accuracy=tested.accuracy)
-            save_whole({"rows": rows, **trainer.state()}, state_path)
+            with atomic_write(state_path) as partial:
+                torch.save({"rows": rows, **trainer.state()}, partial)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; run again to go on after epoch {len(rows)}") from None
     bar.close()

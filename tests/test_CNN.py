@@ -121,7 +121,7 @@ def test_a_checkpoint_comes_back_whole(make_net: MakeNet) -> None:
     write_checkpoint(net, dataset="shapes", epochs=7)
     checkpoint = load_checkpoint(PATH)
     assert checkpoint[1:-1] == make_checkpoint(net, dataset="shapes", epochs=7)[1:-1]
-    assert checkpoint.accuracy() == "test accuracy 10.0%"
+    assert checkpoint.accuracy() == "test accuracy 10.0 %"
     assert checkpoint.net.config == net.config and torch.equal(checkpoint.net.mean, net.mean)
     assert not checkpoint.net.training and not any(p.requires_grad for p in checkpoint.net.parameters())
     images = torch.randn(2, 3, 96, 96)

@@ -284,9 +284,9 @@ def test_top_units_are_projected_where_the_file_says(pipeline: Path, tiny_stl10:
         batch = net.normalise(torch.from_numpy(test.images[[image]]))
         assert float(net.features(batch)[3][0][0, filter_, row, column]) == pytest.approx(value, rel=1e-5)
         magnitude = project_unit(net, batch, 3, filter_, row, column).abs().sum(dim=0).numpy()
-        frame = ap.cut_windows(top.magnitude[[k]], -top.origin[[k]], 96)[0]
+        frame = ap.crop_windows(top.magnitude[[k]], -top.origin[[k]], 96)[0]
         np.testing.assert_allclose(frame, magnitude, atol=1e-4 * magnitude.max())
-        inside = ap.cut_windows(np.ones((1, 96, 96)), top.origin[[k]], len(top.envelope))[0]
+        inside = ap.crop_windows(np.ones((1, 96, 96)), top.origin[[k]], len(top.envelope))[0]
         assert (top.inside[k] == inside).all()
     drawn = ap.one_of_each(top.units.filter)
     assert top.units.filter[drawn].tolist() == np.unique(top.units.filter).tolist()
@@ -306,9 +306,7 @@ def test_chosen_pixels_are_the_strongest_inside_the_image_and_so_many() -> None:
     rng, inside = np.random.default_rng(0), np.zeros((75, 75), np.bool_)
     inside[30:, :60] = True
     score = rng.random((75, 75))
-    chosen, all_of_another = ap.choose_pixels(
-        np.stack([score, score]), np.stack([inside, inside | True]), 0.3
-    )
+    chosen, all_of_another = ap.topk_mask(np.stack([score, score]), np.stack([inside, inside | True]), 0.3)
     assert all_of_another.sum() == round(0.3 * 75**2)
     assert chosen.sum() == round(0.3 * 45 * 60) and not (chosen & ~inside).any()
     assert score[chosen].min() >= score[inside & ~chosen].max()
@@ -341,7 +339,7 @@ def test_pixels_are_scored_by_projection_gradients_edges_centre_and_chance(make_
         expected["gradient, blurred"] = blurred(expected["gradient"])
         expected["edges"] = blurred(np.abs(np.gradient(pixels.detach().numpy()[0], axis=(1, 2))).sum((0, 1)))
         for name, frame in expected.items():
-            window = ap.cut_windows(frame[None], top.origin[[unit]], size)[0]
+            window = ap.crop_windows(frame[None], top.origin[[unit]], size)[0]
             window = window * (top.envelope if name == "edges" else 1)
             np.testing.assert_allclose(scores[name][k], window, atol=1e-4 * window.max())
     assert np.unravel_index(scores["centre"][0].argmax(), (size, size)) == ((size - 1) // 2,) * 2
@@ -359,7 +357,7 @@ def test_other_filters_are_projected_at_the_place_of_a_unit(make_net: MakeNet) -
         only[0, filters[k], row, column] = 1
         switches = [switch for _, switch in features]
         frame = project(net, 3, only, switches, (96, 96)).abs().sum(dim=1).numpy()
-        expected = ap.cut_windows(frame, top.origin[[unit]], len(top.envelope))[0]
+        expected = ap.crop_windows(frame, top.origin[[unit]], len(top.envelope))[0]
         np.testing.assert_allclose(others[k], expected, atol=1e-5 * expected.max())
 
 
@@ -371,8 +369,8 @@ def test_what_survives_is_what_the_network_makes_of_the_masked_image(make_net: M
         image, filter_, row, column, value = (entry[unit] for entry in top.units)
         batch = run.net.normalise(torch.from_numpy(run.test.images[[image]]))
         for name, score in (("projection", top.magnitude[unit]), ("other filter", others[k])):
-            chosen = ap.choose_pixels(score[None], top.inside[[unit]], 0.25)
-            mask = torch.from_numpy(ap.cut_windows(chosen, -top.origin[[unit]], 96))
+            chosen = ap.topk_mask(score[None], top.inside[[unit]], 0.25)
+            mask = torch.from_numpy(ap.crop_windows(chosen, -top.origin[[unit]], 96))
             for variant, masked in (("kept", batch * mask), ("deleted", batch * ~mask)):
                 share = float(run.net.features(masked)[3][0][0, filter_, row, column]) / value
                 assert survived[variant][name][k] == pytest.approx(share, rel=1e-3, abs=1e-4)

@@ -222,10 +222,10 @@ def test_grey_is_zero_and_one_scale_that_outliers_do_not_set_serves_all_panels()
 
 def test_a_window_over_the_border_is_filled_up() -> None:
     frame = np.arange(96 * 96).reshape(1, 96, 96).repeat(3, axis=0)
-    window = deconv.window_of(frame, -2, 93, 5, -1)
+    window = deconv.crop(frame, -2, 93, 5, -1)
     assert window.shape == (3, 5, 5) and (window[:, :2] == -1).all() and (window[:, :, 3:] == -1).all()
     assert (window[:, 2:, :3] == frame[:, :3, 93:]).all()
-    assert (deconv.window_of(frame, 40, 50, 5, -1) == frame[:, 40:45, 50:55]).all()
+    assert (deconv.crop(frame, 40, 50, 5, -1) == frame[:, 40:45, 50:55]).all()
 
 
 def test_the_figure_shows_fields_projections_and_patches_and_says_where_nothing_fires() -> None:

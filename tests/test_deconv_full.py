@@ -222,14 +222,14 @@ def test_weaker_examples_lie_near_their_percentile_and_are_others_than_the_stron
     values[:, 0] = np.random.default_rng(0).permutation(201)  # fires on 200 images, with 1 to 200
     values[:11, 1] = np.arange(11) + 1  # on 11; the third filter is dead
     top = deconv_full.top_images(values, 9)
-    chosen = deconv_full.level_images(values, top)
+    chosen = deconv_full.percentile_images(values, top)
     levels = values[chosen[0], 0].reshape(4, 3)
     assert (np.diff(levels) < 0).all() and len(np.unique(levels)) == 12
     # percentile 99 is 198.01, but 192 to 200 are the strongest; 90 is 180.1, 75 is 150.25, 50 is 100.5
     for found, low, high in zip(levels, (183, 174, 145, 96), (191, 186, 155, 105), strict=True):
         assert low <= found.min() and found.max() <= high
     assert chosen[1:].tolist() == [[1, 0, *[-1] * 10], [-1] * 12]
-    assert (chosen == deconv_full.level_images(values, top)).all()
+    assert (chosen == deconv_full.percentile_images(values, top)).all()
 
 
 @pytest.mark.parametrize("prefix", ["", "level_"])
@@ -245,7 +245,7 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
         names = ("image", "value", "position", "origin", "projection", "patch")
         arrays = [top[f"{layer}_{prefix}{name}"] for name in names]
         images = deconv_full.top_images(maxima, 4)
-        assert (arrays[0] == (deconv_full.level_images(maxima, images) if prefix else images)).all()
+        assert (arrays[0] == (deconv_full.percentile_images(maxima, images) if prefix else images)).all()
         for filter_, rank in np.ndindex(arrays[0].shape):
             image, value, position, origin, projection, patch = (array[filter_, rank] for array in arrays)
             if image < 0:
@@ -257,7 +257,7 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
             # float16 has 11 binary digits, fewer below 6e-5
             assert_equal(in_frame(projection, origin), expected, 1e-3 if prefix else 1e-5)
             top_row, left = origin
-            assert (patch == deconv.window_of(IMAGES[image], top_row, left, size, 0)).all()
+            assert (patch == deconv.crop(IMAGES[image], top_row, left, size, 0)).all()
     assert (top[f"conv4_{prefix}image"][2] == -1).all() and (top[f"conv1_{prefix}image"] >= 0).any()
 
 

@@ -25,7 +25,7 @@ import heatmap
 import load_data
 from analyse_projections import Run, recalibrate_batch_norm, tabulate
 from CNN import CNN, LAYERS, load_checkpoint
-from deconv import displayed, project_unit, window_of
+from deconv import crop, displayed, project_unit
 from deconv_full import Units, measure_activations, strongest_of
 from heatmap import Occlusion, change, square_positions
 from load_data import STL10_CLASSES, Array, Split, load_split
@@ -366,8 +366,8 @@ def test_a_strip_holds_projections_above_and_patches_below(pipeline: Path) -> No
                 patch, inside = panels[1, place], np.zeros((size, size), bool)
                 if image >= 0:
                     row, column = stored[key][n, place % 9]
-                    expected = window_of(test.images[image], row, column, size, 0).transpose(1, 2, 0)
-                    inside = window_of(np.ones((1, 96, 96), bool), row, column, size, 0)[0]
+                    expected = crop(test.images[image], row, column, size, 0).transpose(1, 2, 0)
+                    inside = crop(np.ones((1, 96, 96), bool), row, column, size, 0)[0]
                     assert_alike(patch[inside][:, :3], expected[inside], size)
                 assert ((patch[..., 3] == 255) == inside).all()
 

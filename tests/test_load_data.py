@@ -21,8 +21,8 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 import load_data
-from CNN import Checkpoint
-from load_data import Augmentation, Split, atomic_write, find_dataset, load_arrays, load_split, load_table
+from CNN import Checkpoint, atomic_write
+from load_data import Augmentation, Split, find_dataset, load_arrays, load_split, load_table
 
 DATA, FOLDER = Path("data"), Path("data/stl10_binary")
 Serve = Callable[[bytes], None]
@@ -375,7 +375,7 @@ def test_damaged_and_foreign_arrays_and_tables_are_refused(made: Checkpoint) -> 
 
 def test_pictures_are_laid_out_row_by_row_on_white() -> None:
     pictures = np.stack([np.full((2, 3, 3), grey, np.float32) for grey in (0.1, 0.2, 0.3)])
-    sheet = load_data.lay_out(pictures, 2, 1)[..., 0]
+    sheet = load_data.tile(pictures, 2, 1)[..., 0]
     expected = np.ones((7, 9), np.float32)
     expected[1:3, 1:4], expected[1:3, 5:8], expected[4:6, 1:4] = 0.1, 0.2, 0.3
     assert (sheet == expected).all()
@@ -413,7 +413,7 @@ def test_files_beside_the_folder_and_the_home_folder_are_found(
     for data_dir in (Path("home"), Path("~/home")):
         assert find_dataset("auto", data_dir) == "stl10"
         assert (load_split("stl10", data_dir, "test").images == expected).all()
-    with load_data.atomic_write(Path("~/some.txt")) as partial:
+    with atomic_write(Path("~/some.txt")) as partial:
         partial.write_text("x")
     assert Path("some.txt").is_file() and not Path("~").exists()
 

@@ -28,7 +28,7 @@ from captum.attr import NeuronDeconvolution
 from torch import Tensor
 
 from CNN import CNN, LAYERS, load_checkpoint
-from deconv import backpropagate, project_unit, window_of
+from deconv import backpropagate, crop, project_unit
 from deconv_full import (
     BATCH_SIZE,
     Projector,
@@ -108,7 +108,7 @@ def time_layer(net: CNN, layer: int, images: Array, rate: float, timer: Timer) -
         }
         for way, run in ways.items():
             times[way].append(clock(run, timer))
-        expected = window_of(attribute()[0].numpy() * value, int(top), int(left), size, 0)
+        expected = crop(attribute()[0].numpy() * value, int(top), int(left), size, 0)
         worst = max(worst, float(np.abs(windows[n % ROUNDS] - expected).max() / np.abs(expected).max()))
     fast, cells = statistics.median(times["engine"][1:]), []
     for way, (_, *values) in times.items():

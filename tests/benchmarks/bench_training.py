@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import train_CNN as script
-from CNN import CNN
-from load_data import IMAGE_SIZE, TITLES, Split, find_dataset, load_split, mean_and_std
+from CNN import CNN, IMAGE_SIZE
+from load_data import TITLES, Split, find_dataset, load_split, mean_and_std
 
 ROUNDS = 5
 STEPS = 12  # of each way in a round
