@@ -45,7 +45,16 @@ from deconv_full import (
     project_windows,
     top_images,
 )
-from load_data import TITLES, Array, Split, load_arrays, load_split, save_figure, save_table, set_style
+from load_data import (
+    TITLES,
+    Array,
+    Split,
+    load_arrays,
+    load_checkpoint_split,
+    save_figure,
+    save_table,
+    set_style,
+)
 
 OUTPUTS = Path("outputs")  # where results go
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
@@ -820,7 +829,7 @@ def main() -> None:
     projected_labels, *stored = load_arrays(path, checkpoint, "labels", *STATISTICS)
     statistics = dict(zip(STATISTICS, stored, strict=True))
     top = read_top_units(OUTPUTS / "projections.npz", checkpoint)
-    train, test = (load_split(checkpoint.dataset, DATA_DIR, split) for split in ("train", "test"))
+    train, test = (load_checkpoint_split(checkpoint, DATA_DIR, split) for split in ("train", "test"))
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
     run = Run(checkpoint, train, test, source, OUTPUTS)
     print(f"{source}, projections of {len(projected_labels):,}, torch {torch.__version__}")

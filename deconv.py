@@ -34,7 +34,7 @@ from CNN import (
     load_checkpoint,
     receptive_fields,
 )
-from load_data import TITLES, Array, load_split, read_picture, save_arrays, save_figure, set_style
+from load_data import TITLES, Array, load_checkpoint_split, read_picture, save_arrays, save_figure, set_style
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (cropped and resized to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
@@ -297,7 +297,7 @@ def main() -> None:
     checkpoint = load_checkpoint(CHECKPOINT, device)
     net, title = checkpoint.net, TITLES[checkpoint.dataset]
     if isinstance(IMAGE, int):
-        split = load_split(checkpoint.dataset, DATA_DIR, "test")
+        split = load_checkpoint_split(checkpoint, DATA_DIR, "test")
         if not 0 <= IMAGE < len(split.images):
             raise SystemExit(f"IMAGE is {IMAGE}; the test split has images 0 to {len(split.images) - 1}")
         image, name = split.images[IMAGE], f"test image {IMAGE} of {title}"

@@ -49,7 +49,7 @@ from CNN import (
     receptive_fields,
 )
 from deconv import crop, displayed, fold_batch_norm
-from load_data import TITLES, Array, load_split, save_arrays, save_figure, set_style, tile
+from load_data import TITLES, Array, load_checkpoint_split, save_arrays, save_figure, set_style, tile
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = 100  # test images of each class in projection_statistics.npz; None: all
@@ -617,7 +617,7 @@ def main() -> None:
     checkpoint = load_checkpoint(CHECKPOINT, device)
     net, title = checkpoint.net, TITLES[checkpoint.dataset]
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)  # early: one may be damaged
-    images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
+    images, labels = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     count, searched = sum(net.config["filters"]), f"{len(images):,} test images of {title}"
     print(f"projecting {count} filters over {searched} on {device}, torch {torch.__version__}")
     activations = measure_activations(images, net, BATCH_SIZE, "activations")

@@ -57,7 +57,7 @@ from load_data import (
     Array,
     Split,
     load_arrays,
-    load_split,
+    load_checkpoint_split,
     load_table,
     save_figure,
     save_table,
@@ -773,7 +773,7 @@ def main() -> None:
     maxima, positions = load_arrays(OUTPUTS / "activations.npz", checkpoint, "conv4_max", "conv4_position")
     filters = load_table(OUTPUTS / "filter_metrics.csv", checkpoint)
     classes = load_table(OUTPUTS / "class_metrics.csv", checkpoint)
-    images, labels = load_split(checkpoint.dataset, DATA_DIR, "test")
+    images, labels = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     source = f"{len(images):,} test images of {TITLES[checkpoint.dataset]}"
     print(f"drawing conv4 on {source} on {device}, torch {torch.__version__}")
     source += f" ({checkpoint.accuracy()})"

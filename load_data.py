@@ -177,6 +177,42 @@ def load_split(dataset: str, data_dir: Path, split: str) -> Split:
     return Split(np.ascontiguousarray(stored.transpose(0, 1, 3, 2)), labels)
 
 
+def fingerprint(data: Split, names: list[str]) -> str:
+    """Return the sha256 of a split: its class names, labels and pixels, in their order."""
+    digest = hashlib.sha256(json.dumps(names).encode())
+    digest.update(np.ascontiguousarray(data.labels).data)
+    digest.update(np.ascontiguousarray(data.images).data)
+    return digest.hexdigest()
+
+
+def load_checkpoint_split(checkpoint: Checkpoint, data_dir: str | Path, split: str) -> Split:
+    """Read a split and make sure that it is the one the checkpoint's training read.
+
+    Args:
+        checkpoint: What `load_checkpoint` returned; its settings hold the `fingerprint` of both splits.
+        data_dir: The folder that holds the data.
+        split: "train" or "test".
+
+    Returns:
+        Images and labels.
+
+    Raises:
+        SystemExit: If the data are missing, damaged or not those of the training.
+    """
+    data_dir = Path(data_dir)
+    data = load_split(checkpoint.dataset, data_dir, split)
+    names = class_names(checkpoint.dataset, data_dir)
+    trained_on = checkpoint.settings["data"]
+    if fingerprint(data, names) != trained_on[split]:
+        here = data_dir.expanduser().absolute()
+        raise SystemExit(
+            f"the {split} images in {here} are not those that the network was trained with, which were read "
+            f"from DATA_DIR = {trained_on['folder']!r}: set DATA_DIR to that folder as it was, or run "
+            "`uv run train_CNN.py` again"
+        )
+    return data
+
+
 def check_file(path: Path) -> None:
     """Raise SystemExit unless `path` is the published file of STL-10: there, right in size and md5 sum."""
     if not path.is_file():
@@ -304,14 +340,6 @@ def draw_image(shape: str, rng: np.random.Generator) -> Array:
         canvas += coverage * (paint.astype(np.float32) - canvas)
     canvas += rng.standard_normal(canvas.shape, np.float32) * rng.uniform(0.05, 0.1)
     return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
-
-
-def fingerprint(data: Split, names: list[str]) -> str:
-    """Return the sha256 of a split: its class names, labels and pixels, in their order."""
-    digest = hashlib.sha256(json.dumps(names).encode())
-    digest.update(np.ascontiguousarray(data.labels).data)
-    digest.update(np.ascontiguousarray(data.images).data)
-    return digest.hexdigest()
 
 
 def mean_and_std(images: Array) -> tuple[Array, Array]:

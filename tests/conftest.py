@@ -134,6 +134,16 @@ def make_net() -> MakeNet:
     return make
 
 
+def describe_data() -> dict[str, str]:
+    """Return what train_CNN.py stores of the tiny STL-10; empty checksums where there is none."""
+    checksums = {"train": "", "test": ""}
+    if Path("data/stl10_binary/test_y.bin").is_file():
+        for split in checksums:
+            data = load_data.load_split("stl10", Path("data"), split)
+            checksums[split] = load_data.fingerprint(data, list(load_data.STL10_CLASSES))
+    return {"folder": "data", **checksums}
+
+
 def make_checkpoint(net: CNN, **facts: Any) -> Checkpoint:
     """Return a checkpoint of a network that was never trained."""
     given: dict[str, Any] = {
@@ -141,7 +151,11 @@ def make_checkpoint(net: CNN, **facts: Any) -> Checkpoint:
         "class_names": [f"class {k}" for k in range(10)],
         "epochs": 3,
     }
-    given |= {"settings": {"seed": 0}, "metrics": {"split": "test", "accuracy": 0.1}, "sha256": "0" * 64}
+    given |= {
+        "settings": {"seed": 0, "data": describe_data()},
+        "metrics": {"split": "test", "accuracy": 0.1},
+        "sha256": "0" * 64,
+    }
     return Checkpoint(net=net, **(given | facts))
 
 

@@ -341,8 +341,10 @@ def test_snapshots_of_another_training_or_a_longer_one_are_not_taken(
     make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, folder = make_net(), Path("outputs/snapshots")
+    settings = make_checkpoint(net).settings
     for epochs, seed in ((0, 0), (1, 0), (2, 7), (20, 0), (30, 0), (40, 0)):
-        write_checkpoint(net, folder / f"epoch_{epochs:03d}.pth", epochs=epochs, settings={"seed": seed})
+        path = folder / f"epoch_{epochs:03d}.pth"
+        write_checkpoint(net, path, epochs=epochs, settings=settings | {"seed": seed})
     checkpoint = make_checkpoint(net, epochs=30)
     taken = deconv_full.read_snapshots(folder, checkpoint)
     assert [snapshot.epochs for snapshot in taken] == [1, 20, 30] and taken[-1] is checkpoint
