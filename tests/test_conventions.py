@@ -1,4 +1,4 @@
-"""Hold docstrings, README and settings to the code."""
+"""Hold docstrings, README, METHOD and settings to the code."""
 
 import ast
 import re
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+METHOD = (ROOT / "outputs/readme/METHOD.md").read_text(encoding="utf-8")
+TEXTS = ("README.md", "outputs/readme/METHOD.md", "outputs/readme/RESULTS.md")
 STAGES = ("train_CNN.py", "deconv.py", "deconv_full.py", "analyse_projections.py", "heatmap.py")
 SCRIPTS = ("CNN.py", "load_data.py", *STAGES)
 SHARED = ("DATA_DIR", "DEVICE", "CHECKPOINT")  # the same name and value wherever they are needed
@@ -100,21 +102,23 @@ def test_the_commands_of_the_readme_exist_and_name_each_other_in_order() -> None
 
 
 def test_every_picture_and_page_that_is_linked_is_there() -> None:
-    for page in (ROOT / "README.md", ROOT / "outputs/readme/RESULTS.md"):
-        links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link]
-        assert links
-        for link in links:
+    for page in (ROOT / name for name in TEXTS):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in link:
+                continue
             assert (page.parent / link).is_file(), link
 
 
-def test_readme_and_docstrings_name_every_file_that_the_pipeline_writes_and_no_other(pipeline: Path) -> None:
+def test_the_table_of_files_and_docstrings_name_every_file_that_the_pipeline_writes_and_no_other(
+    pipeline: Path,
+) -> None:
     files = {str(p.relative_to(pipeline / "outputs")) for p in pipeline.rglob("outputs/**/*") if p.is_file()}
     assert not [name for name in files if "partial" in name or "state" in name]
-    rows = re.findall(r"^\| ([^|]+) \| \w+\.py \|", README, re.MULTILINE)
-    of_readme = {re.sub(r"NNN|\{k\}|K_NAME", "*", name) for row in rows for name in row.split(", ")}
+    rows = re.findall(r"^\| ([^|]+) \| \w+\.py \|", METHOD, re.MULTILINE)
+    of_table = {re.sub(r"NNN|\{k\}|K_NAME", "*", name) for row in rows for name in row.split(", ")}
     docstrings = [ast.get_docstring(tree(script)) or "" for script in SCRIPTS]
     writes = " ".join(docstring.split("Writes: ")[1].split("\n\n")[0] for docstring in docstrings)
     of_scripts = set(re.findall(r"outputs/([\w/*.]+\w)", writes))
-    for patterns in (of_readme, of_scripts):
+    for patterns in (of_table, of_scripts):
         assert not [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)]
         assert not [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in files)]
