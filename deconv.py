@@ -19,6 +19,7 @@ import numpy as np
 import seaborn as sns
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -27,7 +28,9 @@ from CNN import (
     CNN,
     IMAGE_SIZE,
     LAYERS,
+    Checkpoint,
     ConvBlock,
+    FrameSizes,
     choose_device,
     conv_geometry,
     frame_sizes,
@@ -38,12 +41,17 @@ from load_data import TITLES, Array, load_checkpoint_split, read_picture, save_a
 
 IMAGE: int | str = 0  # index into the test split, or the path of any picture (cropped and resized to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
-FILTERS: str | list[int] = "strongest"  # or numbers of filters of the one layer, such as [3, 17]
-N_FILTERS = 6  # strongest filters drawn of each layer
+SHOW_FILTERS: str | list[int] = "strongest"  # or numbers of filters of the one layer, such as [3, 17]
+N_FILTERS = 6  # how many of a layer's filters are drawn where the strongest are asked for
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 FIGURE = Path("outputs/deconv_image.png")  # what is written; the arrays go beside it
+
+Color = tuple[float, float, float]  # red, green, blue from 0 to 1
+
+
+# ---------------------------------------------------------------- the projection (section 2.1)
 
 
 def fold_batch_norm(block: ConvBlock) -> Tensor:
@@ -60,78 +68,125 @@ def fold_batch_norm(block: ConvBlock) -> Tensor:
 def project(
     net: CNN, layer: int, pooled: Tensor, switches: Sequence[Tensor], image_size: Sequence[int]
 ) -> Tensor:
-    """Project pooled maps of one layer back to pixels (section 2.1).
+    """Project pooled maps of one layer back to pixels: unpool, rectify and filter, layer by layer.
 
     Args:
         net: In evaluation mode: any object whose `blocks` have conv, bn, pool and relu, run in this order.
         layer: 0 for conv1 to 3 for conv4.
-        pooled: (images, filters, rows, columns), what is to be seen; usually one activation, zero elsewhere.
-        switches: Of each layer from conv1 up to `layer`, as `CNN.features` returns them for the images.
+        pooled: What is to be seen, (images, filters, rows, columns): usually one activation, zero elsewhere.
+        switches: The switches of each layer from conv1 up to `layer`, as `CNN.features` returns them.
         image_size: Rows and columns of the images.
 
     Returns:
-        Signed projection (images, channels, rows, columns) in units of normalised pixels.
+        The signed projection (images, channels, rows, columns) in units of normalised pixels.
 
     Raises:
-        ValueError: If images of that size have other switches.
+        ValueError: If images of this size would have switches of another shape.
 
     Example:
+        A network of one's own needs blocks with these four parts.
+
         >>> from types import SimpleNamespace as Block
-        >>> convs = [torch.nn.Conv2d(1, 1, 3, padding=1, bias=False) for _ in range(2)]
-        >>> bn, pool = torch.nn.BatchNorm2d(1).eval(), torch.nn.MaxPool2d(2, return_indices=True)
-        >>> net = Block(blocks=[Block(conv=conv, bn=bn, pool=pool, relu=F.relu) for conv in convs])
-        >>> x, switches = torch.rand(1, 1, 8, 8), []
+        >>> def make_block():
+        ...     conv = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        ...     pool = torch.nn.MaxPool2d(2, return_indices=True)
+        ...     return Block(conv=conv, bn=torch.nn.BatchNorm2d(1).eval(), pool=pool, relu=F.relu)
+        >>> net = Block(blocks=[make_block(), make_block()])
+
+        The way up records the switches. The way down starts from the maps of the second block.
+
+        >>> x = torch.rand(1, 1, 8, 8)
+        >>> switches = []
         >>> for block in net.blocks:
-        ...     x, switch = block.pool(block.bn(block.conv(x)))
-        ...     x, switches = block.relu(x), [*switches, switch]
+        ...     x, block_switches = block.pool(block.bn(block.conv(x)))
+        ...     x = block.relu(x)
+        ...     switches.append(block_switches)
         >>> project(net, 1, x, switches, (8, 8)).shape
         torch.Size([1, 1, 8, 8])
     """
-    (input_rows, map_rows), (input_columns, map_columns) = (frame_sizes(net, side) for side in image_size)
-    for k, found in enumerate(switches[: layer + 1]):
-        *_, pool = conv_geometry(net.blocks[k])
-        expected = map_rows[k] // pool, map_columns[k] // pool
-        if found.shape[-2:] != expected:
-            text = f"switches of conv{k + 1} are {tuple(found.shape[-2:])}"
-            raise ValueError(f"{text}; images of {tuple(image_size)} pixels have {expected}")
+    rows = frame_sizes(net, image_size[0])
+    columns = frame_sizes(net, image_size[1])
+    check_switches(net, switches[: layer + 1], rows, columns)
+
     signal = pooled
     for k in reversed(range(layer + 1)):
-        _, stride, padding, pool = conv_geometry(net.blocks[k])
-        map_size = map_rows[k], map_columns[k]
-        signal = F.max_unpool2d(signal, switches[k], [pool] * 2, output_size=map_size)
-        signal = signal.clamp(min=0)  # rectify; the pixels at the end are not rectified
-        signal = F.conv_transpose2d(signal, fold_batch_norm(net.blocks[k]), stride=stride)
-        # to the frame of the input: what lies in the padding goes; what no filter reached is zero
-        below, right = input_rows[k] + padding - signal.shape[2], input_columns[k] + padding - signal.shape[3]
-        signal = F.pad(signal, (-padding, right, -padding, below))
+        block = net.blocks[k]
+        _, stride, padding, pool = conv_geometry(block)
+
+        # Unpool: each value returns to the position of its region's maximum, all other positions are zero.
+        # (images, filters, pooled rows, pooled columns) -> (images, filters, rows, columns)
+        map_size = (rows.outputs[k], columns.outputs[k])
+        signal = F.max_unpool2d(signal, switches[k], [pool, pool], output_size=map_size)
+
+        # Rectify: only positive signals go further down. The pixels at the end are not rectified.
+        signal = signal.clamp(min=0)
+
+        # Filter with the transposed weights: each value lays down a copy of its filter, scaled by the value.
+        # (images, filters, rows, columns) -> (images, channels, input rows, input columns)
+        signal = F.conv_transpose2d(signal, fold_batch_norm(block), stride=stride)
+
+        # Return to the frame of the block's input: the padding is cut off; what no filter reached is zero.
+        missing_rows = rows.inputs[k] + padding - signal.shape[2]  # negative where there are too many
+        missing_columns = columns.inputs[k] + padding - signal.shape[3]
+        signal = F.pad(signal, (-padding, missing_columns, -padding, missing_rows))
     return signal
 
 
-def project_unit(net: CNN, image: Tensor, layer: int, filter_: int, row: int, column: int) -> Tensor:
-    """Project one unit of one image: its activation kept, all others of its layer set to zero.
+def check_switches(net: CNN, switches: Sequence[Tensor], rows: FrameSizes, columns: FrameSizes) -> None:
+    """Raise ValueError unless the switches, conv1's first, have the shapes that images of this size give."""
+    for k, layer_switches in enumerate(switches):
+        pool = conv_geometry(net.blocks[k]).pool
+        expected = (rows.outputs[k] // pool, columns.outputs[k] // pool)
+        actual = tuple(layer_switches.shape[-2:])
+        if actual != expected:
+            image_size = (rows.inputs[0], columns.inputs[0])
+            message = f"switches of conv{k + 1} are {actual}; images of {image_size} pixels have {expected}"
+            raise ValueError(message)
 
-    The image is normalised, (1, 3, rows, columns); `layer` is 0 for conv1 to 3 for conv4; `row` and `column`
-    are those of the pooled map. The projection is (3, rows, columns), as that of `project`.
+
+def project_unit(net: CNN, image: Tensor, layer: int, filter_index: int, row: int, column: int) -> Tensor:
+    """Project one unit of one image: keep its activation and set all others of its layer to zero.
+
+    Args:
+        net: A network in evaluation mode.
+        image: One normalised image, (1, 3, rows, columns).
+        layer: 0 for conv1 to 3 for conv4.
+        filter_index: The unit's filter.
+        row: The unit's row in the pooled map.
+        column: The unit's column in the pooled map.
+
+    Returns:
+        The signed projection (3, rows, columns) in units of normalised pixels.
     """
     features = net.features(image)
-    pooled, switches = features[layer][0], [switches for _, switches in features]
+    pooled = features[layer][0]
+    switches = [layer_switches for _, layer_switches in features]
+
     only = torch.zeros_like(pooled)
-    only[0, filter_, row, column] = pooled[0, filter_, row, column]
+    only[0, filter_index, row, column] = pooled[0, filter_index, row, column]
     return project(net, layer, only, switches, image.shape[-2:])[0]
 
 
+# ---------------------------------------------------------------- the same by backpropagation
+
+
 class Rectifier(torch.autograd.Function):
-    """A ReLU with three ways back: `deconvnet`, `gradient` and `guided`."""
+    """A ReLU whose way back follows one of three rules: "deconvnet", "gradient" or "guided"."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, rule: str) -> Tensor:
         """Return max(values, 0)."""
-        ctx.rule, ctx.fired = rule, values > 0
+        ctx.rule = rule
+        ctx.fired = values > 0
         return values.clamp(min=0)
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> tuple[Tensor, None]:
-        """Pass the signal: positive ones, those of units that fired, or what satisfies both."""
+        """Return the signal with zeros where the rule stops it.
+
+        "deconvnet" stops negative signals, "gradient" stops the signal of every unit that did not fire on the
+        way up, and "guided" stops both.
+        """
         (signal,) = signals
         if ctx.rule in ("gradient", "guided"):
             signal = signal * ctx.fired
@@ -141,42 +196,119 @@ class Rectifier(torch.autograd.Function):
 
 
 def backpropagate(
-    net: CNN, images: Tensor, layer: int, filter_: Array, row: Array, column: Array, rule: str
+    net: CNN, images: Tensor, layer: int, filter_indices: Array, rows: Array, columns: Array, rule: str
 ) -> Tensor:
     """Send one activation of each image back to its pixels by backpropagation.
 
     The deconvnet, the gradient (Simonyan et al. 2014) and guided backpropagation (Springenberg et al. 2015)
-    differ in the ReLU alone, by `rule`: "deconvnet", "gradient" or "guided". With "deconvnet" this is
-    `project` by another way, for an activation of 1.
+    differ in the ReLU alone. With the rule "deconvnet" this is `project` by another way, for an activation
+    of 1.
 
-    The images are normalised, (images, 3, rows, columns), and the result has their shape; `layer` is 0 for
-    conv1 to 3 for conv4; filter, row and column in the pooled map are those of each image's unit, (images,).
+    Args:
+        net: A network in evaluation mode.
+        images: Normalised images, (images, 3, rows, columns).
+        layer: 0 for conv1 to 3 for conv4.
+        filter_indices: The filter of each image's unit, (images,).
+        rows: The row of each image's unit in the pooled map, (images,).
+        columns: Its column, likewise.
+        rule: "deconvnet", "gradient" or "guided".
+
+    Returns:
+        What reaches the pixels, in the shape of the images.
     """
+    pixels = images.detach().requires_grad_()
     with torch.enable_grad():
-        x = pixels = images.detach().requires_grad_()
+        x = pixels
         for block in net.blocks[: layer + 1]:
             x = F.max_pool2d(block.bn(block.conv(x)), block.pool_size)
             x = cast(Tensor, Rectifier.apply(x, rule))
-        units = x[torch.arange(len(images)), filter_, row, column]
-        return torch.autograd.grad(units.sum(), pixels)[0]
+        activations = x[torch.arange(len(images)), filter_indices, rows, columns]  # (images,)
+        return torch.autograd.grad(activations.sum(), pixels)[0]
 
 
-def load_picture(name: str) -> Array:
-    """Read the picture file IMAGE, see `load_data.read_picture`: uint8 (3, 96, 96).
+# ---------------------------------------------------------------- what is projected
+
+
+class Picture(NamedTuple):
+    """The image that is projected, and how figure and terminal call it."""
+
+    pixels: Array  # uint8 (3, 96, 96)
+    name: str
+    class_name: str | None  # of a test image; None for a picture from a file
+
+
+def choose_image(image: int | str, checkpoint: Checkpoint, data_dir: Path) -> Picture:
+    """Return the test image or the picture file that the setting IMAGE names.
+
+    Raises:
+        SystemExit: If there is no such test image or picture.
+    """
+    if not isinstance(image, int):
+        return Picture(load_picture(image), Path(image).name, None)
+
+    split = load_checkpoint_split(checkpoint, data_dir, "test")
+    if not 0 <= image < len(split.images):
+        raise SystemExit(f"IMAGE is {image}; the test split has images 0 to {len(split.images) - 1}")
+    name = f"test image {image} of {TITLES[checkpoint.dataset]}"
+    return Picture(split.images[image], name, checkpoint.class_names[split.labels[image]])
+
+
+def load_picture(path: str | Path) -> Array:
+    """Read a picture file, crop and resize it as `load_data.read_picture` does.
+
+    Args:
+        path: The file; ~ is the home folder.
+
+    Returns:
+        The picture, uint8 (3, 96, 96).
 
     Raises:
         SystemExit: If the file is missing or no picture.
     """
-    path = Path(name).expanduser()
-    if "://" in name:
-        raise SystemExit(f"IMAGE is {name!r}: download the picture first and give the path of the file")
-    if not path.is_file():
-        there = f"no such file in {Path.cwd()}" if not path.is_absolute() else "no such file"
-        raise SystemExit(f"IMAGE is {name!r}; {there}: give a picture or an index into the test split")
+    setting = f"IMAGE is {str(path)!r}"
+    if "://" in str(path):
+        raise SystemExit(f"{setting}: download the picture first and give the path of the file")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        folder = "" if file.is_absolute() else f" in {Path.cwd()}"
+        raise SystemExit(f"{setting}; no such file{folder}: give a picture or an index into the test split")
     try:
-        return read_picture(path)
+        return read_picture(file)
     except Exception as error:  # a damaged picture can raise nearly anything
-        raise SystemExit(f"IMAGE is {name!r}, which cannot be read as a picture: {error}") from None
+        raise SystemExit(f"{setting}, which cannot be read as a picture: {error}") from None
+
+
+def choose_layers(layer: str) -> list[int]:
+    """Return the numbers of the layers that the setting LAYER names, 0 for conv1.
+
+    Raises:
+        SystemExit: If there is no such layer.
+    """
+    if layer == "all":
+        return list(range(len(LAYERS)))
+    if layer not in LAYERS:
+        raise SystemExit(f"LAYER is {layer!r}; this network has {', '.join(LAYERS)}")
+    return [LAYERS.index(layer)]
+
+
+def choose_filters(setting: str | list[int], layers: list[int], filter_counts: list[int]) -> list[int] | None:
+    """Return the filters that the setting SHOW_FILTERS lists, or None where it says "strongest".
+
+    Filters can be listed for one layer only; `filter_counts` says how many each layer has.
+
+    Raises:
+        SystemExit: If the setting is neither, or a filter does not exist.
+    """
+    if setting == "strongest":
+        return None
+
+    allowed = "of one layer, set in LAYER"
+    if len(layers) == 1:
+        count = filter_counts[layers[0]]
+        if isinstance(setting, list) and setting and set(setting) <= set(range(count)):
+            return setting
+        allowed = f"0 to {count - 1} of {LAYERS[layers[0]]}"
+    raise SystemExit(f"SHOW_FILTERS is {setting!r}; allowed are 'strongest' and a list of filters {allowed}")
 
 
 class Unit(NamedTuple):
@@ -186,7 +318,7 @@ class Unit(NamedTuple):
     value: float  # activation
     row: int  # in the pooled map
     column: int
-    top: int  # row of its receptive field's top left pixel, negative where the field crosses the border
+    top: int  # row of its window's top left pixel, negative where the window crosses the border
     left: int  # column likewise
     projection: Array  # (3, rows, columns) of the whole image, signed, in units of normalised pixels
 
@@ -194,22 +326,35 @@ class Unit(NamedTuple):
 def strongest_units(
     net: CNN, image: Tensor, layer: int, count: int, filters: Sequence[int] | None = None
 ) -> list[Unit]:
-    """Return the strongest unit of each of `filters`, or of the `count` that an image drives most.
+    """Return the strongest unit of each of some filters in one image, with its projection.
 
-    Filters that do not fire at all are left out.
+    The filters are `filters`, or else the `count` of the highest peak activation. A filter that does not fire
+    is left out. The image is normalised, (1, 3, rows, columns).
     """
     pooled, switches = net.features(image)[layer]
-    field, (_, outputs) = receptive_fields(net)[layer], frame_sizes(net, image.shape[-1])
-    values, places = pooled[0].flatten(1).max(dim=1)
+    field = receptive_fields(net)[layer]
+    map_columns = frame_sizes(net, image.shape[-1]).outputs[layer]
+
+    # (1, filters, rows, columns) -> peak activation and its position in the flattened map, (filters,) each
+    peaks, positions = pooled[0].flatten(1).max(dim=1)
+    if filters is None:
+        filters = peaks.argsort(descending=True, stable=True)[:count].tolist()
+    firing = [filter_index for filter_index in filters if peaks[filter_index] > 0]
+
     units = []
-    strongest = values.argsort(descending=True, stable=True)[:count].tolist()
-    for filter_ in strongest if filters is None else filters:
-        if values[filter_] > 0:
-            row, column = divmod(int(places[filter_]), pooled.shape[-1])
-            at_row, at_column = divmod(int(switches[0, filter_, row, column]), outputs[layer])
-            top, left = at_row * field.jump + field.start, at_column * field.jump + field.start
-            projection = project_unit(net, image, layer, filter_, row, column).cpu().numpy()
-            units.append(Unit(filter_, float(values[filter_]), row, column, top, left, projection))
+    for filter_index in firing:
+        row, column = divmod(int(positions[filter_index]), pooled.shape[-1])
+        map_row, map_column = divmod(int(switches[0, filter_index, row, column]), map_columns)
+        unit = Unit(
+            filter=filter_index,
+            value=float(peaks[filter_index]),
+            row=row,
+            column=column,
+            top=map_row * field.jump + field.start,
+            left=map_column * field.jump + field.start,
+            projection=project_unit(net, image, layer, filter_index, row, column).cpu().numpy(),
+        )
+        units.append(unit)
     return units
 
 
@@ -225,6 +370,9 @@ def as_arrays(layers: dict[str, list[Unit]]) -> dict[str, Array]:
     return arrays
 
 
+# ---------------------------------------------------------------- display
+
+
 def robust_scale(values: Array) -> float:
     """Return the 99.5th percentile of the magnitudes above zero, which few outliers move; 1 for none."""
     magnitudes = np.abs(values[values != 0])
@@ -232,16 +380,23 @@ def robust_scale(values: Array) -> float:
 
 
 def displayed(projections: Array) -> Array:
-    """Map signed projections (..., 3, rows, columns) to [0, 1], (..., rows, columns, 3); grey is zero.
+    """Turn signed projections into pictures in which grey is zero.
 
-    A value p becomes 0.5 + p / (2 m); the `robust_scale` m is one for all, so that panels can be compared.
+    A value p becomes 0.5 + p / (2 m), where m is the `robust_scale` of all given values. Projections that are
+    given together can therefore be compared.
+
+    Args:
+        projections: Signed values, (..., 3, rows, columns).
+
+    Returns:
+        The pictures, float32 from 0 to 1, (..., rows, columns, 3).
     """
-    shown = np.clip(0.5 + projections / (2 * robust_scale(projections)), 0, 1)
-    return np.moveaxis(shown, -3, -1).astype(np.float32)
+    pictures = np.clip(0.5 + projections / (2 * robust_scale(projections)), 0, 1)
+    return np.moveaxis(pictures, -3, -1).astype(np.float32)
 
 
 def crop(frame: Array, top: int, left: int, size: int, outside: float) -> Array:
-    """Cut the window of `size` pixels at (top, left) out of a frame (channels, rows, columns).
+    """Crop the window of `size` pixels at (top, left) out of a frame (channels, rows, columns).
 
     The window may cross the border; `outside` fills what lies beyond it.
     """
@@ -251,78 +406,101 @@ def crop(frame: Array, top: int, left: int, size: int, outside: float) -> Array:
 
 
 def draw(image: Array, layers: dict[str, list[Unit]], field_sizes: Sequence[int], heading: str) -> Figure:
-    """Draw, for each layer, where its strongest units look, their projections and the patches under them.
+    """Draw, for each layer, the windows of its units in the image, their projections and the image there.
 
-    The image is uint8 (3, 96, 96); `field_sizes` are those of each layer's receptive field, in pixels.
+    The image is uint8 (3, 96, 96); `field_sizes` are the sizes of each layer's receptive field, in pixels.
     """
     pixels = image / 255
     columns = 2 + max(1, *(len(units) for units in layers.values()))
     fig = plt.figure(figsize=(1.15 * columns + 0.2, 2.45 * len(layers) + 0.5), layout="constrained")
     grid = fig.add_gridspec(2 * len(layers), columns)
-    for k, ((layer, units), field) in enumerate(zip(layers.items(), field_sizes, strict=True)):
-        whole = fig.add_subplot(grid[2 * k : 2 * k + 2, :2])
-        whole.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
-        whole.set(xticks=[], yticks=[], xlim=(-0.5, IMAGE_SIZE - 0.5), ylim=(IMAGE_SIZE - 0.5, -0.5))
-        nothing = "" if units else "\nno filter fires"
-        whole.set_title(f"{layer}, receptive field {field} px{nothing}", fontsize=8)
+
+    for k, (layer, units) in enumerate(layers.items()):
+        size = field_sizes[k]
         colors = sns.color_palette("colorblind", len(units))
-        for column, (unit, color) in enumerate(zip(units, colors, strict=True), start=2):
-            corner = unit.left - 0.5, unit.top - 0.5
-            whole.add_patch(Rectangle(corner, field, field, fill=False, edgecolor=color, linewidth=1.4))
-            # on the upper edge; side by side where large frames lie on each other
-            at = max(unit.left, 0) + min(9 * (column - 2), max(field - 8, 0)), max(unit.top, 7)
-            number: dict[str, Any] = {"color": "white", "fontsize": 6, "va": "bottom", "clip_on": True}
-            box = {"boxstyle": "square,pad=0.15", "facecolor": color, "linewidth": 0}
-            whole.text(*at, str(column - 1), bbox=box, **number)
-            panel = displayed(crop(unit.projection, unit.top, unit.left, field, 0))
-            patch = crop(pixels, unit.top, unit.left, field, 1).transpose(1, 2, 0)
-            for row, picture in enumerate((panel, patch)):
-                ax = fig.add_subplot(grid[2 * k + row, column])
-                ax.imshow(picture, interpolation="nearest")
-                ax.set(xticks=[], yticks=[])
-                ax.spines[:].set(color=color, linewidth=1.4)
-                if row == 0:
-                    ax.set_title(f"{column - 1}: filter {unit.filter}\n{unit.value:.2f}", fontsize=7)
+
+        # on the left, two rows and two columns large: the image with the windows
+        whole = fig.add_subplot(grid[2 * k : 2 * k + 2, :2])
+        note = "" if units else "\nno filter fires"
+        whole.set_title(f"{layer}, receptive field {size} px{note}", fontsize=8)
+        draw_windows(whole, pixels, units, size, colors)
+
+        # then a column for each unit: its projection, and below it the image in the same window
+        for number, (unit, color) in enumerate(zip(units, colors, strict=True), start=1):
+            projection = crop(unit.projection, unit.top, unit.left, size, 0)
+            patch = crop(pixels, unit.top, unit.left, size, 1)
+            upper = fig.add_subplot(grid[2 * k, number + 1])
+            lower = fig.add_subplot(grid[2 * k + 1, number + 1])
+            draw_panel(upper, displayed(projection), color)
+            draw_panel(lower, patch.transpose(1, 2, 0), color)
+            upper.set_title(f"{number}: filter {unit.filter}\n{unit.value:.2f}", fontsize=7)
+
     fig.suptitle(heading, fontsize=9)
     return fig
+
+
+def draw_windows(ax: Axes, pixels: Array, units: list[Unit], size: int, colors: Sequence[Color]) -> None:
+    """Draw an image (3, rows, columns) from 0 to 1 with a numbered frame around each unit's window."""
+    ax.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
+    ax.set(xticks=[], yticks=[], xlim=(-0.5, IMAGE_SIZE - 0.5), ylim=(IMAGE_SIZE - 0.5, -0.5))
+    for index, (unit, color) in enumerate(zip(units, colors, strict=True)):
+        corner = (unit.left - 0.5, unit.top - 0.5)
+        ax.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=color, linewidth=1.4))
+
+        # the number stands on the upper edge; numbers stand side by side where large frames overlap
+        x = max(unit.left, 0) + min(9 * index, max(size - 8, 0))
+        y = max(unit.top, 7)
+        box = {"boxstyle": "square,pad=0.15", "facecolor": color, "linewidth": 0}
+        ax.text(x, y, str(index + 1), color="white", fontsize=6, va="bottom", clip_on=True, bbox=box)
+
+
+def draw_panel(ax: Axes, picture: Array, color: Color) -> None:
+    """Draw a picture (rows, columns, 3) from 0 to 1 in a coloured frame."""
+    ax.imshow(picture, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(color=color, linewidth=1.4)
+
+
+def print_units(layers: dict[str, list[Unit]]) -> None:
+    """Print the filters of each layer with their activations."""
+    print(f"{'layer':<7}filters (activation)")
+    for layer, units in layers.items():
+        row = ", ".join(f"{unit.filter} ({unit.value:.2f})" for unit in units)
+        print(f"{layer:<7}{row or 'none fires'}")
 
 
 def main() -> None:
     """Project one image's strongest units of each layer and draw them."""
     set_style()
-    if LAYER not in ("all", *LAYERS):
-        raise SystemExit(f"LAYER is {LAYER!r}; this network has {', '.join(LAYERS)}")
-    chosen = [k for k, layer in enumerate(LAYERS) if LAYER in ("all", layer)]
     device = choose_device(DEVICE)
+    layers = choose_layers(LAYER)
     checkpoint = load_checkpoint(CHECKPOINT, device)
-    net, title = checkpoint.net, TITLES[checkpoint.dataset]
-    if isinstance(IMAGE, int):
-        split = load_checkpoint_split(checkpoint, DATA_DIR, "test")
-        if not 0 <= IMAGE < len(split.images):
-            raise SystemExit(f"IMAGE is {IMAGE}; the test split has images 0 to {len(split.images) - 1}")
-        image, name = split.images[IMAGE], f"test image {IMAGE} of {title}"
-        truth = f", class {checkpoint.class_names[split.labels[IMAGE]]}"
-    else:
-        image, name, truth = load_picture(IMAGE), Path(IMAGE).name, ""
-    print(f"projecting {name}, network trained on {title}, on {device}, torch {torch.__version__}")
-    batch = net.normalise(torch.from_numpy(image[None]))
+    net = checkpoint.net
+    filters = choose_filters(SHOW_FILTERS, layers, net.config["filters"])
+    picture = choose_image(IMAGE, checkpoint, DATA_DIR)
+    title = TITLES[checkpoint.dataset]
+    print(f"projecting {picture.name}, network trained on {title}, on {device}, torch {torch.__version__}")
+
+    # what the network takes the image for
+    batch = net.normalise(torch.from_numpy(picture.pixels[None]))  # (1, 3, 96, 96)
     probabilities = net(batch).softmax(dim=1)[0]
-    guess = checkpoint.class_names[int(probabilities.argmax())]
-    numbers, count = FILTERS if isinstance(FILTERS, list) else None, net.config["filters"][chosen[0]]
-    if FILTERS != "strongest" and (len(chosen) > 1 or not numbers or not set(numbers) <= set(range(count))):
-        which = f"0 to {count - 1} of {LAYER}" if len(chosen) == 1 else "of one layer, set in LAYER"
-        raise SystemExit(f"FILTERS is {FILTERS!r}; allowed are 'strongest' and a list of filters {which}")
-    layers = {LAYERS[k]: strongest_units(net, batch, k, N_FILTERS, numbers) for k in chosen}
-    for layer, units in layers.items():
-        texts = ", ".join(f"{unit.filter} ({unit.value:.2f})" for unit in units)
-        print(f"{layer}: filters {texts or 'none fires'}")
-    which = "the strongest" if numbers is None else "the chosen"
-    heading = f"{name}{truth}, predicted {guess} ({float(probabilities.max()):.0%}); network trained on "
-    heading += f"{title}\nabove: projections of {which} filters with their activations, each with its own "
-    heading += "scale; grey is zero. below: the image there, white outside"
-    fields = [receptive_fields(net)[k].size for k in chosen]
-    save_figure(FIGURE, draw(image, layers, fields, heading))
-    save_arrays(FIGURE.with_suffix(".npz"), checkpoint, image=image, **as_arrays(layers))
+    probability, prediction = probabilities.max(dim=0)
+
+    # the units and their projections
+    units = {LAYERS[k]: strongest_units(net, batch, k, N_FILTERS, filters) for k in layers}
+    print_units(units)
+
+    # the figure and the arrays behind it
+    truth = f", class {picture.class_name}" if picture.class_name else ""
+    heading = (
+        f"{picture.name}{truth}, predicted {checkpoint.class_names[int(prediction)]} "
+        f"({100 * float(probability):.0f} %); network trained on {title}\n"
+        "upper rows: projections with filter and activation; grey is zero, each panel has its own scale\n"
+        "lower rows: the image in the same window, white beyond its border"
+    )
+    field_sizes = [receptive_fields(net)[k].size for k in layers]
+    save_figure(FIGURE, draw(picture.pixels, units, field_sizes, heading))
+    save_arrays(FIGURE.with_suffix(".npz"), checkpoint, image=picture.pixels, **as_arrays(units))
     print("next: uv run deconv_full.py")
 
 

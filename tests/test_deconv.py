@@ -318,7 +318,7 @@ def figures(make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
     """A checkpoint and data for `main`; the figures it would have written."""
     net = make_net()
     net.classifier.weight.zero_()
-    net.classifier.bias.copy_(torch.eye(10)[3])  # class 3, with e / (e + 9) = 23%
+    net.classifier.bias.copy_(torch.eye(10)[3])  # class 3, with e / (e + 9) = 23 %
     write_checkpoint(net)
     Image.new("RGB", (130, 50), (9, 99, 199)).save("my picture.png")
     written: list[Figure] = []
@@ -331,8 +331,8 @@ def figures(make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("image", "layers", "heading"),
     [
-        (3, ["conv2"], "test image 3 of STL-10, class class 4, predicted class 3 (23%); "),
-        ("my picture.png", LAYERS, "my picture.png, predicted class 3 (23%); "),
+        (3, ["conv2"], "test image 3 of STL-10, class class 4, predicted class 3 (23 %); "),
+        ("my picture.png", LAYERS, "my picture.png, predicted class 3 (23 %); "),
     ],
 )
 def test_main_draws_the_chosen_layers_of_a_test_image_or_a_picture(
@@ -351,7 +351,7 @@ def test_chosen_filters_are_drawn_and_their_arrays_kept(
 ) -> None:
     checkpoint = load_checkpoint(Path("outputs/CNN.pth"))
     images = load_split("stl10", Path("data"), "test").images
-    for name, value in (("IMAGE", 3), ("LAYER", "conv3"), ("FILTERS", [6, 3])):
+    for name, value in (("IMAGE", 3), ("LAYER", "conv3"), ("SHOW_FILTERS", [6, 3])):
         monkeypatch.setattr(deconv, name, value)
     deconv.main()
     assert [ax.get_title()[:11] for ax in figures[0].axes if ": filter" in ax.get_title()] == [
@@ -374,9 +374,9 @@ def test_chosen_filters_are_drawn_and_their_arrays_kept(
     for layer, chosen, which in (
         ("all", [1], one), ("conv3", "weakest", known), ("conv3", [], known), ("conv3", [7], known),
     ):  # fmt: skip
-        message = f"FILTERS is {chosen!r}; allowed are 'strongest' and a list of filters {which}"
+        message = f"SHOW_FILTERS is {chosen!r}; allowed are 'strongest' and a list of filters {which}"
         monkeypatch.setattr(deconv, "LAYER", layer)
-        monkeypatch.setattr(deconv, "FILTERS", chosen)
+        monkeypatch.setattr(deconv, "SHOW_FILTERS", chosen)
         with pytest.raises(SystemExit, match=re.escape(message)):
             deconv.main()
 
