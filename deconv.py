@@ -10,7 +10,8 @@ transposed weights. `project` below is all of it, one full frame at a time; deco
 millions of units.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -467,6 +469,44 @@ def print_units(layers: dict[str, list[Unit]]) -> None:
     for layer, units in layers.items():
         row = ", ".join(f"{unit.filter} ({unit.value:.2f})" for unit in units)
         print(f"{layer:<7}{row or 'none fires'}")
+
+
+# ---------------------------------------------------------------- the live page
+
+
+def page_json(content: Any) -> str:
+    """Return JSON that can stand in a script of a page.
+
+    Numbers have five digits, nan becomes null, and no `<` could end the script. `content` holds mappings,
+    sequences, arrays, numbers and text.
+    """
+    return json.dumps(plain(content), separators=(",", ":")).replace("<", r"\u003c")
+
+
+def plain(value: Any) -> Any:
+    """Return a value, and whatever it holds, as the types that JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if np.isfinite(value) else None
+    return value
+
+
+def class_colours(count: int) -> list[str]:
+    """Return a colour #rrggbb for each class, the same on every page; they repeat after ten."""
+    return cast(list[str], sns.color_palette("colorblind", count).as_hex())
+
+
+def text_colour_on(colour: str) -> str:
+    """Return the text colour, black or white, that contrasts more with #rrggbb: 4.6 to 1 or more (WCAG 2)."""
+    values = np.array(to_rgb(colour))
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ (0.2126, 0.7152, 0.0722)
+    return "#000" if luminance > 0.179 else "#fff"
 
 
 def main() -> None:
