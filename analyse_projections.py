@@ -5,7 +5,7 @@ Reads:  outputs/CNN.pth, outputs/snapshots/epoch_000.pth, outputs/activations.np
         outputs/projection_statistics.npz, outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin
 Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/filter_metrics_untrained.csv,
         outputs/specialisation.csv, outputs/specialisation.png,
-        outputs/ablation.csv, outputs/ablation_curves.csv, outputs/ablation_summary.csv, outputs/ablation.png,
+        outputs/ablation.csv, outputs/ablation_summary.csv, outputs/ablation.png,
         outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
 
 An activation is the strongest value of a filter in an image. Classes are compared by activations: a
@@ -64,7 +64,6 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # how the experiments are done
 RESAMPLINGS = 1000  # bootstrap samples behind an interval
 SEED = 0  # of all that is drawn at random here
-RANDOM_ORDERS = 1000  # orders in which all filters of conv4 are ablated at random
 KEPT_SHARE = 0.25  # of a window's pixels: those that are kept, or deleted, to see what an activation needs
 RANDOM_DRAWS = 3  # networks with random weights
 NORM_IMAGES = 1_000  # training images that give batch norm of new weights its means and variances
@@ -73,7 +72,7 @@ PROBE_DECAYS = (0.001, 0.01, 0.1)  # weight decays to choose from
 STATISTICS: dict[str, Callable[..., Any]] = dict.fromkeys(("nonzero_count", "mean", "variance"), np.mean)
 STATISTICS["max"] = np.max  # how a projection's statistics are put together over images
 NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
-BLUR = 2.0  # pixels, standard deviation of the Gaussian for maps that are blurred
+BLUR = 2.0  # pixels, standard deviation of the Gaussian that blurs the edges
 
 
 class Run(NamedTuple):
@@ -174,9 +173,8 @@ def tabulate(
     activation_*: mean, population variance and share above zero of the filter's activations over the images,
     with 95 % bootstrap intervals over images. Of conv4's projections means over the projected images (max:
     the largest). preferred_class has the largest mean activation, runner_up the second largest; the former
-    comes first in preferred_share of the bootstrap samples. selectivity and auc are for the preferred class,
-    selectivity_space is the index of activations averaged over the map (Morcos et al.), for the class that
-    these prefer. top_class: the most frequent class of the nine strongest images. Dead filters have none.
+    comes first in preferred_share of the bootstrap samples. selectivity and auc are for the preferred class.
+    top_class: the most frequent class of the nine strongest images. Dead filters have none.
 
     `activations` are those of `measure_activations`; `statistics` of the projections are (images, filters),
     of images with `projected_labels`.
@@ -184,7 +182,7 @@ def tabulate(
     filter_tables, class_tables = [], []
     labels, names = run.test.labels, np.array(run.names)
     for layer in LAYERS:
-        maxima, over_space = activations[f"{layer}_max"].astype(np.float64), activations[f"{layer}_mean"]
+        maxima = activations[f"{layer}_max"].astype(np.float64)
         numbers, dead = np.arange(maxima.shape[1]), (maxima == 0).all(axis=0)
         means, drawn = by_class(np.mean, maxima, labels, len(names)), bootstrap_means(maxima, labels)
         preferred, runner_up = np.argsort(-means, axis=0, kind="stable")[:2]
@@ -205,8 +203,6 @@ def tabulate(
         columns["preferred_share"] = (drawn.argmax(axis=1) == preferred).mean(axis=0)
         columns["selectivity"] = class_selectivity(means).max(axis=0)
         columns["selectivity_low"], columns["selectivity_high"] = limits
-        averages = by_class(np.mean, over_space, labels, len(names))
-        columns["selectivity_space"] = class_selectivity(averages).max(axis=0)
         columns["auc"] = area_under_roc(maxima, labels[:, None] == preferred)
         filter_tables.append(pd.DataFrame(columns))
         filter_tables[-1].loc[dead, "preferred_class":] = np.nan
@@ -229,8 +225,8 @@ def class_means(classes: pd.DataFrame) -> Array:
 
 def describe_layers(filters: pd.DataFrame) -> str:
     """Return dead filters of each layer, medians over the active ones, and how sure preferences are."""
-    active, columns = filters[~filters["dead"]], ["activation_nonzero", "selectivity", "selectivity_space"]
-    table = active.groupby("layer")[[*columns, "auc"]].median()
+    active = filters[~filters["dead"]]
+    table = active.groupby("layer")[["activation_nonzero", "selectivity", "auc"]].median()
     table.insert(0, "dead", filters.groupby("layer")["dead"].sum())
     conv4 = active[active["layer"] == "conv4"]
     uncertain = (conv4["preferred_share"] < 0.9).sum()
@@ -280,10 +276,10 @@ def compare_networks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     "learned" is the difference trained - untrained of filters that are active in both. The untrained network
     is no blank: edges and colours of random filters differ between classes, too. The largest of 576 values in
-    conv1 and of 9 in conv4 are different quantities; averages over the map (selectivity_space) are not.
+    conv1 and of 9 in conv4 are different quantities.
     """
     rows = []
-    for metric in ("selectivity", "selectivity_space", "auc"):
+    for metric in ("selectivity", "auc"):
         for layer in LAYERS:
             of_layer = {name: table[table["layer"] == layer] for name, table in tables.items()}
             values = {name: table[metric].to_numpy(np.float64) for name, table in of_layer.items()}
@@ -294,10 +290,9 @@ def compare_networks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def draw_specialisation(table: pd.DataFrame) -> Figure:
     """Draw `compare_networks`, layer by layer: both networks above, what was learned below."""
-    fig, axes = plt.subplots(2, 3, figsize=(8, 4.4), sharex=True, layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(6, 4.4), sharex=True, layout="constrained")
     texts = {
         "selectivity": "selectivity of the\nstrongest activation",
-        "selectivity_space": "selectivity of the map's\naverage",
         "auc": "area under the ROC curve\nof the strongest activation",
     }
     for (above, below), (metric, text) in zip(axes.T, texts.items(), strict=True):
@@ -306,9 +301,8 @@ def draw_specialisation(table: pd.DataFrame) -> Figure:
         draw_intervals(below, rows[rows["network"] == "learned"], "layer", "network")
         below.axhline(0, color="0.5", linestyle=":", linewidth=1)
         above.set_title(text, fontsize=9)
-    axes[0, 2].set_ylim(0.5, None)  # chance
-    for ax in axes[0, :2]:  # one quantity, one scale
-        ax.set_ylim(0, 1.1 * table.loc[table["metric"] != "auc", "high"].max())
+    axes[0, 0].set_ylim(0, 1.1 * table.loc[table["metric"] != "auc", "high"].max())
+    axes[0, 1].set_ylim(0.5, None)  # chance
     axes[0, 0].set_ylabel("median over filters")
     axes[1, 0].set_ylabel("trained - untrained,\nmedian over filters")
     axes[0, 0].legend(title="network; 95 % interval\nover filters", frameon=False, loc="upper left")
@@ -342,21 +336,6 @@ def ablate_each(parts: Tensor, base: Tensor, labels: Tensor) -> Array:
     return np.asarray((torch.stack(after, dim=1) - before[:, None]).cpu().numpy())
 
 
-def split_half(damage: Array, labels: Array) -> Array:
-    """Return how well filters' damage on one half of the images ranks like that on the other half.
-
-    Mean rank correlation over 20 random halves, of the damage (images, filters) to a class and to all.
-    """
-    rng, correlations = np.random.default_rng(SEED), []
-    for _ in range(20):
-        places = pd.Series(rng.random(len(damage))).groupby(labels).rank()  # within each class
-        half = (places % 2 == 0).to_numpy()
-        halves = [by_class(np.mean, damage[of], labels[of], labels.max() + 1) for of in (half, ~half)]
-        overall = [of.mean(axis=0) for of in halves]
-        correlations.append((rank_correlation(*halves), rank_correlation(*overall)))
-    return np.asarray(np.mean(correlations, axis=0))
-
-
 def summarise_damage(
     damage: Array, of_class: Mapping[str, Array], of_all: Mapping[str, Array], labels: Array
 ) -> dict[str, Interval]:
@@ -383,113 +362,62 @@ def summarise_damage(
     most = means.argmax(axis=0) == preferred
     share = bootstrap(lambda which: most[which].mean(), len(most))
     found["share of filters that cost their preferred class most"] = share
-    for text, value in zip(("a class", "all classes"), split_half(damage, labels), strict=True):
-        found[f"{text}: split-half rank correlation"] = value, math.nan, math.nan
     for name, x in of_all.items():
         found[f"all classes: rank correlation with {name}"] = correlation(x[known], means.mean(axis=0))
     return found
 
 
-def ablate_in_order(
-    parts: Tensor, base: Tensor, labels: Tensor, orders: Mapping[str, Array], level: str
-) -> pd.DataFrame:
-    """Return rows of ablation_curves.csv: the accuracy with the first filters of some orders ablated.
+def draw_ablation(damage: Array, index: Array, names: Sequence[str]) -> Figure:
+    """Draw the rise of each class's loss without each filter.
 
-    `orders` (orders, filters) by name, the random ones last. Of several orders of one name, mean and range of
-    95 %. `below`: the share of random orders whose accuracy, averaged over the curve, is lower.
-    """
-    sizes = np.unique(np.linspace(0, len(parts), 21).round().astype(np.int64))
-    curves = {}
-    for name, of_name in orders.items():
-        accuracies = []
-        for order in tqdm(of_name, f"ablation to {level}, {name}", unit=" orders", disable=None):
-            kept = torch.from_numpy(np.argsort(order) >= sizes[:, None]).to(parts)
-            logits = torch.tensordot(kept, parts, 1) + base  # (sizes, images, classes)
-            accuracies.append((logits.argmax(dim=2) == labels).float().mean(dim=1).tolist())
-        curves[name] = np.array(accuracies)
-    tables, random = [], [*curves.values()][-1].mean(axis=1)
-    for name, of_name in curves.items():
-        low, high = np.percentile(of_name, (2.5, 97.5), axis=0)
-        columns = {"ablated": sizes, "accuracy": of_name.mean(axis=0), "low": low, "high": high}
-        columns["below"] = (random < of_name.mean(axis=1).mean()).mean()
-        tables.append(pd.DataFrame({"level": level, "order": name, **columns}))
-    return pd.concat(tables)
-
-
-def draw_ablation(damage: Array, index: Array, curves: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """Draw the rise of each class's loss without each filter, and the accuracy as more and more are ablated.
-
-    damage and selectivity `index` are (classes, filters), filters without index are left out; `curves` is
-    ablation_curves.csv.
+    damage and selectivity `index` are (classes, filters), filters without index are left out.
     """
     known = np.flatnonzero(~np.isnan(index).any(axis=0))
     preferred = index[:, known].argmax(axis=0)
     rise = damage[:, known[np.lexsort((-index[:, known].max(axis=0), preferred))]]
-    fig, axes = plt.subplot_mosaic("AA;BC", figsize=(7.5, 6), height_ratios=[1.1, 1], layout="constrained")
-    ax, top = axes["A"], float(np.percentile(np.abs(rise), 99)) or 1
+    fig, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    top = float(np.percentile(np.abs(rise), 99)) or 1
     options: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -top, "vmax": top, "interpolation": "nearest"}
     drawn = ax.imshow(rise, aspect="auto", extent=(0, len(known), len(names), 0), **options)
-    fig.colorbar(drawn, ax=ax, pad=0.01, extend="both", label="rise of the loss (nats)")
+    fig.colorbar(drawn, ax=ax, pad=0.01, extend="both", label="loss increase (nats)")
     widths = np.bincount(preferred, minlength=len(names))
     for row, (end, width) in enumerate(zip(widths.cumsum(), widths, strict=True)):
         ax.add_patch(Rectangle((end - width, row), width, 1, fill=False, edgecolor="0.2", linewidth=0.9))
     ax.set_yticks(np.arange(len(names)) + 0.5, list(names))
-    ax.set_title("one filter set to its mean", fontsize=9)
     ax.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
-    for place, (level, of_level) in zip("BC", curves.groupby("level", sort=False), strict=True):
-        ax, groups = axes[place], of_level.groupby("order", sort=False)
-        for (name, rows), style in zip(groups, ("-", "--", "-.", ":"), strict=True):
-            ax.plot(rows["ablated"], 100 * rows["accuracy"], linestyle=style, label=name)
-            ax.fill_between(rows["ablated"], 100 * rows["low"], 100 * rows["high"], alpha=0.25, linewidth=0)
-        ax.set(xlabel="number of filters ablated", ylabel="accuracy (%)", ylim=(0, None), xlim=(0, None))
-        ax.set_title(f"more and more filters set to {level}", fontsize=9)
-        sns.despine(ax=ax)
-    axes["B"].legend(title="ablated first", frameon=False, fontsize=8, loc="lower left")
     return fig
 
 
 def run_ablation(
     run: Run, learned: Tensor, seen: Tensor, filters: pd.DataFrame, classes: pd.DataFrame
 ) -> str:
-    """Ablate filters of conv4, one at a time and more and more; write tables and figure, return a finding.
+    """Ablate filters of conv4, one at a time; write tables and figure, return a finding.
 
     `learned` and `seen` are what the classifier sees of the training and of the test images.
     """
     index, labels, names = class_selectivity(class_means(classes)), run.test.labels, run.names
     truth = torch.from_numpy(labels).to(seen.device)
     strength = filters.loc[filters["layer"] == "conv4", "activation_mean"].to_numpy()
-    highest, rng = index.max(axis=0), np.random.default_rng(SEED)
-    keys = {"most selective": -np.nan_to_num(highest), "least selective": np.nan_to_num(highest)}
-    keys["strongest on average"] = -strength
-    orders = {name: np.argsort(key, kind="stable")[None] for name, key in keys.items()}
-    numbers = np.arange(len(highest))
-    orders[f"random ({RANDOM_ORDERS:,} orders)"] = rng.permuted([numbers] * RANDOM_ORDERS, axis=1)
-    by_name, summary, curves = {"selectivity": index}, [], []
-    for level, suffix, values in ("their means", "", learned.mean(dim=0)), ("zero", "_zero", 0 * learned[0]):
-        parts, base = linear_parts(run.net, seen, values)
-        own = parts[:, torch.arange(len(labels)), truth].T.cpu().numpy()  # in the logit of an image's class
-        contribution, damage = by_class(np.mean, own, labels, len(names)), ablate_each(parts, base, truth)
-        of_class = {"selectivity": index, "contribution to the logit": contribution}
-        of_all = {"largest selectivity": highest, "mean activation": strength}
-        entries = summarise_damage(damage, of_class, of_all, labels)
-        summary += [(level, name, *entry) for name, entry in entries.items()]
-        by_name[f"contribution{suffix}"] = contribution
-        rises = by_class(np.mean, damage, labels, len(names))
-        by_name[f"loss_added{suffix}"] = np.vstack([rises, damage.mean(axis=0)])
-        curves.append(ablate_in_order(parts, base, truth, orders, level))
+    parts, base = linear_parts(run.net, seen, learned.mean(dim=0))
+    own = parts[:, torch.arange(len(labels)), truth].T.cpu().numpy()  # in the logit of an image's class
+    contribution, damage = by_class(np.mean, own, labels, len(names)), ablate_each(parts, base, truth)
+    of_class = {"selectivity": index, "contribution to the logit": contribution}
+    of_all = {"largest selectivity": index.max(axis=0), "mean activation": strength}
+    entries = summarise_damage(damage, of_class, of_all, labels)
+    rises = by_class(np.mean, damage, labels, len(names))
+    missing = np.full((1, len(strength)), np.nan)
     rows = [*names, "all"]  # of these only what was lost
-    columns: dict[str, Any] = {"filter": numbers.repeat(len(rows)), "class": rows * len(numbers)}
-    for name, of in by_name.items():
-        missing = np.full((len(rows) - len(of), len(numbers)), np.nan)
-        columns[name] = np.vstack([of, missing]).T.ravel()
+    columns: dict[str, Any] = {"filter": np.arange(len(strength)).repeat(len(rows))}
+    columns["class"] = rows * len(strength)
+    columns["selectivity"] = np.vstack([index, missing]).T.ravel()
+    columns["contribution"] = np.vstack([contribution, missing]).T.ravel()
+    columns["loss_increase"] = np.vstack([rises, damage.mean(axis=0)]).T.ravel()
     run.save_table("ablation", pd.DataFrame(columns))
-    accuracies = pd.concat(curves)
-    run.save_table("ablation_curves", accuracies)
-    table = pd.DataFrame(summary, columns=["level", "quantity", "value", "low", "high"])
+    summary = [(name, *entry) for name, entry in entries.items()]
+    table = pd.DataFrame(summary, columns=["quantity", "value", "low", "high"])
     run.save_table("ablation_summary", table)
-    figure = draw_ablation(by_name["loss_added"][:-1], index, accuracies, names)
-    run.save_figure("ablation", figure, "What ablating filters of conv4 costs")
-    value = table[table["level"] == "their means"].set_index("quantity")["value"]
+    run.save_figure("ablation", draw_ablation(rises, index, names), "What ablating a filter of conv4 costs")
+    value = table.set_index("quantity")["value"]
     most = value["share of filters that cost their preferred class most"]
     correlation = value["its preferred class: rank correlation with selectivity"]
     return (
@@ -565,9 +493,8 @@ def project_random_filters(run: Run, top: Projected, rng: np.random.Generator) -
 def score_pixels(run: Run, top: Projected, rng: np.random.Generator) -> Arrays:
     """Score the pixels of units' windows, (units, rows, columns), in other ways than by the projection.
 
-    By `deconv.backpropagate`, magnitudes summed over RGB, the gradient also blurred, since a coarse mask
-    keeps more of an image. And by what knows nothing of the filter: the image's edges, blurred and times the
-    envelope; nearness to the window's centre; chance.
+    By `deconv.backpropagate`, magnitudes summed over RGB. And by what knows nothing of the filter: the
+    image's edges, blurred and times the envelope; nearness to the window's centre; chance.
     """
     net, size = run.net, len(top.envelope)
     image, filter_, row, column, _ = top.units
@@ -576,11 +503,10 @@ def score_pixels(run: Run, top: Projected, rng: np.random.Generator) -> Arrays:
         backpropagate(net, batch, len(LAYERS) - 1, filter_, row, column, rule)
         for rule in ("gradient", "guided")
     )
-    maps = {"gradient": gradient, "gradient x input": gradient * batch, "guided backpropagation": guided}
+    maps = {"gradient": gradient, "guided backpropagation": guided}
     sums = {name: of.abs().sum(dim=1) for name, of in maps.items()}
     edges = torch.stack(torch.gradient(batch, dim=(2, 3))).abs().sum(dim=(0, 2))
-    for name, of in (("gradient, blurred", sums["gradient"]), ("edges", edges)):
-        sums[name] = gaussian_blur(of, [13, 13], [BLUR, BLUR])
+    sums["edges"] = gaussian_blur(edges, [13, 13], [BLUR, BLUR])
     scores = {name: crop_windows(of.cpu().numpy(), top.origin, size) for name, of in sums.items()}
     scores["edges"] = scores["edges"] * top.envelope
     from_centre = np.arange(size) - (size - 1) / 2
@@ -758,24 +684,10 @@ def probe(fit: Tensor, labels: Tensor, decay: float, on: Tensor) -> Tensor:
     return (on @ weights + bias).argmax(dim=1)
 
 
-def mcnemar(one: Array, other: Array) -> float:
-    """Return the two-sided p-value of McNemar's exact test for two classifiers on the same images.
-
-    `one` and `other` say which images each has right. Only those on which they differ count: if neither is
-    better, each of these is a coin's toss.
-    """
-    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
-    tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return float(min(1, 2 * tail / 2 ** (wins + losses)))
-
-
-def probe_layers(
-    run: Run, network: str, features: Sequence[Mapping[str, Tensor]], own: Array
-) -> list[tuple[Any, ...]]:
+def probe_layers(run: Run, network: str, features: Sequence[Mapping[str, Tensor]]) -> list[tuple[Any, ...]]:
     """Return rows of probes.csv, one a layer, of `pool_features` of the training and of the test images.
 
-    The decay is chosen on a fifth of the training images, drawn by the seed; then all of them are used. p is
-    that of McNemar's test against the network's `own` classifier, which images it has right.
+    The decay is chosen on a fifth of the training images, drawn by the seed; then all of them are used.
     """
     labels, truth = (torch.from_numpy(of.labels).to(run.net.mean.device) for of in (run.train, run.test))
     rows = []
@@ -788,7 +700,7 @@ def probe_layers(
         right = (probe(train, labels, decay, test) == truth).cpu().numpy()
         accuracy = right.mean()
         error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))  # normal interval
-        entry = accuracy, accuracy - error, accuracy + error, mcnemar(right, own), train.shape[1], decay
+        entry = accuracy, accuracy - error, accuracy + error, train.shape[1], decay
         rows.append((layer, network, *entry))
     return rows
 
@@ -796,10 +708,7 @@ def probe_layers(
 def describe_probes(probes: pd.DataFrame, own: float) -> str:
     """Say what the probes read; `own` is the accuracy of the network itself."""
     learned, raw = (" ".join(f"{share:.1%}" for share in probes["accuracy"][k : k + 4]) for k in (0, 4))
-    return (
-        f"probes of conv1 to conv4: {learned}, untrained {raw};\n  the network itself {own:.1%} "
-        f"(conv4's probe differs with p = {probes['p'][len(LAYERS) - 1]:.2g})"
-    )
+    return f"probes of conv1 to conv4: {learned}, untrained {raw};\n  the network itself {own:.1%}"
 
 
 def draw_probes(probes: pd.DataFrame, run: Run) -> Figure:
@@ -822,7 +731,7 @@ def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     set_style()
     checkpoint = load_checkpoint(CHECKPOINT, choose_device(DEVICE))
-    keys = [f"{layer}_{kind}" for layer in LAYERS for kind in ("max", "mean")]
+    keys = [f"{layer}_max" for layer in LAYERS]
     stored = load_arrays(OUTPUTS / "activations.npz", checkpoint, *keys)
     activations = dict(zip(keys, stored, strict=True))
     path = OUTPUTS / "projection_statistics.npz"
@@ -853,10 +762,10 @@ def main() -> None:
     features = [pool_features(run.net, of.images, "trained network") for of in (train, test)]
     learned, seen = (of["conv4"] for of in features)  # what the classifier sees
     own = run.net.classifier(seen).argmax(dim=1).cpu().numpy() == test.labels
-    rows = probe_layers(run, "trained", features, own)
+    rows = probe_layers(run, "trained", features)
     features = [pool_features(untrained, of.images, "untrained network") for of in (train, test)]
-    rows += probe_layers(run, "untrained", features, own)
-    columns = ["layer", "network", "accuracy", "low", "high", "p", "inputs", "decay"]
+    rows += probe_layers(run, "untrained", features)
+    columns = ["layer", "network", "accuracy", "low", "high", "inputs", "decay"]
     probes = pd.DataFrame(rows, columns=columns)
     run.save_table("probes", probes)
     run.save_figure("probes", draw_probes(probes, run), "What a linear classifier reads from each layer")

@@ -589,7 +589,7 @@ def explain_filters(
     means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
     lost: Any = [None] * len(filters)
     if layer == "conv4" and "ablation" in tables:
-        lost = tables["ablation"]["loss_added"].to_numpy().reshape(len(filters), -1)
+        lost = tables["ablation"]["loss_increase"].to_numpy().reshape(len(filters), -1)
     with np.errstate(invalid="ignore"):  # a dead filter correlates with none
         correlation = np.nan_to_num(np.corrcoef(maxima.T), nan=-1)
     np.fill_diagonal(correlation, -1)
@@ -1053,7 +1053,7 @@ function filterView(layer, n) {
       [metric("preferred_class"), `${f.preferred_class} (in ${share(f.preferred_share)} of samples), then `
         + `${f.runner_up}; most frequent in its ${top} images: ${f.top_class}`],
       [metric("selectivity"), `${two(f.selectivity)} (95 % interval ${two(f.selectivity_low)} to `
-        + `${two(f.selectivity_high)}); ${two(f.selectivity_space)} with activations averaged over the map`],
+        + `${two(f.selectivity_high)})`],
       value("auc"), value("activation_nonzero"), value("activation_mean"),
       f.nonzero_count === null ? [] : [metric("projections"), `${four(f.nonzero_count)} non-zero pixels; `
         + `mean ${four(f.mean)}, variance ${four(f.variance)}, largest ${four(f.max)}`]])),

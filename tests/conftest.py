@@ -29,7 +29,7 @@ FILTERS = (4, 6, 8, 16)  # of the pipeline's network
 FAST: dict[Any, dict[str, Any]] = {  # settings of the pipeline's run
     train_CNN: {"EPOCHS": 2, "BATCH_SIZE": 16, "FILTERS": FILTERS, "SNAPSHOTS": (1,)},
     deconv_full: {"IMAGES_PER_CLASS": 2, "FILTERS_PER_PAGE": 8, "EVOLUTION_FILTERS": 2},
-    analyse_projections: {"RESAMPLINGS": 20, "RANDOM_ORDERS": 3, "RANDOM_DRAWS": 2},
+    analyse_projections: {"RESAMPLINGS": 20, "RANDOM_DRAWS": 2},
     heatmap: {"OCCLUSION_STRIDE": 24, "TOP_FILTERS": 2, "SUMMED_FILTERS": 4, "MEAN_IMAGES": 20},
 }
 

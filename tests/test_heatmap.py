@@ -397,7 +397,7 @@ def test_the_page_holds_the_values_of_the_tables(pipeline: Path) -> None:
             means = tables["class_metrics"].query(f"layer == '{layer}' and filter == {row['filter']}")
             columns = ["activation_mean", "activation_low", "activation_high"]
             np.testing.assert_allclose(of_filter["means"], means[columns], rtol=1e-4)
-            lost = tables["ablation"].query(f"filter == {row['filter']}")["loss_added"]
+            lost = tables["ablation"].query(f"filter == {row['filter']}")["loss_increase"]
             assert of_filter["lost"] == (pytest.approx(lost.tolist(), **close) if layer == "conv4" else None)
 
 

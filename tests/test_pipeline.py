@@ -91,14 +91,14 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
             sum(FILTERS),
             "layer filter dead activation_mean activation_variance activation_nonzero nonzero_count mean "
             "variance max preferred_class runner_up top_class preferred_share selectivity selectivity_low "
-            "selectivity_high selectivity_space auc",
+            "selectivity_high auc",
         ),
         (
             "filter_metrics_untrained",
             sum(FILTERS),
             "layer filter dead activation_mean activation_variance activation_nonzero preferred_class "
             "runner_up top_class preferred_share selectivity selectivity_low selectivity_high "
-            "selectivity_space auc",
+            "auc",
         ),
         (
             "class_metrics",
@@ -106,18 +106,13 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
             "layer filter class activation_mean activation_low activation_high nonzero_count mean variance "
             "max",
         ),
-        ("specialisation", 36, "metric layer network median low high"),
-        (
-            "ablation",
-            11 * FILTERS[-1],
-            "filter class selectivity contribution loss_added contribution_zero loss_added_zero",
-        ),
-        ("ablation_curves", 2 * 4 * 17, "level order ablated accuracy low high below"),
-        ("ablation_summary", 2 * 11, "level quantity value low high"),
-        ("trust", 2 * 17 + 2 * 6 * 3, "test condition median low high n"),
+        ("specialisation", 24, "metric layer network median low high"),
+        ("ablation", 11 * FILTERS[-1], "filter class selectivity contribution loss_increase"),
+        ("ablation_summary", 9, "quantity value low high"),
+        ("trust", 2 * 13 + 2 * 6 * 3, "test condition median low high n"),
         ("occlusion", -1, "image filter label activation activity unit correlation taken_for"),
         ("invariance", 4 * (13 + 9 + 18), "kind degree measure mean low high n"),
-        ("probes", 8, "layer network accuracy low high p inputs decay"),
+        ("probes", 8, "layer network accuracy low high inputs decay"),
         (
             "training_log",
             2,
