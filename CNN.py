@@ -4,8 +4,8 @@ Run:    uv run CNN.py
 Reads:  nothing
 Writes: nothing; prints a table of the layers
 
-Every later stage imports the network from here, and with it the geometry of its receptive fields, its
-checkpoint, the function that writes a file whole or not at all, and the choice of device.
+Every later stage imports the network from here. The same file holds the geometry of its receptive fields, its
+checkpoint, the choice of device, and the function that writes a file whole or not at all.
 """
 
 import hashlib
@@ -321,7 +321,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise SystemExit(f"{path.absolute()} not found: run `uv run train_CNN.py` first")
+        raise SystemExit(
+            f"{path.absolute()} not found: run `uv run train_CNN.py` first, or take the trained network that "
+            "comes with this repository: `cp -r outputs/readme/trained/* outputs/`"
+        )
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         net = CNN(**content["config"])

@@ -5,8 +5,8 @@ Reads:  data/stl10_binary/{train,test}_{X,y}.bin, downloaded if they are missing
         data/{train,test}/CLASS/*
 Writes: outputs/sample_images.png, and what it downloads
 
-Every later stage takes its images from here, and the functions that write a file whole or not at all. In all
-paths ~ is the home folder.
+Every later stage takes its images from here, and the functions that read and write array files, tables and
+figures. In all paths ~ is the home folder.
 """
 
 import cmath
@@ -60,8 +60,9 @@ STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monk
 TITLES = {"stl10": "STL-10", "folders": "your pictures", "shapes": "generated shapes"}  # in figures and logs
 DPI = 200  # of figures
 
-# The generated stand-in: signed distance to the outline of a shape, negative inside, in units of its radius,
-# at points x, y (polar: r, t in turns); approximate for the last four, the textures. Cut off beyond r = 1.
+# The generated stand-in. A function returns the signed distance of points to the outline of a shape, negative
+# inside, in units of its radius. x and y are a point's coordinates, r and t its polar ones, t in turns. The
+# distances are approximate for the last four, the textures. All shapes are cut off beyond r = 1.
 SHAPES: dict[str, Callable[..., Any]] = {
     "disc": lambda x, y, r, t: r - 0.9,
     "ring": lambda x, y, r, t: abs(r - 0.72) - 0.2,
@@ -88,16 +89,19 @@ class Split(NamedTuple):
     images: Array
     labels: Array
 
-    def select(self, places: Array) -> "Split":
-        """Return the images and labels at `places`."""
-        return Split(self.images[places], self.labels[places])
+    def select(self, indices: Array) -> "Split":
+        """Return the images and labels at `indices`, which may also be a boolean mask."""
+        return Split(self.images[indices], self.labels[indices])
 
 
 class DownloadError(Exception):
     """STL-10 could not be downloaded; the text says why in one line."""
 
 
-def class_names(dataset: str, data_dir: Path) -> list[str]:
+# ---------------------------------------------------------------- which data set, and where it is
+
+
+def class_names(dataset: str, data_dir: str | Path) -> list[str]:
     """Return the names of the classes, 0, 1, ..., of "stl10", "folders" or "shapes".
 
     Raises:
@@ -105,26 +109,35 @@ def class_names(dataset: str, data_dir: Path) -> list[str]:
     """
     if dataset != "folders":
         return list(STL10_CLASSES if dataset == "stl10" else SHAPES)
-    parts = [data_dir.expanduser() / split for split in ("train", "test")]
-    for part in parts:
-        if not part.is_dir():
-            raise SystemExit(f"{part.absolute()} not found: put pictures into {part}/CLASS/ for each class")
-    train, test = (sorted(path.name for path in part.iterdir() if path.is_dir()) for part in parts)
+
+    train = list_classes(Path(data_dir).expanduser() / "train")
+    test = list_classes(Path(data_dir).expanduser() / "test")
     if train != test:
-        both, differing = f"{data_dir}/train and {data_dir}/test", ", ".join(sorted(set(train) ^ set(test)))
-        raise SystemExit(f"{both} must hold the same classes; they differ in {differing}")
+        differing = ", ".join(sorted(set(train) ^ set(test)))
+        raise SystemExit(
+            f"{data_dir}/train and {data_dir}/test must hold the same classes; they differ in {differing}"
+        )
     if len(train) < 2:
-        raise SystemExit(f"{data_dir}/train holds {len(train)} folders; one for each of two classes is least")
+        raise SystemExit(
+            f"the classes in {data_dir}/train are {train}; put a folder there for each of two or more"
+        )
     return train
 
 
-def stl10_folder(data_dir: Path) -> Path:
+def list_classes(folder: Path) -> list[str]:
+    """Return the names of the folders in `folder`, sorted, or raise SystemExit if it is not there."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder.absolute()} not found: put pictures into {folder}/CLASS/ for each class")
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def stl10_folder(data_dir: str | Path) -> Path:
     """Return the folder of STL-10's files: stl10_binary in `data_dir`, or `data_dir` if one lies there."""
-    data_dir = data_dir.expanduser()
+    data_dir = Path(data_dir).expanduser()
     return data_dir if any((data_dir / name).exists() for name in FILES) else data_dir / FOLDER
 
 
-def find_dataset(dataset: str, data_dir: Path) -> str:
+def find_dataset(dataset: str, data_dir: str | Path) -> str:
     """Return what the setting DATASET means here, never "auto"; unpack or download what is missing of STL-10.
 
     Generated images replace STL-10 only for "auto", only where no file of STL-10 is there, and with a notice.
@@ -139,27 +152,41 @@ def find_dataset(dataset: str, data_dir: Path) -> str:
     folder = stl10_folder(data_dir)
     if all((folder / name).exists() for name in FILES):
         return "stl10"
-    places = (place / PurePosixPath(URL).name for place in (data_dir.expanduser(), folder))
-    archive = next((path for path in places if path.is_file()), None)
-    source, done = (archive, "unpacked") if archive else (URL, "downloaded")
+
+    # an archive on disk is unpacked; without one, STL-10 is downloaded
+    archives = [parent / PurePosixPath(URL).name for parent in (Path(data_dir).expanduser(), folder)]
+    archive = next((path for path in archives if path.is_file()), None)
+    source = archive or URL
     print(f"reading STL-10 from {source} to {folder}", flush=True)
     try:
         download(folder, archive)
         return "stl10"
     except DownloadError as error:
-        failed = f"STL-10 could not be {done} from {source} ({error})"
+        verb = "unpacked" if archive else "downloaded"
+        failure = f"STL-10 could not be {verb} from {source} ({error})"
+
+    # where one of the files or the archive is, STL-10 can be had, and shapes would be a surprise
     by_hand = f"put {', '.join(FILES)} into {folder}"
-    # Where one of the files or the archive is, STL-10 can be had: go on with it rather than make do.
     if dataset == "stl10" or archive or any((folder / name).exists() for name in FILES):
-        raise SystemExit(f'{failed}: run again, {by_hand}, or set DATASET = "shapes"')
+        raise SystemExit(f'{failure}: run again, {by_hand}, or set DATASET = "shapes"')
     rule = "!" * 100
-    print(f"{rule}\n!!  {failed}.\n!!  THIS RUN USES GENERATED IMAGES, the set called shapes. To have STL-10")
+    print(
+        f"{rule}\n!!  {failure}.\n!!  THIS RUN USES GENERATED IMAGES, the set called shapes. To have STL-10"
+    )
     print(f"!!  {by_hand}\n!!  and run again.\n{rule}", flush=True)
     return "shapes"
 
 
-def load_split(dataset: str, data_dir: Path, split: str) -> Split:
-    """Read and check, or generate, the split "train" or "test" of "stl10", "folders" or "shapes".
+def load_split(dataset: str, data_dir: str | Path, split: str) -> Split:
+    """Read and check, or generate, a split of a data set.
+
+    Args:
+        dataset: "stl10", "folders" or "shapes".
+        data_dir: The folder that holds the data.
+        split: "train" or "test".
+
+    Returns:
+        Images and labels.
 
     Raises:
         SystemExit: If a file is missing or is not the published one.
@@ -167,8 +194,10 @@ def load_split(dataset: str, data_dir: Path, split: str) -> Split:
     if dataset == "shapes":
         return generate_shapes(split)
     if dataset == "folders":
-        return read_folders(data_dir.expanduser() / split, class_names(dataset, data_dir))
-    image_path, label_path = (stl10_folder(data_dir) / f"{split}_{kind}.bin" for kind in "Xy")
+        return read_folders(Path(data_dir).expanduser() / split, class_names(dataset, data_dir))
+
+    image_path = stl10_folder(data_dir) / f"{split}_X.bin"
+    label_path = stl10_folder(data_dir) / f"{split}_y.bin"
     check_file(image_path)
     check_file(label_path)
     # Each channel is stored column by column: (images, 3, columns, rows) -> (images, 3, rows, columns).
@@ -197,7 +226,7 @@ def load_checkpoint_split(checkpoint: Checkpoint, data_dir: str | Path, split: s
         Images and labels.
 
     Raises:
-        SystemExit: If the data are missing, damaged or not those of the training.
+        SystemExit: If the data are missing or damaged, or have changed since the training.
     """
     data_dir = Path(data_dir)
     data = load_split(checkpoint.dataset, data_dir, split)
@@ -213,28 +242,36 @@ def load_checkpoint_split(checkpoint: Checkpoint, data_dir: str | Path, split: s
     return data
 
 
+# ---------------------------------------------------------------- reading STL-10 and pictures
+
+
 def check_file(path: Path) -> None:
     """Raise SystemExit unless `path` is the published file of STL-10: there, right in size and md5 sum."""
     if not path.is_file():
         raise SystemExit(f"{path.absolute()} not found: run `uv run load_data.py` first")
     size, md5 = FILES[path.name]
-    again = "move it elsewhere and run `uv run load_data.py`, which downloads it anew"
+    advice = "move it elsewhere and run `uv run load_data.py`, which downloads it anew"
     if path.stat().st_size != size:
-        raise SystemExit(f"{path} has {path.stat().st_size:,} bytes, expected {size:,}: {again}")
+        raise SystemExit(f"{path} has {path.stat().st_size:,} bytes, expected {size:,}: {advice}")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != md5:
-        raise SystemExit(f"{path} has the md5 sum {found}, expected {md5}: {again}")
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    if digest != md5:
+        raise SystemExit(f"{path} has the md5 sum {digest}, expected {md5}: {advice}")
 
 
-def read_picture(path: Path) -> Array:
-    """Read a picture, crop its centre to a square and resize it to 96 pixels: uint8 (3, 96, 96).
+def read_picture(path: str | Path) -> Array:
+    """Read a picture, crop its centre to a square and resize it to 96 x 96 pixels.
 
-    The picture is turned as its camera says (EXIF) and put on white where it is transparent. Where a channel
-    has more than 8 bits, the brightest value becomes white.
+    Args:
+        path: A file of any format that Pillow reads. The picture is turned as its camera says (EXIF) and put
+            on white where it is transparent. Where a channel has more than 8 bits, the brightest value
+            becomes white.
+
+    Returns:
+        The picture, uint8 (3, 96, 96).
 
     Raises:
-        Exception: Of nearly any type, if it is no picture or damaged.
+        Exception: If the file is no picture or damaged; what Pillow raises then is of nearly any type.
     """
     with Image.open(path) as file:
         picture = ImageOps.exif_transpose(file)
@@ -254,20 +291,28 @@ def read_folders(folder: Path, names: list[str]) -> Split:
     Raises:
         SystemExit: If a class has no picture.
     """
-    images, labels = [], []
-    paths = [(p, k) for k, name in enumerate(names) for p in sorted((folder / name).rglob("*"))]
-    pictures = [(path, label) for path, label in paths if path.suffix.lower() in IMG_EXTENSIONS]
+    pictures = []  # (path, label)
+    for label, name in enumerate(names):
+        paths = sorted((folder / name).rglob("*"))
+        pictures += [(path, label) for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
+
+    images = []
+    labels = []
     for path, label in tqdm(pictures, f"reading {folder}", unit=" pictures", disable=None):
         try:
             images.append(read_picture(path))
             labels.append(label)
         except Exception as error:  # what Pillow raises for a damaged picture is of nearly any type
             tqdm.write(f"{path} cannot be read as a picture and is left out: {error}")
+
     if skipped := len(pictures) - len(images):
         print(f"{skipped} of {len(pictures):,} pictures in {folder} were left out")
     if empty := ", ".join(name for label, name in enumerate(names) if label not in labels):
         raise SystemExit(f"{folder} has no picture of {empty}: put some there, or remove the class")
     return Split(np.stack(images), np.array(labels, np.int64))
+
+
+# ---------------------------------------------------------------- the download
 
 
 def download(folder: Path, archive: Path | None) -> None:
@@ -311,6 +356,9 @@ def save_member(content: IO[bytes], path: Path, bar: "tqdm[Any]") -> None:
             raise DownloadError(f"{path.name} in the archive has the wrong md5 sum")
 
 
+# ---------------------------------------------------------------- generated shapes
+
+
 def generate_shapes(split: str) -> Split:
     """Draw the split "train" or "test" of the stand-in, always the same."""
     rng = np.random.default_rng(SHAPES_SEEDS[split])
@@ -320,34 +368,48 @@ def generate_shapes(split: str) -> Split:
 
 def draw_image(shape: str, rng: np.random.Generator) -> Array:
     """Draw one image (3, 96, 96): clutter, the shape, clutter, noise; random colour, place, size, angle."""
-    # They differ in a random direction of colour space: no colour gives the class away, and conv1 must see
-    # edges between any two colours (where one was light and the other dark, its filters stayed noisy).
-    ground, away = rng.random((3, 1, 1)), rng.standard_normal((3, 1, 1))
-    colour = (ground + 0.5 * away / abs(away).max()) % 1
-    clutter, front = rng.choice(list(CLUTTER), 4).tolist(), rng.integers(3)
+    # Shape and ground differ in a random direction of colour space, so no colour gives the class away, and
+    # conv1 must see edges between any two colours. With light shapes on dark ground its filters stayed noisy.
+    ground = rng.random((3, 1, 1))
+    direction = rng.standard_normal((3, 1, 1))
+    shape_colour = (ground + 0.5 * direction / abs(direction).max()) % 1
+
+    # four pieces of clutter, some behind the shape and up to two before it
+    clutter = rng.choice(list(CLUTTER), 4).tolist()
+    before = rng.integers(3)
+    layers = [*clutter[before:], shape, *clutter[:before]]
+
+    # a point of the plane is a complex number: column + i * row
     grid = np.arange(IMAGE_SIZE, dtype=np.complex64) + 1j * np.arange(IMAGE_SIZE, dtype=np.float32)[:, None]
     canvas = np.broadcast_to(ground, (3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
-    for name in [*clutter[front:], shape, *clutter[:front]]:
+    for name in layers:
         radius = rng.uniform(22, 40)  # pixels
-        centre = complex(*rng.uniform(0.8 * radius, IMAGE_SIZE - 0.8 * radius, 2))  # column and row
-        points = (grid - centre) * (cmath.exp(1j * rng.uniform(0, math.tau)) / radius)
-        polar = abs(points), np.angle(points) / math.tau
-        distance = (SHAPES | CLUTTER)[name](points.real, points.imag, *polar)
+        centre = complex(*rng.uniform(0.8 * radius, IMAGE_SIZE - 0.8 * radius, 2))
+        turn = cmath.exp(1j * rng.uniform(0, math.tau))
+        points = (grid - centre) * (turn / radius)
+        turns = np.angle(points) / math.tau
+        distance = (SHAPES | CLUTTER)[name](points.real, points.imag, abs(points), turns)
         if name == shape:
             distance = np.maximum(distance, abs(points) - 1)
         coverage = np.clip(0.5 - radius * distance, 0, 1)  # edges are smooth over one pixel
-        paint = colour if name == shape else rng.random((3, 1, 1))
-        canvas += coverage * (paint.astype(np.float32) - canvas)
+        colour = shape_colour if name == shape else rng.random((3, 1, 1))
+        canvas += coverage * (colour.astype(np.float32) - canvas)
+
     canvas += rng.standard_normal(canvas.shape, np.float32) * rng.uniform(0.05, 0.1)
     return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
 
 
+# ---------------------------------------------------------------- normalisation and augmentation
+
+
 def mean_and_std(images: Array) -> tuple[Array, Array]:
-    """Return mean and deviation of each channel of uint8 images, on a scale of 0 to 1, (3,) each."""
+    """Return mean and standard deviation of each channel of uint8 images, on a scale of 0 to 1, (3,) each."""
+    # a channel's histogram says how often each of the 256 grey levels occurs
     counts = np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)])
-    shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
-    mean = shares @ values
-    return mean, np.sqrt(shares @ values**2 - mean**2)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    levels = np.arange(256) / 255
+    mean = shares @ levels
+    return mean, np.sqrt(shares @ levels**2 - mean**2)
 
 
 class Augmentation(NamedTuple):
@@ -361,73 +423,125 @@ class Augmentation(NamedTuple):
 
 
 def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) -> Tensor:
-    """Flip, move, zoom, turn and recolour each image at random, and cut a square out of it.
+    """Change each image of a batch at random: flip and warp it, recolour it, cut a square out of it.
 
-    torchvision's transforms draw one change for a whole batch, or work image by image; here every image of a
-    batch has its own, in one resampling and one mixing of colours. They are normalised, float32 (images, 3,
-    rows, columns); the generator is on the CPU, so that a seed means the same everywhere.
+    Every image has changes of its own. torchvision's transforms draw one change for a whole batch, or work
+    image by image, which is slower.
+
+    Args:
+        images: Normalised images, float32 (images, 3, rows, columns).
+        strength: How far they are changed at most.
+        generator: Draws the changes; it is on the CPU, so that a seed means the same on every device.
+
+    Returns:
+        The changed images, of the same shape.
     """
-    n, _, height, width = images.shape
-
-    def uniform(limit: float, columns: int = 1) -> Tensor:
-        return ((2 * torch.rand(columns, n, generator=generator) - 1) * limit).to(images.device)
-
-    flip = uniform(1).sign()[0]
-    size, aspect = torch.exp(uniform(math.log1p(strength.zoom), 2))
-    (angle,) = uniform(math.radians(strength.rotation))
-    right, down = uniform(2 * strength.shift / width, 2)  # the grid's unit is half a frame
-    across, along, cos, sin = flip * size * aspect, size / aspect, angle.cos(), angle.sin()
-    rows = torch.stack([across * cos, -along * sin, right, across * sin, along * cos, down], dim=1)
-    where = F.affine_grid(rows.view(n, 2, 3), list(images.shape), align_corners=False)
-    images = F.grid_sample(images, where, padding_mode="reflection", align_corners=False)
-
-    # contrast * (grey + saturation * (pixel - grey)) + brightness, grey being the mean of the three channels,
-    # as one 3 x 3 matrix for each image: a third of the time of one operation after another
-    contrast, saturation = 1 + uniform(strength.colour, 2)[:, :, None, None]
-    own, grey = torch.eye(3, device=images.device), torch.full((3, 3), 1 / 3, device=images.device)
-    mixing = contrast * (saturation * own + (1 - saturation) * grey)
-    brightness = uniform(strength.colour)[0][:, None, None]
-    images = torch.baddbmm(brightness, mixing, images.flatten(2)).view_as(images)
-
-    if strength.cutout:
-        centre = (uniform(0.5, 2) + 0.5) * torch.tensor([[height], [width]], device=images.device)
-        top, left = (centre.long() - strength.cutout // 2)[:, :, None]  # (images, 1) each
-        row, column = (torch.arange(side, device=images.device) for side in (height, width))
-        in_rows = (row >= top) & (row < top + strength.cutout)
-        in_columns = (column >= left) & (column < left + strength.cutout)
-        images = images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
-    return images
+    images = warp(images, strength, generator)
+    images = recolour(images, strength.colour, generator)
+    return cut_out(images, strength.cutout, generator) if strength.cutout else images
 
 
-def save_arrays(path: Path, checkpoint: Checkpoint, **arrays: Array) -> None:
+def draw_uniform(limit: float, rows: int, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw numbers from -limit to limit, (rows, images), on the device of the images."""
+    numbers = torch.rand(rows, len(images), generator=generator)
+    return ((2 * numbers - 1) * limit).to(images.device)
+
+
+def warp(images: Tensor, strength: Augmentation, generator: torch.Generator) -> Tensor:
+    """Flip half of the images; scale, rotate and translate all, in one resampling.
+
+    Beyond the border the image is continued by its mirror image. See `augment` for the arguments.
+    """
+    count, _, _, width = images.shape
+    flip = draw_uniform(1, 1, images, generator).sign()[0]  # -1 or 1
+    size, aspect = torch.exp(draw_uniform(math.log1p(strength.zoom), 2, images, generator))
+    angle = draw_uniform(math.radians(strength.rotation), 1, images, generator)[0]
+    # affine_grid measures positions in half frames from the centre
+    right, down = draw_uniform(2 * strength.shift / width, 2, images, generator)
+
+    # a matrix for each image: from a position in the new image to the position where its colour is taken
+    #   ( cos  -sin ) ( x_scale     0    ) ( x )     ( right )
+    #   ( sin   cos ) (    0     y_scale ) ( y )  +  ( down  )
+    x_scale = flip * size * aspect
+    y_scale = size / aspect
+    cos = angle.cos()
+    sin = angle.sin()
+    entries = [x_scale * cos, -y_scale * sin, right, x_scale * sin, y_scale * cos, down]
+    matrices = torch.stack(entries, dim=1).view(count, 2, 3)
+    positions = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images, positions, padding_mode="reflection", align_corners=False)
+
+
+def recolour(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change contrast, saturation and brightness of each image by at most `strength`.
+
+    A pixel, its three channels, becomes contrast * (grey + saturation * (pixel - grey)) + brightness, where
+    grey is the mean of the three. This is one 3 x 3 matrix and one offset for each image, which takes a third
+    of the time of one operation after another.
+    """
+    contrast, saturation = 1 + draw_uniform(strength, 2, images, generator)[:, :, None, None]
+    brightness = draw_uniform(strength, 1, images, generator)[0][:, None, None]
+
+    identity = torch.eye(3, device=images.device)
+    to_grey = torch.full((3, 3), 1 / 3, device=images.device)
+    matrices = contrast * (saturation * identity + (1 - saturation) * to_grey)  # (images, 3, 3)
+    pixels = images.flatten(2)  # (images, 3, rows, columns) -> (images, 3, pixels)
+    return torch.baddbmm(brightness, matrices, pixels).view_as(images)
+
+
+def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Set a square of `side` pixels in each image to 0, the mean colour (DeVries & Taylor 2017).
+
+    Its centre is anywhere in the image, so the border cuts some squares off.
+    """
+    height, width = images.shape[2:]
+    shares = draw_uniform(0.5, 2, images, generator) + 0.5
+    centres = shares * torch.tensor([[height], [width]], device=images.device)
+    top, left = (centres.long() - side // 2)[:, :, None]  # (images, 1) each
+
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    in_rows = (rows >= top) & (rows < top + side)  # (images, rows)
+    in_columns = (columns >= left) & (columns < left + side)
+    squares = in_rows[:, :, None] & in_columns[:, None, :]  # (images, rows, columns)
+    return images.masked_fill(squares[:, None], 0)
+
+
+# ---------------------------------------------------------------- array files, tables and figures
+
+
+def save_arrays(path: str | Path, checkpoint: Checkpoint, **arrays: Array) -> None:
     """Write arrays, with the checkpoint and the data set they were made from, to an .npz file."""
-    facts = {"checkpoint_sha256": np.array(checkpoint.sha256), "dataset": np.array(checkpoint.dataset)}
+    origin = {"checkpoint_sha256": np.array(checkpoint.sha256), "dataset": np.array(checkpoint.dataset)}
     with atomic_write(path) as partial, partial.open("wb") as file:  # given a path, numpy appends a suffix
-        np.savez(file, allow_pickle=False, **facts, **arrays)
+        np.savez(file, allow_pickle=False, **origin, **arrays)
     print(f"wrote {path}", flush=True)
 
 
-def load_arrays(path: Path, checkpoint: Checkpoint, *keys: str) -> list[Array]:
+def load_arrays(path: str | Path, checkpoint: Checkpoint, *keys: str) -> list[Array]:
     """Read the arrays called `keys` from an .npz file that deconv_full.py made from this checkpoint.
 
     Raises:
         SystemExit: If the file is missing, damaged, foreign or made from another checkpoint.
     """
-    run, path = "run `uv run deconv_full.py`", path.expanduser()
+    path = Path(path).expanduser()
+    advice = "run `uv run deconv_full.py`"
     if not path.is_file():
-        raise SystemExit(f"{path.absolute()} not found: {run} first")
+        raise SystemExit(f"{path.absolute()} not found: {advice} first")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            origin, *arrays = (stored[key] for key in ("checkpoint_sha256", *keys))
+            sha256 = str(stored["checkpoint_sha256"])
+            arrays = [stored[key] for key in keys]
     except Exception as error:  # what numpy raises for a damaged file is of nearly any type
-        kind = type(error).__name__
-        raise SystemExit(f"{path} is damaged or not of this project ({kind}): {run}") from None
-    if origin != checkpoint.sha256:
-        raise SystemExit(f"{path} was made from another checkpoint: {run} again")
+        raise SystemExit(
+            f"{path} is damaged or not of this project ({type(error).__name__}): {advice}"
+        ) from None
+    if sha256 != checkpoint.sha256:
+        raise SystemExit(f"{path} was made from another checkpoint: {advice} again")
     return arrays
 
 
-def save_table(path: Path, checkpoint: Checkpoint, table: pd.DataFrame, quiet: bool = False) -> None:
+def save_table(path: str | Path, checkpoint: Checkpoint, table: pd.DataFrame, quiet: bool = False) -> None:
     """Write a table as csv; its first columns name the checkpoint and the data set it was made from."""
     origin = {"checkpoint": checkpoint.sha256[:12], "dataset": checkpoint.dataset}
     table = table.assign(**origin)[[*origin, *table.columns]]
@@ -437,32 +551,34 @@ def save_table(path: Path, checkpoint: Checkpoint, table: pd.DataFrame, quiet: b
         print(f"wrote {path}", flush=True)
 
 
-def load_table(path: Path, checkpoint: Checkpoint) -> pd.DataFrame:
+def load_table(path: str | Path, checkpoint: Checkpoint) -> pd.DataFrame:
     """Read a table that analyse_projections.py made from this checkpoint, without its first two columns.
 
     Raises:
         SystemExit: If the file is missing, no table or made from another checkpoint.
     """
-    run, path = "run `uv run analyse_projections.py`", path.expanduser()
+    path = Path(path).expanduser()
+    advice = "run `uv run analyse_projections.py`"
     if not path.is_file():
-        raise SystemExit(f"{path.absolute()} not found: {run} first")
-    try:  # checkpoint: as text, or 123456789012 would be read as a number
+        raise SystemExit(f"{path.absolute()} not found: {advice} first")
+    try:  # the checkpoint is read as text, because 123456789012 would become a number
         table = pd.read_csv(path, dtype={"checkpoint": str})
         matches = (table["checkpoint"] == checkpoint.sha256[:12]).all()
-    except (ValueError, KeyError) as error:  # the former includes pandas' parser and Unicode errors
-        kind = type(error).__name__
-        raise SystemExit(f"{path} is damaged or not of this project ({kind}): {run}") from None
+    except (ValueError, KeyError) as error:  # pandas' parser and Unicode errors are ValueErrors
+        raise SystemExit(
+            f"{path} is damaged or not of this project ({type(error).__name__}): {advice}"
+        ) from None
     if not matches:
-        raise SystemExit(f"{path} was made from another checkpoint: {run} again")
+        raise SystemExit(f"{path} was made from another checkpoint: {advice} again")
     return table.drop(columns=["checkpoint", "dataset"])
 
 
-def save_figure(path: Path, figure: Figure, quiet: bool = False) -> None:
+def save_figure(path: str | Path, figure: Figure, quiet: bool = False) -> None:
     """Write a figure as PNG and close it."""
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", pil_kwargs={"compress_level": 1})  # half the time, 9 % larger
     plt.close(figure)
-    gc.collect()  # its pixels: a figure refers to itself, and would stay until Python looks by itself
+    gc.collect()  # because a figure is part of a reference cycle and its pixels would stay in memory
     if not quiet:
         print(f"wrote {path}", flush=True)
 
@@ -475,7 +591,7 @@ def set_style() -> None:
 
 
 def tile(pictures: Array, columns: int, gap: int) -> Array:
-    """Lay pictures (n, rows, columns, 3) from 0 to 1 out, `columns` a row, on white, `gap` pixels apart."""
+    """Lay out pictures (n, rows, columns, 3) from 0 to 1, `columns` a row, on white, `gap` pixels apart."""
     sheet = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), columns, gap, pad_value=1)
     return np.asarray(sheet.permute(1, 2, 0).numpy())
 
@@ -484,7 +600,8 @@ def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
     """Draw up to ten images of each class, one class a row."""
     columns = min(10, *np.bincount(data.labels).tolist())
     rows = [np.flatnonzero(data.labels == label)[:columns] for label in range(len(names))]
-    pictures = np.moveaxis(data.images[np.concatenate(rows)], 1, 3) / 255
+    pictures = np.moveaxis(data.images[np.concatenate(rows)], 1, 3) / 255  # (images, rows, columns, 3)
+
     fig, ax = plt.subplots(figsize=(8, 8), layout="constrained")
     ax.imshow(tile(pictures, columns, 4), interpolation="nearest")
     step = IMAGE_SIZE + 4  # pixels from one image to the next
@@ -498,16 +615,23 @@ def main() -> None:
     """Say what is there and draw ten images of each class."""
     set_style()
     dataset = find_dataset(DATASET, DATA_DIR)
-    names, title = class_names(dataset, DATA_DIR), TITLES[dataset]
-    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
+    names = class_names(dataset, DATA_DIR)
+    title = TITLES[dataset]
+    train = load_split(dataset, DATA_DIR, "train")
+    test = load_split(dataset, DATA_DIR, "test")
+
     print(f"{title}: {len(train.images):,} training and {len(test.images):,} test images, 3 x 96 x 96")
     print(f"{'class':<12}{'training':>10}{'test':>10}")
     for label, name in enumerate(names):
         print(f"{name:<12}{(train.labels == label).sum():>10,}{(test.labels == label).sum():>10,}")
-    for text, values in zip(("mean", "std"), mean_and_std(train.images), strict=True):
-        print(f"{text:<12}{''.join(f'{value:10.4f}' for value in values)}  RGB, training images, 0 to 1")
+    print(
+        f"{'channel':<12}{'red':>10}{'green':>10}{'blue':>10}  of the training images, on a scale of 0 to 1"
+    )
+    for statistic, values in zip(("mean", "std"), mean_and_std(train.images), strict=True):
+        print(f"{statistic:<12}" + "".join(f"{value:10.4f}" for value in values))
+
     figure = draw_samples(train, names, f"{title}: training images of each class")
-    save_figure(Path("outputs/sample_images.png"), figure)
+    save_figure("outputs/sample_images.png", figure)
     print("next: uv run train_CNN.py")
 
 

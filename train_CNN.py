@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -74,27 +75,44 @@ SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # files
 CHECKPOINT = Path("outputs/CNN.pth")  # the other files go beside it
-SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, those of the paper's Figure 4; 0, the start, always
+SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, as in the paper's Figure 4; 0, the start, always
 
 
 Row = dict[str, float]  # of training_log.csv
 
 
-class Result(NamedTuple):
-    """What a network makes of some images: mean loss in nats, accuracy from 0 to 1, predicted classes."""
-
-    loss: float
-    accuracy: float
-    predictions: Tensor
+# ---------------------------------------------------------------- data
 
 
-def choose_precision(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+class Data(NamedTuple):
+    """What a training reads."""
+
+    dataset: str  # "stl10", "folders" or "shapes"
+    class_names: list[str]
+    train: Split  # the images to train on
+    measured: Split  # the images to measure on
+    split: str  # "test" or "validation"
+    fingerprints: dict[str, str]  # of all images of the splits "train" and "test"
+
+    def describe_measured(self) -> str:
+        """Return what is measured on, as logs and figures say it: `8,000 test images`."""
+        return f"{len(self.measured.images):,} {self.split} images"
+
+
+def read_data(dataset: str, data_dir: Path, train_on: str) -> Data:
+    """Read the images that the settings DATASET, DATA_DIR and TRAIN_ON ask for.
+
+    Raises:
+        SystemExit: If the data set or the part of it cannot be had.
+    """
+    dataset = find_dataset(dataset, data_dir)
+    names = class_names(dataset, data_dir)
+    train = load_split(dataset, data_dir, "train")
+    test = load_split(dataset, data_dir, "test")
+    fingerprints = {"train": fingerprint(train, names), "test": fingerprint(test, names)}
+    folds = stl10_folder(data_dir) / "fold_indices.txt"
+    train, measured, split = part_of_training(train, test, train_on, folds)
+    return Data(dataset, names, train, measured, split, fingerprints)
 
 
 def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> tuple[Split, Split, str]:
@@ -107,10 +125,13 @@ def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> t
     """
     if train_on == "all":
         return train, test, "test"
-    if train_on == "validation":  # the last fifth of each class
-        place = pd.Series(train.labels).groupby(train.labels).cumcount()
-        held_out = (place >= np.bincount(train.labels)[train.labels] * 4 // 5).to_numpy()
+
+    if train_on == "validation":  # the last fifth of each class is held out
+        number_in_class = pd.Series(train.labels).groupby(train.labels).cumcount().to_numpy()
+        class_size = np.bincount(train.labels)[train.labels]
+        held_out = number_in_class >= class_size * 4 // 5
         return train.select(~held_out), train.select(held_out), "validation"
+
     if train_on not in [f"fold {number}" for number in range(10)]:
         raise SystemExit(f"TRAIN_ON is {train_on!r}; allowed are 'all', 'validation', 'fold 0' to 'fold 9'")
     try:
@@ -122,6 +143,18 @@ def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> t
         raise SystemExit(
             f"{folds} cannot be read ({error}): take it from the published archive, or set TRAIN_ON to 'all'"
         ) from None
+
+
+# ---------------------------------------------------------------- network and optimiser
+
+
+def choose_precision(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def build_network(config: dict[str, Any]) -> CNN:
@@ -137,49 +170,46 @@ def build_network(config: dict[str, Any]) -> CNN:
     return net
 
 
-def evaluate(net: CNN, data: Split, precision: torch.dtype = torch.float32, mirrored: bool = False) -> Result:
-    """Measure the network in evaluation mode; `mirrored` averages logits with those of the mirror images."""
-    net.eval()
-    loss, predictions = 0.0, []
-    size = 50 if net.mean.device.type == "cpu" else 500  # on a CPU 50 took half the time of 250: cache
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    with torch.no_grad():
-        for some, truth in zip(images.split(size), labels.split(size), strict=True):
-            batch = net.normalise(some)
-            with torch.autocast(batch.device.type, precision, enabled=precision != torch.float32):
-                logits = (net(batch) + net(batch.flip(3))) / 2 if mirrored else net(batch)
-            logits = logits.float().cpu()
-            loss += float(F.cross_entropy(logits, truth, reduction="sum"))
-            predictions.append(logits.argmax(dim=1))
-    predicted = torch.cat(predictions)
-    return Result(loss / len(labels), float((predicted == labels).float().mean()), predicted)
-
-
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
-    """Move a matrix's singular values roughly to 1 by Newton-Schulz steps, X -> (a + b X X' + c (X X')^2) X.
+    """Return a matrix with the singular vectors of the given one and with singular values near 1.
 
-    Coefficients of Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"). A step is
-    a polynomial P of the small matrix G = X X': X -> P X makes G -> P G P, so the P are multiplied first and
-    the large matrix once. They take 5 steps.
+    A Newton-Schulz step takes X to a X + b (X X') X + c (X X')^2 X. It leaves the singular vectors alone and
+    makes a s + b s^3 + c s^5 of a singular value s, which brings all of them, whatever their size, near 1.
+    The coefficients are from Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"),
+    who take 5 steps.
+
+    Args:
+        matrix: The matrix, (rows, columns).
+        steps: How many steps are taken.
+
+    Returns:
+        A matrix of the same shape.
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.mT, steps).mT
     x = matrix / (matrix.norm() + 1e-7)
-    gram, identity = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
+
+    # The plain form of a step is
+    #     x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    # It multiplies x from the left by a polynomial P of the small matrix G = x x', and makes P G P of G. So
+    # the polynomials of all steps are multiplied first, and the large matrix is multiplied once.
+    gram = x @ x.mT
+    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
     product = identity
     for _ in range(steps):
         polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product, gram = polynomial @ product, polynomial @ gram @ polynomial
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
     return cast(Tensor, product @ x)
 
 
 class Muon(torch.optim.Optimizer):
     """Move the filters of a layer in directions roughly orthogonal to each other (Jordan et al. 2024).
 
-    Each filter is set back to norm 1 before a step: batch norm makes its scale irrelevant, and this takes the
-    place of weight decay (the paper renormalises filters, too, section 3). A step moves the filters of a
-    layer, (filters, channels, rows, columns), by `lr` in the root mean square; the gradient has momentum with
-    Nesterov's look-ahead. torch.optim.Muon takes no 4-D parameters.
+    Each filter is set back to norm 1 before a step. Batch norm makes its scale irrelevant, and this takes the
+    place of weight decay; the deconvnet's paper renormalises filters, too (section 3). A step moves the
+    filters of a layer, (filters, channels, rows, columns), by `lr` in the root mean square. The gradient has
+    momentum with Nesterov's look-ahead. torch.optim.Muon takes no 4-D parameters.
     """
 
     def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95):
@@ -193,45 +223,82 @@ class Muon(torch.optim.Optimizer):
                 velocity = self.state[filters].setdefault("momentum", torch.zeros_like(filters))
                 velocity.lerp_(filters.grad, 1 - group["momentum"])
                 ahead = filters.grad.lerp(velocity, group["momentum"])
-                update = orthogonalise(ahead.flatten(1))
-                update *= len(filters) ** 0.5 / (update.norm() + 1e-7)  # 1 a filter, in the RMS
+
+                update = orthogonalise(ahead.flatten(1))  # (filters, channels * rows * columns)
+                update *= len(filters) ** 0.5 / (update.norm() + 1e-7)  # 1 for each filter, in the RMS
                 filters.div_(filters.flatten(1).norm(dim=1)[:, None, None, None])
                 filters.sub_(update.view_as(filters), alpha=group["lr"])
+
+
+# ---------------------------------------------------------------- training
+
+
+def build_optimizers(net: CNN, settings: dict[str, Any]) -> tuple[Muon, torch.optim.AdamW]:
+    """Return Muon for the convolutions, and AdamW for batch norm and the classifier."""
+    filters: list[Tensor] = []
+    batch_norm: list[Tensor] = []
+    for block in net.blocks:
+        filters.append(block.conv.weight)
+        batch_norm += block.bn.parameters()
+    groups: list[dict[str, Any]] = [
+        {"params": [net.classifier.weight], "weight_decay": settings["weight_decay"]},
+        {"params": [*batch_norm, net.classifier.bias], "weight_decay": 0.0},
+    ]
+    muon = Muon(filters, settings["filter_rate"])
+    return muon, torch.optim.AdamW(groups, settings["learning_rate"], betas=(0.9, 0.99))
+
+
+class Result(NamedTuple):
+    """What a network makes of some images."""
+
+    loss: float  # mean cross-entropy in nats
+    accuracy: float  # 0 to 1
+    predictions: Tensor  # the predicted class of each image
 
 
 class Trainer:
     """A training run: network, optimisers, schedules and random state, which can be stored and restored.
 
-    `settings` has the constants above under their names in small letters. `precision` is that of the forward
-    and backward pass; weights and optimisers stay in float32.
+    Args:
+        train: The images to train on.
+        settings: The settings of this script under their names in small letters.
+        device: Where the network is trained.
+        precision: Precision of the forward and the backward pass; weights and optimisers stay in float32.
+
+    Raises:
+        SystemExit: If there are fewer images than a batch needs, or they do not fit through the network.
     """
 
     def __init__(self, train: Split, settings: dict[str, Any], device: torch.device, precision: torch.dtype):
-        self.images, self.labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
-        self.precision, self.batch_size = precision, settings["batch_size"]
+        self.images = torch.from_numpy(train.images)
+        self.labels = torch.from_numpy(train.labels)
+        self.precision = precision
+        self.epochs: int = settings["epochs"]
+        self.batch_size: int = settings["batch_size"]
+        self.steps = len(self.images) // self.batch_size  # in an epoch
         self.smoothing = settings["label_smoothing"]
         self.augmentation = Augmentation(**settings["augmentation"])
-        torch.manual_seed(settings["seed"])
+        if self.steps == 0:
+            count = len(self.images)
+            raise SystemExit(
+                f"BATCH_SIZE is {self.batch_size}; there are only {count} training images: lower it"
+            )
+
+        torch.manual_seed(settings["seed"])  # weights and dropout
         self.generator = torch.Generator().manual_seed(settings["seed"])  # order and augmentation
         net = build_network(settings["network"])
-        for buffer, values in zip((net.mean, net.std), mean_and_std(train.images), strict=True):
-            buffer.copy_(torch.from_numpy(values).view(3, 1, 1))
+        mean, std = mean_and_std(train.images)
+        net.mean.copy_(torch.from_numpy(mean).view(3, 1, 1))
+        net.std.copy_(torch.from_numpy(std).view(3, 1, 1))
         self.net = net.to(device).to(memory_format=torch.channels_last)
-        filters = [block.conv.weight for block in self.net.blocks]
-        of_batch_norm = [parameter for block in self.net.blocks for parameter in block.bn.parameters()]
-        others: list[dict[str, Any]] = [
-            {"params": [self.net.classifier.weight], "weight_decay": settings["weight_decay"]},
-            {"params": [*of_batch_norm, self.net.classifier.bias], "weight_decay": 0.0},
-        ]
-        self.optimizers = (
-            Muon(filters, settings["filter_rate"]),
-            torch.optim.AdamW(others, settings["learning_rate"], betas=(0.9, 0.99)),
-        )
-        steps = settings["epochs"] * (len(self.images) // self.batch_size)
-        self.schedules = [
-            OneCycleLR(o, o.defaults["lr"], steps + 1, pct_start=settings["warm_up"], cycle_momentum=False)
-            for o in self.optimizers
-        ]
+
+        self.optimizers = build_optimizers(self.net, settings)
+        self.schedules = []
+        for optimizer in self.optimizers:
+            total = self.epochs * self.steps + 1  # the schedule is asked once more after the last step
+            rate = optimizer.defaults["lr"]
+            schedule = OneCycleLR(optimizer, rate, total, pct_start=settings["warm_up"], cycle_momentum=False)
+            self.schedules.append(schedule)
 
     def epoch(self, bar: "tqdm[Any] | None" = None) -> Result:
         """Train on every image once, in random order, the last incomplete batch left out; `bar` counts steps.
@@ -245,18 +312,25 @@ class Trainer:
         self.net.train()
         device = self.net.mean.device
         order = torch.randperm(len(self.images), generator=self.generator)
-        order = order[: len(order) // self.batch_size * self.batch_size]
-        losses, predictions = [], []
-        for chosen in order.split(self.batch_size):
-            batch = augment(self.net.normalise(self.images[chosen]), self.augmentation, self.generator)
+        order = order[: self.steps * self.batch_size]
+        losses = []
+        predictions = []
+        for indices in order.split(self.batch_size):
+            # normalise and augment the batch
+            batch = augment(self.net.normalise(self.images[indices]), self.augmentation, self.generator)
             batch = batch.contiguous(memory_format=torch.channels_last)
+            labels = self.labels[indices].to(device)
+
+            # forward
             with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
                 logits = self.net(batch)
-            truth = self.labels[chosen].to(device)
-            loss = F.cross_entropy(logits.float(), truth, label_smoothing=self.smoothing)
-            losses.append(F.cross_entropy(logits.detach().float(), truth).item())
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
+            losses.append(F.cross_entropy(logits.detach().float(), labels).item())  # what is reported
+            predictions.append(logits.argmax(dim=1).cpu())
             if not math.isfinite(losses[-1]):
                 raise SystemExit(f"the loss is {losses[-1]}: lower FILTER_RATE or LEARNING_RATE")
+
+            # backward and a step
             self.net.zero_grad()
             loss.backward()
             for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
@@ -264,10 +338,14 @@ class Trainer:
                 schedule.step()
             if bar is not None:
                 bar.update()
-            predictions.append(logits.argmax(dim=1).cpu())
+
         predicted = torch.cat(predictions)
         accuracy = float((predicted == self.labels[order]).float().mean())
         return Result(float(np.mean(losses)), accuracy, predicted)
+
+    def filter_rate(self) -> float:
+        """Return the learning rate of the filters at the next step."""
+        return float(self.schedules[0].get_last_lr()[0])
 
     def state(self) -> dict[str, Any]:
         """Return everything that decides how the training goes on."""
@@ -283,16 +361,89 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to what `state` returned."""
         self.net.load_state_dict(state["net"])
-        for name in ("optimizers", "schedules"):
-            for part, stored in zip(getattr(self, name), state[name], strict=True):
-                part.load_state_dict(stored)
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        for schedule, stored in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(stored)
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+class Files(NamedTuple):
+    """Where a training writes, and what its checkpoint and snapshots say beside the weights."""
+
+    checkpoint: Path
+    split: str  # on which images was measured
+    facts: dict[str, Any]  # dataset, class_names and settings
+
+    def state_path(self) -> Path:
+        """Return where an interrupted training is kept; other settings have another file."""
+        digest = hashlib.sha256(json.dumps(self.facts["settings"]).encode()).hexdigest()[:8]
+        return self.checkpoint.expanduser().with_name(f"training_state_{digest}.pth")
+
+    def save_network(self, path: Path, net: CNN, epoch: int, **metrics: float) -> None:
+        """Write the network after an epoch, with what was measured."""
+        save_checkpoint(path, net, epochs=epoch, metrics={"split": self.split, **metrics}, **self.facts)
+
+    def save_snapshot(self, net: CNN, epoch: int, accuracy: float) -> None:
+        """Write the network after an epoch into the folder of snapshots."""
+        path = self.checkpoint.parent / "snapshots" / f"epoch_{epoch:03d}.pth"
+        self.save_network(path, net, epoch, accuracy=accuracy)
+
+
+def train(
+    trainer: Trainer, measured: Split, files: Files, measure_every: int, snapshots: Collection[int]
+) -> pd.DataFrame:
+    """Train to the last epoch, from the first or from where an interrupted training stopped.
+
+    Args:
+        trainer: The training.
+        measured: The images to measure on.
+        files: Where snapshots and the state go.
+        measure_every: Epochs between measurements; they are also made at snapshots and after the last epoch.
+        snapshots: Epochs after which the network is kept.
+
+    Returns:
+        The log: a row for each epoch, with the columns of `log_row`.
+
+    Raises:
+        SystemExit: If Ctrl-C is pressed; the state of the last finished epoch is kept.
+    """
+    # also of a run that goes on, because another training may have been here since
+    files.save_snapshot(trainer.net, 0, accuracy=math.nan)
+    rows = resume(files.state_path(), trainer)
+    print_head(files.split)
+    total = trainer.epochs * trainer.steps
+    bar = tqdm(total=total, initial=len(rows) * trainer.steps, unit=" steps", disable=None)
+    start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
+    try:
+        for epoch in range(len(rows) + 1, trainer.epochs + 1):
+            trained = trainer.epoch(bar)
+
+            # measuring draws no random numbers, so how often it happens does not change the training
+            is_due = epoch % measure_every == 0 or epoch in snapshots or epoch == trainer.epochs
+            tested = evaluate(trainer.net, measured, trainer.precision) if is_due else None
+
+            seconds = time.perf_counter() - start
+            rows.append(log_row(epoch, trained, tested, trainer.filter_rate(), seconds))
+            print_row(rows[-1])
+            if epoch == 1:
+                minutes = trainer.epochs * seconds / 60
+                tqdm.write(f"all {trainer.epochs} epochs will take about {minutes:.0f} minutes")
+
+            if tested and epoch in snapshots:
+                files.save_snapshot(trainer.net, epoch, tested.accuracy)
+            with atomic_write(files.state_path()) as partial:
+                torch.save({"rows": rows, **trainer.state()}, partial)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; run again to go on after epoch {len(rows)}") from None
+    bar.close()
+    return pd.DataFrame(rows)
+
+
 def resume(path: Path, trainer: Trainer) -> list[Row]:
-    """Take up the interrupted run kept in `path`, if there is one, and return the rows of its log."""
+    """Take up the interrupted training kept in `path`, if there is one, and return the rows of its log."""
     if not path.is_file():
         return []
     try:
@@ -301,26 +452,97 @@ def resume(path: Path, trainer: Trainer) -> list[Row]:
         rows: list[Row] = state["rows"]
     except Exception as error:  # what torch raises for a damaged file is of nearly any type
         raise SystemExit(f"{path} is damaged ({type(error).__name__}): move it and start anew") from None
-    print(f"going on after epoch {len(rows)} of an interrupted run")
+    print(f"going on after epoch {len(rows)} of an interrupted training")
     return rows
 
 
-def log_row(epoch: int, learned: Result, measured: Result | None, rate: float, seconds: float) -> Row:
-    """Print what an epoch brought and return it as a row of training_log.csv."""
-    middle = f"{measured.loss:>17.4f}{measured.accuracy:>10.1%}" if measured else " " * 27
-    line = f"{epoch:>5}{learned.loss:>16.4f}{learned.accuracy:>10.1%}{middle}{rate:>15.2g}{seconds:>7.0f} s"
-    tqdm.write(line)  # above the progress bar
+def evaluate(net: CNN, data: Split, precision: torch.dtype = torch.float32, mirrored: bool = False) -> Result:
+    """Measure the network in evaluation mode.
+
+    Args:
+        net: The network.
+        data: Images and labels.
+        precision: Precision of the forward pass.
+        mirrored: Whether the logits are averaged over each image and its mirror image.
+
+    Returns:
+        Loss, accuracy and predicted classes.
+    """
+    net.eval()
+    device = net.mean.device
+    size = 50 if device.type == "cpu" else 500  # on a CPU 50 took half the time of 250, because of its cache
+    all_labels = torch.from_numpy(data.labels)
+    loss = 0.0
+    predictions = []
+    with torch.no_grad():
+        for images, labels in zip(
+            torch.from_numpy(data.images).split(size), all_labels.split(size), strict=True
+        ):
+            batch = net.normalise(images)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                logits = net(batch)
+                if mirrored:
+                    logits = (logits + net(batch.flip(3))) / 2
+            logits = logits.float().cpu()
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            predictions.append(logits.argmax(dim=1))
+
+    predicted = torch.cat(predictions)
+    return Result(loss / len(all_labels), float((predicted == all_labels).float().mean()), predicted)
+
+
+# ---------------------------------------------------------------- log, figures, terminal
+
+
+def log_row(epoch: int, trained: Result, tested: Result | None, rate: float, seconds: float) -> Row:
+    """Return a row of training_log.csv.
+
+    - epoch: number of the epoch, from 1.
+    - train_loss, train_accuracy: nats and 0 to 1, in training mode on the augmented images.
+    - measured_loss, measured_accuracy: on the test or validation images; nan where it was not measured.
+    - filter_rate: learning rate of the filters after the epoch.
+    - seconds: since the start, interruptions left out.
+    """
+    return {
+        "epoch": epoch,
+        "train_loss": trained.loss,
+        "train_accuracy": trained.accuracy,
+        "measured_loss": tested.loss if tested else math.nan,
+        "measured_accuracy": tested.accuracy if tested else math.nan,
+        "filter_rate": rate,
+        "seconds": seconds,
+    }
+
+
+def print_head(split: str) -> None:
+    """Print the column heads of the rows that `print_row` prints."""
+    print(
+        f"epoch{'training loss':>15}{'training accuracy':>19}{f'{split} loss':>17}{f'{split} accuracy':>21}"
+        f"{'learning rate':>15}{'time':>9}"
+    )
+
+
+def print_row(row: Row) -> None:
+    """Print a row of the log in the terminal, above the progress bar."""
+    measured = " " * 38
+    if not math.isnan(row["measured_loss"]):
+        measured = f"{row['measured_loss']:>17.4f}{percent(row['measured_accuracy']):>21}"
+    tqdm.write(
+        f"{row['epoch']:>5}{row['train_loss']:>15.4f}{percent(row['train_accuracy']):>19}{measured}"
+        f"{row['filter_rate']:>15.2g}{row['seconds']:>7.0f} s"
+    )
     sys.stdout.flush()
-    loss, accuracy = (measured.loss, measured.accuracy) if measured else (math.nan, math.nan)
-    row = {"epoch": epoch, "train_loss": learned.loss, "train_accuracy": learned.accuracy}
-    row |= {"measured_loss": loss, "measured_accuracy": accuracy, "filter_rate": rate, "seconds": seconds}
-    return row
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share as a text such as `82.0 %`."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def draw_filters(filters: Array, heading: str) -> Figure:
     """Draw conv1's filters (filters, 3, rows, columns), each with its own scale; grey is zero."""
     scale = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
-    pictures = np.moveaxis(0.5 + filters / (2 * scale), 1, 3)
+    pictures = np.moveaxis(0.5 + filters / (2 * scale), 1, 3)  # (filters, rows, columns, 3)
     fig, ax = plt.subplots(figsize=(6, 0.3 + 0.74 * math.ceil(len(filters) / 8)), layout="constrained")
     ax.imshow(tile(pictures, 8, 1), interpolation="nearest")
     ax.set_axis_off()
@@ -330,19 +552,25 @@ def draw_filters(filters: Array, heading: str) -> Figure:
 
 def draw_curves(log: pd.DataFrame, split: str, heading: str) -> Figure:
     """Draw loss, accuracy and learning rate against epochs and minutes."""
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    for ax, quantity, unit, scale in zip(axes, ("loss", "accuracy"), ("nats", "%"), (1, 100), strict=False):
-        for part, name in (("train", "training images, augmented"), ("measured", f"{split} images")):
-            values = scale * log.set_index("epoch")[f"{part}_{quantity}"].dropna()  # not measured every epoch
-            ax.plot(values, label=name, marker="." if len(values) < 20 else "")
-        ax.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
-    axes[2].plot(log["epoch"], log["filter_rate"], color="0.3")
-    axes[2].set(xlabel="epoch", ylabel="learning rate of the filters")
-    per_epoch = log["seconds"].iloc[-1] / 60 / len(log)  # minutes
-    for ax in axes:
-        minutes = ax.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda m: m / per_epoch))
-        minutes.set_xlabel("minutes")
-    fig.legend(handles=axes[0].lines, loc="outside lower center", ncols=2, frameon=False)
+    fig, (loss_ax, accuracy_ax, rate_ax) = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    labels = {"train": "training images, augmented", "measured": f"{split} images"}
+    for part, label in labels.items():
+        rows = log.dropna(subset=f"{part}_loss")  # not measured after every epoch
+        marker = "." if len(rows) < 20 else ""
+        loss_ax.plot(rows["epoch"], rows[f"{part}_loss"], label=label, marker=marker)
+        accuracy_ax.plot(rows["epoch"], 100 * rows[f"{part}_accuracy"], label=label, marker=marker)
+    rate_ax.plot(log["epoch"], log["filter_rate"], color="0.3")
+    loss_ax.set_ylabel("loss (nats)")
+    accuracy_ax.set_ylabel("accuracy (%)")
+    rate_ax.set_ylabel("learning rate of the filters")
+
+    minutes_per_epoch = log["seconds"].iloc[-1] / 60 / len(log)
+    scales = (lambda epochs: epochs * minutes_per_epoch, lambda minutes: minutes / minutes_per_epoch)
+    for ax in (loss_ax, accuracy_ax, rate_ax):
+        ax.set_xlabel("epoch")
+        ax.secondary_xaxis("top", functions=scales).set_xlabel("minutes")
+
+    fig.legend(handles=loss_ax.lines, loc="outside lower center", ncols=2, frameon=False)
     sns.despine(fig, top=False)
     fig.suptitle(heading)
     return fig
@@ -366,43 +594,94 @@ def draw_confusion(counts: Array, names: list[str], heading: str) -> Figure:
     return fig
 
 
+def write_figures(files: Files, data: Data, log: pd.DataFrame, net: CNN, counts: Array) -> None:
+    """Draw the training's curves, its confusion matrix `counts` and the filters of conv1."""
+    title = TITLES[data.dataset]
+    measured = data.describe_measured()
+    seed = files.facts["settings"]["seed"]
+
+    heading = f"{title}, {len(data.train.images):,} training and {measured}, seed {seed}"
+    save_figure(files.checkpoint.with_name("training_curves.png"), draw_curves(log, data.split, heading))
+
+    heading = f"{measured} of {title}, accuracy {percent(counts.trace() / counts.sum())}"
+    figure = draw_confusion(counts, data.class_names, heading)
+    save_figure(files.checkpoint.with_name("confusion_matrix.png"), figure)
+
+    heading = f"filters of conv1, trained on {title}; grey is zero, each filter has its own scale"
+    filters = net.blocks[0].conv.weight.detach().cpu().numpy()
+    save_figure(files.checkpoint.with_name("conv1_filters.png"), draw_filters(filters, heading))
+
+
 def report(counts: Array, names: list[str]) -> None:
     """Print accuracy of each class, worst confusions, and the accuracy with its 95 % interval (normal)."""
-    for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
-        print(f"  {name:<12}{right / max(row.sum(), 1):>7.1%}  ({right} of {row.sum()})")
+    print(f"{'class':<12}{'accuracy':>10}{'correct':>9}{'images':>8}")
+    for name, row, correct in zip(names, counts, counts.diagonal(), strict=True):
+        print(f"{name:<12}{percent(correct / max(row.sum(), 1)):>10}{correct:>9}{row.sum():>8}")
+
     wrong = counts - np.diag(counts.diagonal())
-    for place in np.argsort(-wrong, axis=None, kind="stable")[:3]:
-        truth, guess = divmod(int(place), len(names))
-        if wrong[truth, guess]:
-            print(f"  {wrong[truth, guess]} images of {names[truth]} were taken for {names[guess]}")
+    for index in np.argsort(-wrong, axis=None, kind="stable")[:3]:
+        true_class, predicted_class = divmod(int(index), len(names))
+        if count := wrong[true_class, predicted_class]:
+            print(f"{count} images of {names[true_class]} were taken for {names[predicted_class]}")
+
     accuracy = counts.trace() / counts.sum()
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / counts.sum())
-    print(f"accuracy {accuracy:.2%}, 95 % interval {accuracy - half:.2%} to {accuracy + half:.2%}")
+    low = percent(accuracy - half, 2)
+    high = percent(accuracy + half, 2)
+    print(f"accuracy {percent(accuracy, 2)} (95 % interval {low} to {high})")
+
+
+def finish(trainer: Trainer, data: Data, files: Files, log: pd.DataFrame) -> None:
+    """Measure the trained network, write checkpoint, log and figures, and say what was found."""
+    # in float32, the precision of every later stage
+    final = evaluate(trainer.net, data.measured)
+    mirrored = evaluate(trainer.net, data.measured, mirrored=True)
+    seconds = float(log["seconds"].iloc[-1])
+
+    files.save_network(
+        files.checkpoint,
+        trainer.net,
+        trainer.epochs,
+        accuracy=final.accuracy,
+        loss=final.loss,
+        seconds=seconds,
+        accuracy_mirrored=mirrored.accuracy,
+    )
+    print(f"wrote {files.checkpoint} and, beside it, snapshots/")
+    save_table(files.checkpoint.with_name("training_log.csv"), load_checkpoint(files.checkpoint), log)
+    counts = confusion_matrix(data.measured.labels, final.predictions.numpy(), len(data.class_names))
+    write_figures(files, data, log, trainer.net, counts)
+    files.state_path().unlink(missing_ok=True)
+
+    report(counts, data.class_names)
+    print(
+        f"averaged over each image and its mirror image, at twice the cost: {percent(mirrored.accuracy, 2)}"
+    )
+    images = trainer.epochs * len(data.train.images)
+    print(f"{images / seconds:,.0f} training images per second, measuring included")
 
 
 def main() -> None:
     """Train, measure now and then, and write checkpoint, log and figures."""
     set_style()
-    device, dataset = choose_device(DEVICE), find_dataset(DATASET, DATA_DIR)
-    names, title, precision = class_names(dataset, DATA_DIR), TITLES[dataset], choose_precision(device)
-    train, test = (load_split(dataset, DATA_DIR, split) for split in ("train", "test"))
-    prints = {"train": fingerprint(train, names), "test": fingerprint(test, names)}
-    folds = stl10_folder(DATA_DIR) / "fold_indices.txt"
-    train, measured, split = part_of_training(train, test, TRAIN_ON, folds)
-    count, measured_on = len(train.images), f"{len(measured.images):,} {split} images"
-    epochs = min(EPOCHS, SHAPES_EPOCHS) if dataset == "shapes" else EPOCHS
-    settings: dict[str, Any] = {  # with these a run that goes on is the run that was interrupted
-        "network": {
-            "filters": FILTERS,
-            "kernel_sizes": KERNEL_SIZES,
-            "strides": STRIDES,
-            "pool_sizes": POOL_SIZES,
-            "head_size": HEAD_SIZE,
-            "dropout": DROPOUT,
-            "classes": len(names),
-        },
-        "dataset": dataset,
-        "data": {"folder": str(DATA_DIR), **prints},
+    device = choose_device(DEVICE)
+    precision = choose_precision(device)
+    data = read_data(DATASET, DATA_DIR, TRAIN_ON)
+
+    epochs = min(EPOCHS, SHAPES_EPOCHS) if data.dataset == "shapes" else EPOCHS
+    network = {
+        "filters": FILTERS,
+        "kernel_sizes": KERNEL_SIZES,
+        "strides": STRIDES,
+        "pool_sizes": POOL_SIZES,
+        "head_size": HEAD_SIZE,
+        "dropout": DROPOUT,
+        "classes": len(data.class_names),
+    }
+    settings: dict[str, Any] = {  # a run with the same settings goes on where this one is interrupted
+        "network": network,
+        "dataset": data.dataset,
+        "data": {"folder": str(DATA_DIR), **data.fingerprints},
         "train_on": TRAIN_ON,
         "epochs": epochs,
         "batch_size": BATCH_SIZE,
@@ -418,65 +697,16 @@ def main() -> None:
         "torch": str(torch.__version__),  # its own type would not load
     }
     print(
-        f"training on {count:,} images of {title} for {epochs} epochs, measuring on {measured_on}, "
-        f"on {device} in {settings['precision']}, torch {torch.__version__}, seed {SEED}"
+        f"training on {len(data.train.images):,} images of {TITLES[data.dataset]} for {epochs} epochs, "
+        f"measuring on {data.describe_measured()}, on {device} in {settings['precision']}, "
+        f"torch {torch.__version__}, seed {SEED}"
     )
-    if count < BATCH_SIZE:
-        raise SystemExit(f"BATCH_SIZE is {BATCH_SIZE}; there are only {count} training images: lower it")
-    trainer = Trainer(train, settings, device, precision)
-    facts = {"dataset": dataset, "class_names": names, "settings": settings}
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    state_path = CHECKPOINT.expanduser().with_name(f"training_state_{digest}.pth")
 
-    def save(name: str, epoch: int, **metrics: float) -> None:
-        path, measures = CHECKPOINT.parent / name, {"split": split, **metrics}
-        save_checkpoint(path, trainer.net, epochs=epoch, metrics=measures, **facts)
-
-    # also of a run that goes on: another training may have been here since
-    save("snapshots/epoch_000.pth", 0, accuracy=math.nan)
-    rows = resume(state_path, trainer)
-    print(f"epoch  training: loss  accuracy  {split:>10}: loss  accuracy  learning rate   time")
-    steps = count // BATCH_SIZE
-    bar = tqdm(total=epochs * steps, initial=len(rows) * steps, unit=" steps", disable=None)
-    start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
-    try:
-        for epoch in range(len(rows) + 1, epochs + 1):
-            learned = trainer.epoch(bar)
-            # measuring draws no random numbers, so how often it happens does not change the training
-            due = epoch % MEASURE_EVERY == 0 or epoch in SNAPSHOTS or epoch == epochs
-            tested = evaluate(trainer.net, measured, precision) if due else None
-            rate, seconds = trainer.schedules[0].get_last_lr()[0], time.perf_counter() - start
-            rows.append(log_row(epoch, learned, tested, float(rate), seconds))
-            if epoch == 1:
-                tqdm.write(f"all {epochs} epochs will take about {epochs * seconds / 60:.0f} minutes")
-            if tested and epoch in SNAPSHOTS:
-                save(f"snapshots/epoch_{epoch:03d}.pth", epoch, accuracy=tested.accuracy)
-            with atomic_write(state_path) as partial:
-                torch.save({"rows": rows, **trainer.state()}, partial)
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; run again to go on after epoch {len(rows)}") from None
-    bar.close()
-
-    # once more in float32, the precision of every later stage
-    final, mirrored = evaluate(trainer.net, measured), evaluate(trainer.net, measured, mirrored=True)
-    counts = confusion_matrix(measured.labels, final.predictions.numpy(), len(names))
-    report(counts, names)
-    print(f"averaged with each image's mirror image, at twice the cost: {mirrored.accuracy:.2%}")
-    seconds = rows[-1]["seconds"]
-    print(f"{epochs * count / seconds:,.0f} training images per second, measuring included")
-    metrics = {"accuracy": final.accuracy, "loss": final.loss, "seconds": seconds}
-    save(CHECKPOINT.name, epochs, **metrics, accuracy_mirrored=mirrored.accuracy)
-    print(f"wrote {CHECKPOINT} and, beside it, snapshots/")
-    log = pd.DataFrame(rows)
-    save_table(CHECKPOINT.with_name("training_log.csv"), load_checkpoint(CHECKPOINT), log)
-    heading = f"{title}, {count:,} training and {measured_on}, seed {SEED}"
-    save_figure(CHECKPOINT.with_name("training_curves.png"), draw_curves(log, split, heading))
-    heading = f"{measured_on} of {title}, accuracy {final.accuracy:.1%}"
-    save_figure(CHECKPOINT.with_name("confusion_matrix.png"), draw_confusion(counts, names, heading))
-    filters = trainer.net.blocks[0].conv.weight.detach().cpu().numpy()
-    heading = f"filters of conv1, each with its own scale, trained on {title}"
-    save_figure(CHECKPOINT.with_name("conv1_filters.png"), draw_filters(filters, heading))
-    state_path.unlink(missing_ok=True)
+    trainer = Trainer(data.train, settings, device, precision)
+    facts = {"dataset": data.dataset, "class_names": data.class_names, "settings": settings}
+    files = Files(CHECKPOINT, data.split, facts)
+    log = train(trainer, data.measured, files, MEASURE_EVERY, SNAPSHOTS)
+    finish(trainer, data, files, log)
     print("next: uv run deconv.py")
 
 

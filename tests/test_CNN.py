@@ -131,11 +131,17 @@ def test_a_checkpoint_comes_back_whole(make_net: MakeNet) -> None:
     assert len(checkpoint.sha256) == 64 and load_checkpoint(PATH).sha256 != checkpoint.sha256
 
 
-def test_a_missing_checkpoint_names_the_command() -> None:
-    with pytest.raises(
-        SystemExit, match=rf"^{Path.cwd()}/outputs/CNN.pth not found: run `uv run train_CNN.py` first$"
-    ):
+def test_a_missing_checkpoint_names_both_ways_to_have_one() -> None:
+    with pytest.raises(SystemExit, match=rf"^{Path.cwd()}/outputs/CNN.pth not found: ") as caught:
         load_checkpoint(PATH)
+    line = str(caught.value.code)
+    assert "`uv run train_CNN.py`" in line and "`cp -r outputs/readme/trained/* outputs/`" in line
+    assert "\n" not in line
+
+
+def test_a_path_may_be_a_str(make_net: MakeNet) -> None:
+    write_checkpoint(make_net())
+    assert load_checkpoint(str(PATH)).epochs == 3
 
 
 def assert_refused(content: bytes | dict[str, Any]) -> None:

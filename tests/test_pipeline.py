@@ -140,9 +140,7 @@ def test_every_figure_is_a_picture_that_is_not_empty(pipeline: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_stage_run_too_early_ends_with_one_line_and_writes_nothing(stage: Any) -> None:
-    with pytest.raises(
-        SystemExit, match=rf"^{Path.cwd()}/outputs/CNN.pth not found: run `uv run train_CNN.py` first$"
-    ):
+    with pytest.raises(SystemExit, match=rf"^{Path.cwd()}/outputs/CNN.pth not found: .*train_CNN.py"):
         stage.main()
     assert not list(Path().iterdir())
 
@@ -150,8 +148,9 @@ def test_a_stage_run_too_early_ends_with_one_line_and_writes_nothing(stage: Any)
 def test_an_error_goes_to_stderr_in_one_line_with_status_1() -> None:
     script = ROOT / "heatmap.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ})
-    line = f"{Path.cwd()}/outputs/CNN.pth not found: run `uv run train_CNN.py` first\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"{Path.cwd()}/outputs/CNN.pth not found: ")
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
 
 
 def test_files_of_another_checkpoint_are_refused(pipeline_copy: Path) -> None:

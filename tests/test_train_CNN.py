@@ -156,10 +156,11 @@ def test_the_figure_of_the_confusions_has_shares_of_the_true_class_in_per_cent()
 def test_the_report_gives_accuracies_confusions_and_interval(capsys: pytest.CaptureFixture[str]) -> None:
     train_CNN.report(np.array([[90, 10], [30, 70]]), ["cat", "dog"])
     out = capsys.readouterr().out
-    assert "cat           90.0%  (90 of 100)" in out and "dog           70.0%  (70 of 100)" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["cat", "90.0", "%", "90", "100"] in rows and ["dog", "70.0", "%", "70", "100"] in rows
     assert "30 images of dog were taken for cat" in out
     # 0.8 +- 1.96 * sqrt(0.8 * 0.2 / 200) = 0.8 +- 0.0554
-    assert "accuracy 80.00%, 95 % interval 74.46% to 85.54%" in out
+    assert "accuracy 80.00 % (95 % interval 74.46 % to 85.54 %)" in out
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(
     torch.manual_seed(99)  # what happens in between does not matter
     capsys.readouterr()
     resumed, log_resumed = run()
-    assert f"going on after epoch {epochs} of an interrupted run" in capsys.readouterr().out
+    assert f"going on after epoch {epochs} of an interrupted training" in capsys.readouterr().out
     assert same(whole, resumed)
     pd.testing.assert_frame_equal(log, log_resumed, check_exact=True)
     assert not state_files()
@@ -465,7 +466,7 @@ def test_a_stage_killed_while_it_writes_leaves_the_earlier_checkpoint_whole_and_
     for name, value in settings.items():
         monkeypatch.setattr(train_CNN, name, value)
     train_CNN.main()
-    assert "going on after epoch 1 of an interrupted run" in capsys.readouterr().out
+    assert "going on after epoch 1 of an interrupted training" in capsys.readouterr().out
     assert same(weights(), weights("snapshots/epoch_001.pth"))  # nothing was left to train
     checkpoint = load_checkpoint(CHECKPOINT)
     assert (checkpoint.dataset, checkpoint.epochs) == ("shapes", 1)
