@@ -1,24 +1,24 @@
 """Draw what the filters of conv4 respond to, and a page in which every filter can be explored.
 
 Run:    uv run heatmap.py
-Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/activations.npz, outputs/projections.npz,
-        outputs/filter_metrics.csv, outputs/class_metrics.csv; outputs/ablation.csv, outputs/trust.csv if they
-        are there; data/stl10_binary/test_{X,y}.bin
-Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png, outputs/heatmaps/images.png,
-        outputs/heatmaps/occlusion.png, outputs/heatmaps/invariance.png, outputs/occlusion.csv,
-        outputs/invariance.csv,
+Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth; outputs/activations.npz, outputs/projections.npz;
+        outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/ablation.csv, outputs/trust.csv;
+        data/stl10_binary/test_{X,y}.bin
+Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png, outputs/heatmaps/images.png;
+        outputs/heatmaps/occlusion.png, outputs/occlusion.csv;
+        outputs/heatmaps/invariance.png, outputs/invariance.csv;
         outputs/explorer/index.html, outputs/explorer/conv*.webp, outputs/explorer/conv*/*.webp
 
-The projection of a filter in an image starts from its strongest unit there. Its magnitude at a pixel is the
-sum over RGB of absolute values, in units of normalised pixels.
+The projection of a filter in an image starts from the unit with the filter's peak activation there. The
+magnitude of a projection at a pixel is the sum over RGB of its absolute values, in normalised pixels.
 
-Zeiler & Fergus 2014 change images in two ways to see what the network uses: a grey square slides over them
-(section 4.2), and they are moved, enlarged and turned (Figure 5). Both are done here on test images that are
-classified correctly. Grey is the mean colour of the training images, 0 in normalised pixels.
+Zeiler & Fergus 2014 change images in two ways to see what the network uses. A grey square slides over them
+(section 4.2), and they are translated, scaled and rotated (Figure 5). Both are done here on test images that
+are classified correctly. Grey is the mean colour of the training images, which is 0 in normalised pixels.
 """
 
-import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,8 +30,9 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
@@ -41,8 +42,9 @@ from tqdm import tqdm
 
 from analyse_projections import NEARLY_DEAD, class_means, rank_correlation
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, atomic_write, choose_device, load_checkpoint
-from deconv import crop, displayed, robust_scale
+from deconv import class_colours, crop, displayed, page_json, robust_scale, text_colour_on
 from deconv_full import (
+    EVOLUTION_IMAGES,
     LEVELS,
     Projector,
     Units,
@@ -66,18 +68,17 @@ from load_data import (
 )
 
 TOP_FILTERS = 4  # filters drawn of each class
-TOP_IMAGES = 3  # images drawn of each filter: those of the class that drive it most
+TOP_IMAGES = 3  # images drawn of each filter: the images of the class with its highest peak activations
 SUMMED_FILTERS = 16  # strongest filters of an image, whose projections are added up in images.png
 OCCLUDER = 24  # pixels, side of the grey square that slides over an image: it hides a head or a wheel
 OCCLUSION_STRIDE = 2  # pixels from one position of the square to the next
 INVARIANCE_IMAGES = 5  # images in invariance.png, each of another class; the paper has 5
 MEAN_IMAGES = 500  # images behind the means there, as many of each class, however they are classified
-DEGREES: dict[str, list[float]] = {  # how far they are changed
+DEGREES: dict[str, list[float]] = {  # how far they are transformed
     "shift": [*range(-24, 25, 2)],  # pixels, down is positive
-    "zoom": [1 + k / 20 for k in range(17)],  # factor
+    "zoom": [1 + step / 20 for step in range(17)],  # factor
     "angle": [*range(0, 351, 10)],  # degrees clockwise
 }
-EVOLUTION_IMAGES = 1000  # test images in which each snapshot's strongest activation is sought, for explorer/
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
@@ -85,82 +86,247 @@ OUTPUTS = Path("outputs")  # where results go
 
 VEHICLES = ("airplane", "car", "ship", "truck")  # drawn above the animals
 FILTERS_PER_LINE = 60  # columns of class_filter_heatmap.png
-CHANGES = {  # arguments of `change`, and what figures call them
-    "shift": "vertical shift (pixels)",
+TRANSFORMATIONS = {  # arguments of `transform`, and what figures call them
+    "shift": "translation down (pixels)",
     "zoom": "scale (factor)",
-    "angle": "rotation (degrees)",
+    "angle": "rotation clockwise (degrees)",
 }
 
 
-def show(ax: Axes, picture: Array, text: str = "", **options: Any) -> Any:
-    """Show pixels, with `text` above and without ticks; returns what a colour bar is made for."""
+class Inputs(NamedTuple):
+    """What all figures are made from.
+
+    Attributes:
+        checkpoint: The network and what made it.
+        test: The test images with their labels.
+        maxima: Peak activation of each filter of conv4 in each test image, (images, filters).
+        positions: Row and column of the peak in the pooled map, (images, filters, 2).
+        filters: filter_metrics.csv.
+        classes: class_metrics.csv.
+        ablation: ablation.csv.
+        trust: trust.csv.
+        outputs: Folder of the results.
+    """
+
+    checkpoint: Checkpoint
+    test: Split
+    maxima: Array
+    positions: Array
+    filters: pd.DataFrame
+    classes: pd.DataFrame
+    ablation: pd.DataFrame
+    trust: pd.DataFrame
+    outputs: Path
+
+    @property
+    def net(self) -> CNN:
+        """The trained network."""
+        return self.checkpoint.net
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the classes."""
+        return self.checkpoint.class_names
+
+    @property
+    def source(self) -> str:
+        """What titles say of the images and of the network."""
+        data = f"{len(self.test.images):,} test images of {TITLES[self.checkpoint.dataset]}"
+        return f"{data} ({self.checkpoint.accuracy()})"
+
+    def peak_units(self, image_indices: Array, filter_indices: Array) -> Units:
+        """Return the unit with each filter's peak activation in each image, numbers (units,) each."""
+        return strongest_of(self.maxima, self.positions, image_indices, filter_indices)
+
+    def save_figure(self, name: str, figure: Figure, title: str, caption: str = "") -> None:
+        """Write a figure as heatmaps/NAME.png: above it title and source, below it how it is read."""
+        figure.suptitle(f"{title}\n{self.source}", fontsize=9)
+        if caption:
+            width = int(15 * figure.get_figwidth())  # letters in a line: about 15 an inch
+            figure.supxlabel(textwrap.fill(caption, width), fontsize=8)
+        save_figure(self.outputs / "heatmaps" / f"{name}.png", figure)
+
+
+def read_inputs(checkpoint: Checkpoint, data_dir: Path, outputs: Path) -> Inputs:
+    """Read the test images and what earlier stages wrote of this checkpoint into `outputs`.
+
+    Raises:
+        SystemExit: If a file is missing, damaged or made from another checkpoint.
+    """
+    maxima, positions = load_arrays(outputs / "activations.npz", checkpoint, "conv4_max", "conv4_position")
+    return Inputs(
+        checkpoint=checkpoint,
+        maxima=maxima,
+        positions=positions,
+        filters=load_table(outputs / "filter_metrics.csv", checkpoint),
+        classes=load_table(outputs / "class_metrics.csv", checkpoint),
+        ablation=load_table(outputs / "ablation.csv", checkpoint),
+        trust=load_table(outputs / "trust.csv", checkpoint),
+        test=load_checkpoint_split(checkpoint, data_dir, "test"),
+        outputs=outputs,
+    )
+
+
+def show(ax: Axes, picture: Array, title: str = "", **options: Any) -> AxesImage:
+    """Show pixels below a title and without ticks; return what a colour bar is made for."""
     ax.set(xticks=[], yticks=[])
-    ax.set_title(text, fontsize=8, pad=3)
+    ax.set_title(title, fontsize=8, pad=3)
     return ax.imshow(picture, interpolation="nearest", **options)
 
 
 # ---------------------------------------------------------------- over all classes
 
 
-def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str], heading: str) -> Figure:
-    """Draw classes x filters: mean activation on the class over the filter's mean of all classes.
+class Group(NamedTuple):
+    """Filters that prefer one class and stand side by side in a line of the heat map."""
 
-    `means` is what `class_means` returned, (classes, filters); dead `filters` of filter_metrics.csv are left
-    out.
+    row: int  # of the preferred class
+    filters: list[int]
+
+
+def break_into_lines(groups: Sequence[Sequence[int]], columns: int) -> list[list[Group]]:
+    """Break groups of filters, one a class, into lines of `columns` columns, with one empty after each."""
+    lines: list[list[Group]] = [[]]
+    for row, filters in enumerate(groups):
+        for start in range(0, len(filters), columns):
+            part = list(filters[start : start + columns])
+            used = sum(len(group.filters) + 1 for group in lines[-1])
+            if used + len(part) > columns:
+                lines.append([])
+            lines[-1].append(Group(row, part))
+    return lines
+
+
+def draw_group(ax: Axes, relative: Array, group: Group, left: int) -> AxesImage:
+    """Draw the columns of a group from column `left` on, frame the preferred class, number the filters."""
+    rows = len(relative)
+    width = len(group.filters)
+    drawn = ax.imshow(
+        relative[:, group.filters],
+        aspect="auto",
+        extent=(left, left + width, rows, 0),
+        interpolation="nearest",
+        cmap="RdBu_r",
+        vmin=0,
+        vmax=2,
+    )
+    frame = Rectangle((left, group.row), width, 1, fill=False, edgecolor="black", linewidth=0.8)
+    ax.add_patch(frame)
+    for column, number in enumerate(group.filters, start=left):
+        ax.text(column + 0.5, rows + 0.3, str(number), rotation=90, ha="center", va="top", fontsize=6)
+    return drawn
+
+
+def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Draw classes x filters: mean peak activation on the class over the filter's mean of all classes.
+
+    Args:
+        means: What `class_means` returned, (classes, filters).
+        filters: Rows of filter_metrics.csv for this layer; dead filters are left out.
+        names: Names of the classes.
     """
-    # vehicles, then animals
+    # vehicles, then animals; the filters of a class by falling selectivity
     order = sorted(range(len(names)), key=lambda label: names[label] not in VEHICLES)
     active = filters[~filters["dead"]].sort_values("selectivity", ascending=False)
     groups = [active.loc[active["preferred_class"] == names[label], "filter"].tolist() for label in order]
-    lines: list[list[tuple[int, list[int]]]] = [[]]  # (row of the preferred class, its filters), side by side
-    for row, group in enumerate(groups):
-        for start in range(0, len(group), FILTERS_PER_LINE):
-            part = group[start : start + FILTERS_PER_LINE]
-            if sum(len(others) + 1 for _, others in lines[-1]) + len(part) > FILTERS_PER_LINE:
-                lines.append([])
-            lines[-1].append((row, part))
-    size = 8.3, 1.1 + (0.11 * len(names) + 0.4) * len(lines)
-    fig, axes = plt.subplots(len(lines), 1, figsize=size, squeeze=False, layout="constrained")
+    lines = break_into_lines(groups, FILTERS_PER_LINE)
+
+    height = 1.1 + (0.11 * len(names) + 0.4) * len(lines)
+    fig, axes = plt.subplots(len(lines), 1, figsize=(8.3, height), squeeze=False, layout="constrained")
     relative = (means / means.mean(axis=0).clip(min=1e-12))[order]
     for ax, line in zip(axes.flat, lines, strict=True):
         left = 0
-        for row, part in line:
-            extent = left, left + len(part), len(names), 0
-            options: dict[str, Any] = {"vmin": 0, "vmax": 2, "cmap": "RdBu_r", "interpolation": "nearest"}
-            drawn = ax.imshow(relative[:, part], aspect="auto", extent=extent, **options)
-            ax.add_patch(Rectangle((left, row), len(part), 1, fill=False, edgecolor="black", linewidth=0.8))
-            for place, number in enumerate(part):
-                style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "top", "fontsize": 6}
-                ax.text(left + place + 0.5, len(names) + 0.3, str(number), **style)
-            left += len(part) + 1
+        for group in line:
+            drawn = draw_group(ax, relative, group, left)
+            left += len(group.filters) + 1
         ax.set(xlim=(0, FILTERS_PER_LINE), ylim=(len(names), 0), xticks=[])
         ax.set_yticks(np.arange(len(names)) + 0.5, [names[label] for label in order], fontsize=7)
         sns.despine(ax=ax, left=True, bottom=True)
+
     bar = fig.colorbar(drawn, ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.02, extend="max")
-    bar.set_label("mean activation on the class / mean over all classes")
-    fig.suptitle(heading)
+    bar.set_label("mean peak activation on the class / mean over all classes")
     return fig
 
 
-# ---------------------------------------------------------------- in each class and in single images
+def picture_all_classes(inputs: Inputs) -> None:
+    """Write class_filter_heatmap.png: how each filter of conv4 responds to each class."""
+    conv4 = inputs.filters[inputs.filters["layer"] == "conv4"]
+    figure = draw_class_filters(class_means(inputs.classes), conv4, inputs.names)
+    caption = (
+        "Each column is a filter, with its number below. Filters stand by their preferred class, the most "
+        "selective first. The frame marks this class, which by definition has the largest value of the "
+        f"column. {conv4['dead'].sum()} dead filters are left out."
+    )
+    inputs.save_figure("class_filter_heatmap", figure, "Filters of conv4 over all classes", caption)
 
 
-def rank_filters(filters: pd.DataFrame, classes: pd.DataFrame, names: list[str], name: str) -> pd.DataFrame:
-    """Order the active filters of conv4 by how well they stand for the class `name`.
+# ---------------------------------------------------------------- projections of many units, added up
 
-    First come the filters that prefer the class, by selectivity. Where they are few, those that prefer
-    another class follow, by their index for this one. Nearly dead filters come last: an index that rests on
-    a handful of images is large by chance.
 
-    `filters` is filter_metrics.csv, `classes` class_metrics.csv, `names` those of all classes. The columns
-    selectivity, activation_mean and prefers refer to the class, the others are those of filter_metrics.csv.
+class SummedProjections(NamedTuple):
+    """Projections added up in the full frame."""
+
+    magnitude: Array  # (..., 96, 96)
+    signed: Array  # (..., 3, 96, 96)
+
+
+def sum_projections(
+    inputs: Inputs, image_indices: Array, filter_indices: Array, desc: str
+) -> SummedProjections:
+    """Project filters of conv4 in images and add up what stands along the last axis.
+
+    `image_indices` and `filter_indices` are broadcast against each other, as in `maxima[images, filters]`: of
+    shapes (50,) and (4, 1) they make four sums over 50 images, one for each filter. `desc` labels the
+    progress bar.
+    """
+    image_indices, filter_indices = np.broadcast_arrays(image_indices, filter_indices)
+    shape = image_indices.shape[:-1]
+    units = inputs.peak_units(image_indices.ravel(), filter_indices.ravel())
+    sums = np.arange(image_indices.size) // image_indices.shape[-1]  # to which sum each unit belongs
+
+    count = int(np.prod(shape))
+    magnitude = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE))
+    signed = np.zeros((count, 3, IMAGE_SIZE, IMAGE_SIZE))
+    projector = Projector(inputs.net, len(LAYERS) - 1)
+    for indices, origins, windows in project_units(projector, inputs.test.images, units, desc):
+        # a window holds the part inside the image: it starts at the border where the origin lies beyond
+        for number, (top, left), window in zip(sums[indices], origins.clip(min=0), windows, strict=True):
+            height, width, _ = window.shape
+            rows = slice(top, top + height)
+            columns = slice(left, left + width)
+            magnitude[number, rows, columns] += np.abs(window).sum(axis=2)
+            signed[number, :, rows, columns] += window.transpose(2, 0, 1)
+    return SummedProjections(
+        magnitude.reshape(*shape, IMAGE_SIZE, IMAGE_SIZE), signed.reshape(*shape, 3, IMAGE_SIZE, IMAGE_SIZE)
+    )
+
+
+# ---------------------------------------------------------------- in each class
+
+
+def rank_filters(filters: pd.DataFrame, classes: pd.DataFrame, names: list[str], label: int) -> pd.DataFrame:
+    """Order the active filters of conv4 by how well they stand for the class `label`.
+
+    First come the filters that prefer the class, by selectivity. Where they are few, filters that prefer
+    another class follow, by their selectivity for this one. Nearly dead filters come last: an index that
+    rests on a handful of images is large by chance.
+
+    Args:
+        filters: filter_metrics.csv.
+        classes: class_metrics.csv.
+        names: Names of all classes.
+        label: Number of the class.
+
+    Returns:
+        One row a filter. The columns selectivity, activation_mean and prefers refer to this class; the others
+        are columns of filter_metrics.csv.
     """
     conv4 = filters[filters["layer"] == "conv4"].set_index("filter")
-    means, place = class_means(classes), names.index(name)
+    means = class_means(classes)
     columns = {
-        "selectivity": class_selectivity(means)[place],
-        "activation_mean": means[place],
-        "prefers": conv4["preferred_class"] == name,
+        "selectivity": class_selectivity(means)[label],
+        "activation_mean": means[label],
+        "prefers": conv4["preferred_class"] == names[label],
         "nearly_dead": conv4["activation_nonzero"] < NEARLY_DEAD,
         **conv4[["preferred_class", "preferred_share", "top_class"]],
     }
@@ -169,84 +335,138 @@ def rank_filters(filters: pd.DataFrame, classes: pd.DataFrame, names: list[str],
     return ranking.sort_values(order, ascending=[True, False, False, False, True], ignore_index=True)
 
 
-def sum_projections(images: Array, net: CNN, units: Units, group: Array, doing: str) -> tuple[Array, Array]:
-    """Project units of conv4; return sum of magnitudes (groups, 96, 96) and signed sum (groups, 3, 96, 96).
-
-    `group` is the number of each unit's group, 0, 1, ...; `doing` labels the progress bar.
-    """
-    groups = int(group.max()) + 1
-    magnitudes = np.zeros((groups, IMAGE_SIZE, IMAGE_SIZE))
-    signed = np.zeros((groups, 3, IMAGE_SIZE, IMAGE_SIZE))
-    for which, origins, windows in project_units(Projector(net, len(LAYERS) - 1), images, units, doing):
-        for number, (top, left), window in zip(group[which], origins.clip(min=0), windows, strict=True):
-            height, width, _ = window.shape
-            inside = slice(top, top + height), slice(left, left + width)
-            magnitudes[number, *inside] += np.abs(window).sum(axis=2)
-            signed[number, :, *inside] += window.transpose(2, 0, 1)
-    return magnitudes, signed
+def describe_ranked(filter_metrics: Any) -> str:
+    """Return what stands beside the row of a filter: its numbers, a row of `rank_filters`."""
+    lines = [
+        f"filter {filter_metrics.filter}",
+        f"selectivity {filter_metrics.selectivity:.2f}",
+        f"mean peak activation {filter_metrics.activation_mean:.2f}",
+        f"prefers {filter_metrics.preferred_class}",
+        f"in {100 * filter_metrics.preferred_share:.0f} % of bootstrap samples",
+    ]
+    if str(filter_metrics.top_class) != str(filter_metrics.preferred_class):
+        lines.append(f"top-9 images: mostly {filter_metrics.top_class}")
+    return "\n".join(lines)
 
 
-def draw_class(
-    ranking: pd.DataFrame, means: Array, images: Array, magnitudes: Array, values: Array, heading: str
-) -> Figure:
+def draw_class(ranking: pd.DataFrame, means: Array, images: Array, magnitudes: Array, peaks: Array) -> Figure:
     """Draw a class's top filters, one a row: mean magnitude, then pairs of image and projection laid over it.
 
-    Each filter has a scale of its own: a filter's gain, not what it shows, makes it weak.
+    Each filter has a scale of its own, because what makes a filter weak is its gain, not what it shows.
 
-    `ranking` is what `rank_filters` says of these filters; `means`, (filters, 96, 96), the magnitude averaged
-    over all images of the class; `images`, uint8 (filters, images, 3, 96, 96), those that drive each filter
-    most; `magnitudes`, (filters, images, 96, 96), of the projections there; `values`, (filters, images),
-    strongest activations there.
+    Args:
+        ranking: What `rank_filters` says of these filters.
+        means: Magnitude averaged over all images of the class, (filters, 96, 96).
+        images: The images of the class with the highest peak activations, (filters, images, 3, 96, 96) uint8.
+        magnitudes: Magnitudes of the projections in these images, (filters, images, 96, 96).
+        peaks: Peak activations in these images, (filters, images).
     """
-    filters, count = images.shape[:2]
-    size = 2.4 + 2.5 * count, 1.4 + 1.4 * filters
-    fig, axes = plt.subplots(filters, 1 + 2 * count, figsize=size, squeeze=False, layout="constrained")
+    count, per_filter = images.shape[:2]
+    size = (2.4 + 2.5 * per_filter, 1.4 + 1.4 * count)
+    fig, axes = plt.subplots(count, 1 + 2 * per_filter, figsize=size, squeeze=False, layout="constrained")
     colours = sns.color_palette("rocket", as_cmap=True)(np.linspace(0.3, 1, 256))
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
-    style: dict[str, Any] = {"vmin": 0, "vmax": 1}
-    for k, (row, of_filter) in enumerate(zip(axes, ranking.itertuples(), strict=True)):
-        above = "" if k else "mean over the class"
-        mean = show(row[0], means[k] / means[k].max(), above, cmap="mako", **style)
-        text = f"filter {of_filter.filter}\nselectivity {of_filter.selectivity:.2f}\n"
-        text += f"mean activation {of_filter.activation_mean:.2f}\nprefers {of_filter.preferred_class}"
-        text += f" in\n{of_filter.preferred_share:.0%} of bootstrap samples"
-        if str(of_filter.top_class) != str(of_filter.preferred_class):
-            text += f"\nnine strongest images:\nmost often {of_filter.top_class}"
-        row[0].set_ylabel(text, rotation=0, ha="right", va="center")
-        top = robust_scale(magnitudes[k])
-        for i, (left, right) in enumerate(row[1:].reshape(-1, 2)):
+    overlay = ListedColormap(colours)
+
+    for k, filter_metrics in enumerate(ranking.itertuples()):
+        title = "mean over the class" if k == 0 else ""
+        mean = show(axes[k, 0], means[k] / means[k].max(), title, cmap="mako", vmin=0, vmax=1)
+        axes[k, 0].set_ylabel(describe_ranked(filter_metrics), rotation=0, ha="right", va="center")
+        scale = robust_scale(magnitudes[k])
+        for i in range(per_filter):
+            left, right = axes[k, 1 + 2 * i : 3 + 2 * i]
             picture = np.moveaxis(images[k, i], 0, 2)
-            show(left, picture, f"activation {values[k, i]:.2f}")
-            show(right, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)  # 255 is the brightest: dimmed
-            over = show(right, magnitudes[k, i] / top, cmap=ListedColormap(colours), **style)
+            show(left, picture, f"peak activation {peaks[k, i]:.2f}")
+            # below the projection: the image in grey, dimmed, since its brightest pixel is 255 of 400
+            show(right, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)
+            over = show(right, magnitudes[k, i] / scale, cmap=overlay, vmin=0, vmax=1)
+
     below: dict[str, Any] = {"location": "bottom", "pad": 0.02}
     fig.colorbar(mean, ax=axes[:, 0], aspect=10, label="mean magnitude\n(largest: 1)", **below)
     bar = fig.colorbar(over, ax=axes[:, 1:], aspect=40, shrink=0.6, extend="max", **below)
     bar.ax.set_facecolor("0.3")
     bar.set_label("magnitude of one projection (99.5th percentile of the row: 1)")
-    fig.suptitle(heading)
     return fig
 
 
-def draw_images(images: Array, magnitudes: Array, signed: Array, texts: list[str], heading: str) -> Figure:
+def picture_class(inputs: Inputs, label: int, filter_count: int, image_count: int) -> None:
+    """Write class_K_NAME.png: the top filters of a class and their projections in its images."""
+    name = inputs.names[label]
+    ranking = rank_filters(inputs.filters, inputs.classes, inputs.names, label).head(filter_count)
+    filters = ranking["filter"].to_numpy()
+    members = np.flatnonzero(inputs.test.labels == label)
+    order = np.argsort(-inputs.maxima[members][:, filters], axis=0, kind="stable")
+    top_images = members[order[:image_count]].T  # (filters, images)
+
+    over_class = sum_projections(inputs, members, filters[:, None], f"{name}, all images")
+    # each image by itself: a sum over a last axis of length 1
+    single = sum_projections(inputs, top_images[:, :, None], filters[:, None, None], f"{name}, top images")
+
+    figure = draw_class(
+        ranking,
+        over_class.magnitude / len(members),
+        inputs.test.images[top_images],
+        single.magnitude,
+        inputs.maxima[top_images, filters[:, None]],
+    )
+    caption = (
+        f"Left: the magnitude of a filter's projections, averaged over the {len(members):,} images of the "
+        "class. Right: the images of the class with the filter's highest peak activations. Beside each image "
+        "stands the magnitude of its projection, laid over it. Each filter has a scale of its own."
+    )
+    file_name = f"class_{label}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
+    inputs.save_figure(file_name, figure, f"{name}: top {len(filters)} filters of conv4", caption)
+
+
+# ---------------------------------------------------------------- in single images
+
+
+def draw_images(images: Array, sums: SummedProjections, titles: Sequence[str]) -> Figure:
     """Draw images, two a row, each beside the summed magnitude and the signed sum of its projections.
 
-    Images are uint8 (images, 3, 96, 96), below `texts`; magnitudes (images, 96, 96), signed sums as images.
+    Args:
+        images: uint8 (images, 3, 96, 96).
+        sums: For each image the sum of its projections.
+        titles: What stands above each image.
     """
     rows = -(-len(images) // 2)
-    fig, axes = plt.subplots(rows, 6, figsize=(8, 1.6 + 1.42 * rows), squeeze=False, layout="constrained")
-    panels, coloured, top = axes.reshape(-1, 3), displayed(signed), robust_scale(magnitudes)
+    size = (8, 1.6 + 1.42 * rows)
+    fig, axes = plt.subplots(rows, 6, figsize=size, squeeze=False, layout="constrained")
+    panels = axes.reshape(-1, 3)
     for ax in panels[len(images) :].flat:
         ax.axis("off")
-    for k, (left, middle, right) in enumerate(panels[: len(images)]):
-        above = ("sum of magnitudes", "signed sum") if k < 2 else ("", "")
-        show(left, np.moveaxis(images[k], 0, 2), texts[k])
-        drawn = show(middle, magnitudes[k], above[0], cmap="mako", vmin=0, vmax=top)
-        show(right, coloured[k], above[1])
+
+    coloured = displayed(sums.signed)
+    scale = robust_scale(sums.magnitude)
+    for k, title in enumerate(titles):
+        first_row = k < 2
+        left, middle, right = panels[k]
+        show(left, np.moveaxis(images[k], 0, 2), title)
+        above = "sum of magnitudes" if first_row else ""
+        drawn = show(middle, sums.magnitude[k], above, cmap="mako", vmin=0, vmax=scale)
+        show(right, coloured[k], "signed sum" if first_row else "")
+
     bar = fig.colorbar(drawn, ax=axes, location="bottom", aspect=40, pad=0.02, shrink=0.6, extend="max")
-    bar.set_label("sum of magnitudes (normalised pixels); in the signed sum grey is zero, one scale for all")
-    fig.suptitle(heading)
+    bar.set_label("sum of magnitudes (normalised pixels)")
     return fig
+
+
+def picture_images(inputs: Inputs, filter_count: int) -> None:
+    """Write images.png: the first image of each class, and its strongest filters' projections added up."""
+    first = np.array([np.flatnonzero(inputs.test.labels == label)[0] for label in range(len(inputs.names))])
+    maxima = inputs.maxima[first]  # (classes, filters)
+    strongest = np.argsort(-maxima, axis=1, kind="stable")[:, :filter_count]
+    sums = sum_projections(inputs, first[:, None], strongest, "images")
+
+    rising = np.sort(maxima, axis=1)
+    shares = 100 * rising[:, -filter_count:].sum(axis=1) / rising.sum(axis=1)
+    caption = (
+        f"The projections of the {filter_count} filters of conv4 with the highest peak activations in an "
+        f"image are added up. These filters have {shares.min():.0f} to {shares.max():.0f} % of the sum of "
+        "all filters' peak activations in the image. In the signed sum grey is zero, with one scale for all."
+    )
+    figure = draw_images(inputs.test.images[first], sums, inputs.names)
+    inputs.save_figure("images", figure, "First image of each class", caption)
 
 
 # ---------------------------------------------------------------- occlusion (section 4.2)
@@ -258,28 +478,39 @@ def predict(net: CNN, images: Array) -> Array:
     return np.concatenate([net(net.normalise(batch)).argmax(dim=1).cpu().numpy() for batch in batches])
 
 
-def first_correct(guesses: Array, labels: Array) -> Array:
+def first_correct(predictions: Array, labels: Array) -> Array:
     """Return, for each class in turn, its first image that is classified correctly, if there is one."""
-    right = pd.Series(np.flatnonzero(guesses == labels))
-    return right.groupby(labels[right]).first().to_numpy(np.int64)
+    correct = pd.Series(np.flatnonzero(predictions == labels))
+    return correct.groupby(labels[correct]).first().to_numpy(np.int64)
 
 
-def square_positions(side: int, stride: int) -> Array:
-    """Return which rows (columns alike) of the image a square covers at each position, (positions, 96).
+class Occluder(NamedTuple):
+    """A grey square that slides over an image; all in pixels.
 
     Its centres are `stride` pixels apart, the first one stride // 2 from the border. The border cuts squares
     that reach beyond it.
     """
-    starts = np.arange(stride // 2, IMAGE_SIZE, stride)[:, None] - side // 2
-    pixels = np.arange(IMAGE_SIZE)
-    return (pixels >= starts) & (pixels < starts + side)
+
+    side: int
+    stride: int
+
+    @property
+    def centres(self) -> Array:
+        """Rows (columns alike) of the centres."""
+        return np.arange(self.stride // 2, IMAGE_SIZE, self.stride)
+
+    def covered(self) -> Array:
+        """Return which rows (columns alike) the square covers at each position, (positions, 96)."""
+        starts = self.centres[:, None] - self.side // 2
+        pixels = np.arange(IMAGE_SIZE)
+        return (pixels >= starts) & (pixels < starts + self.side)
 
 
 class Occlusion(NamedTuple):
-    """What the network makes of an image with a grey square at each position, (down, across) each."""
+    """What the network makes of an image with the square at each position, arrays (down, across, ...)."""
 
-    activity: Array  # sum over the filter's map, as a share of that without the square
-    unit: Array  # activation of the filter's strongest unit, likewise
+    activity: Array  # sum over the filter's map, as a share of the sum without the square
+    unit: Array  # activation of the unit with the filter's peak activation, likewise
     probability: Array  # of each class, (down, across, classes)
     label: int  # the true class
 
@@ -287,23 +518,45 @@ class Occlusion(NamedTuple):
 def occlusion_sensitivity(
     image: Array, label: int, unit: Sequence[int], net: CNN, covered: Array
 ) -> Occlusion:
-    """Slide a grey square over an image; measure a filter of conv4, its strongest unit, and the classes.
+    """Slide a grey square over an image; measure a filter of conv4, one of its units, and the classes.
 
-    The paper measures the sum over the map (Figure 6 of the ECCV version); the projection shows one unit.
-    The image is uint8 (3, 96, 96), `label` its class, `unit` filter, row and column in the pooled map,
-    `covered` what `square_positions` returned.
+    The paper measures the sum over the map; the projection shows one unit.
+
+    Args:
+        image: uint8 (3, 96, 96).
+        label: Its class.
+        unit: Filter, row and column in the pooled map.
+        net: The network.
+        covered: What `Occluder.covered` returned.
     """
-    whole, (filter_, row, column) = net.normalise(torch.from_numpy(image[None])), unit
-    lines, found = torch.from_numpy(covered).to(whole.device), []
-    before = net.features(whole)[-1][0][0, filter_]
-    for rows in lines:  # one copy of the image for each place across
-        squares = rows[None, :, None] & lines[:, None, :]  # (places across, 96, 96)
-        pooled = net.features(whole.masked_fill(squares[:, None], 0))[-1][0]
-        maps = pooled[:, filter_]
-        shares = maps.sum(dim=(1, 2)) / before.sum(), maps[:, row, column] / before[row, column]
-        found.append((*shares, net.classify(pooled).softmax(dim=1)))
-    activity, of_unit, probability = (torch.stack(of).cpu().numpy() for of in zip(*found, strict=True))
-    return Occlusion(activity, of_unit, probability, label)
+    normalised = net.normalise(torch.from_numpy(image[None]))
+    filter_index, row, column = unit
+    before = net.features(normalised)[-1][0][0, filter_index]
+    lines = torch.from_numpy(covered).to(normalised.device)
+    activities = []
+    activations = []
+    probabilities = []
+    for rows in lines:  # one copy of the image for each position across
+        squares = rows[None, :, None] & lines[:, None, :]  # (positions across, 96, 96)
+        pooled = net.features(normalised.masked_fill(squares[:, None], 0))[-1][0]
+        maps = pooled[:, filter_index]
+        activities.append(maps.sum(dim=(1, 2)) / before.sum())
+        activations.append(maps[:, row, column] / before[row, column])
+        probabilities.append(net.classify(pooled).softmax(dim=1))
+    return Occlusion(
+        activity=torch.stack(activities).cpu().numpy(),
+        unit=torch.stack(activations).cpu().numpy(),
+        probability=torch.stack(probabilities).cpu().numpy(),
+        label=label,
+    )
+
+
+def describe_mistakes(occlusion: Occlusion, names: Sequence[str]) -> str:
+    """Say which other classes come first, with the share of the positions: `dog 12%, cat 3%`."""
+    winners = occlusion.probability.argmax(axis=2)
+    shares = np.bincount(winners.ravel(), minlength=len(names)) / winners.size
+    others = [label for label in np.argsort(-shares, kind="stable") if label != occlusion.label]
+    return ", ".join(f"{names[label]} {shares[label]:.0%}" for label in others if shares[label] >= 0.005)
 
 
 def tabulate_occlusion(
@@ -311,554 +564,608 @@ def tabulate_occlusion(
 ) -> pd.DataFrame:
     """Return occlusion.csv, one row an image.
 
-    activity and unit: the lowest share that a square leaves. correlation: over the square's positions, of the
-    unit's loss with the projection's magnitude `under` the square (ranks). taken_for: the classes that come
-    first instead of the true one, with the share of positions.
+    Args:
+        occlusions: What the square did to each image.
+        units: The unit that was measured in each image.
+        under: Magnitude of the unit's projection under the square, (images, down, across).
+        names: Names of the classes.
     """
-    rows = []
-    for k, found in enumerate(occlusions):
-        shares = np.bincount(found.probability.argmax(axis=2).ravel(), minlength=len(names)) / found.unit.size
-        others = [other for other in np.argsort(-shares, kind="stable") if other != found.label]
-        texts = [f"{names[other]} {shares[other]:.0%}" for other in others if shares[other] >= 0.005]
-        measured = found.activity.min(), found.unit.min(), rank_correlation(1 - found.unit, under[k])
-        unit = units.image[k], units.filter[k], names[found.label], units.value[k]
-        rows.append((*unit, *measured, ", ".join(texts)))
-    columns = ["image", "filter", "label", "activation", "activity", "unit", "correlation", "taken_for"]
-    return pd.DataFrame(rows, columns=columns)
+    correlations = [rank_correlation(1 - occlusions[k].unit, under[k]) for k in range(len(occlusions))]
+    columns = {
+        "image": units.image,  # index into the test split
+        "filter": units.filter,  # the filter of conv4 with the highest peak activation
+        "label": [names[occlusion.label] for occlusion in occlusions],  # the true class
+        "activation": units.value,  # peak activation without the square
+        "activity": [occlusion.activity.min() for occlusion in occlusions],  # lowest share that is left
+        "unit": [occlusion.unit.min() for occlusion in occlusions],  # likewise
+        "correlation": correlations,  # over the positions, of the unit's loss with `under` (ranks)
+        "taken_for": [describe_mistakes(occlusion, names) for occlusion in occlusions],
+    }
+    return pd.DataFrame(columns)
+
+
+def mark_lowest(ax: Axes, unit: Array, occluder: Occluder) -> None:
+    """Frame the square that leaves least of the unit's activation."""
+    down, across = np.unravel_index(unit.argmin(), unit.shape)
+    left = occluder.centres[across] - occluder.side / 2
+    top = occluder.centres[down] - occluder.side / 2
+    for colour, width in (("black", 2.2), ("white", 1.0)):  # visible on any image
+        frame = Rectangle(
+            (left, top), occluder.side, occluder.side, fill=False, edgecolor=colour, linewidth=width
+        )
+        ax.add_patch(frame)
+
+
+def outline_mistakes(ax: Axes, occlusion: Occlusion, occluder: Occluder) -> None:
+    """Outline the positions at which another class than the true one comes first."""
+    mistaken = occlusion.probability.argmax(axis=2) != occlusion.label
+    if mistaken.any():
+        ax.contour(occluder.centres, occluder.centres, mistaken, levels=[0.5], colors="white", linewidths=1)
 
 
 def draw_occlusion(
-    images: Array, occlusions: list[Occlusion], magnitudes: Array, table: pd.DataFrame, square: Sequence[int]
+    images: Array, occlusions: Sequence[Occlusion], magnitudes: Array, table: pd.DataFrame, occluder: Occluder
 ) -> Figure:
-    """Draw maps of an occluded image, one image a row (Figure 6 of the paper's ECCV version).
+    """Draw maps of an occluded image, one image a row (section 4.2 of the paper).
 
-    Images are uint8 (images, 3, 96, 96), magnitudes those of the units' projections, (images, 96, 96);
-    `table` is occlusion.csv, `square` the side of the square and the pixels from one position to the next.
+    Args:
+        images: uint8 (images, 3, 96, 96).
+        occlusions: What the square did to each image.
+        magnitudes: Magnitude of the projection of each image's unit, (images, 96, 96).
+        table: occlusion.csv.
+        occluder: The square.
     """
-    size, (side, stride) = (8, 1.7 + 1.5 * len(images)), square
+    size = (8, 2.2 + 1.5 * len(images))
     fig, axes = plt.subplots(len(images), 5, figsize=size, squeeze=False, layout="constrained")
-    above = ["image, square", "activity of its\nstrongest filter", "activation of its\nstrongest unit"]
-    above += ["projection of\nthis unit", "probability of\nthe true class"]
-    shares = np.array([(found.activity, found.unit) for found in occlusions])
-    top, reach = robust_scale(magnitudes), abs(shares - 1).max()
-    centres = np.arange(len(occlusions[0].unit)) * stride + stride // 2
-    first, last = centres[0] - stride / 2, centres[-1] + stride / 2
     whole: dict[str, Any] = {"extent": (0, IMAGE_SIZE, IMAGE_SIZE, 0)}
-    maps: dict[str, Any] = {"extent": (first, last, last, first)}  # a value stands for stride x stride pixels
-    for k, (row, found, of_image) in enumerate(zip(axes, occlusions, table.itertuples(), strict=True)):
-        texts = [""] * 5 if k else above
-        down, across = np.unravel_index(found.unit.argmin(), found.unit.shape)
-        corner = centres[across] - side / 2, centres[down] - side / 2
-        show(row[0], np.moveaxis(images[k], 0, 2), texts[0], **whole)
-        for colour, width in (("black", 2.2), ("white", 1.0)):
-            row[0].add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width))
-        name = f"{of_image.label}\nfilter {of_image.filter}\nactivation {of_image.activation:.2f}"
+    # a value of a map stands for stride x stride pixels
+    first = occluder.centres[0] - occluder.stride / 2
+    last = occluder.centres[-1] + occluder.stride / 2
+    maps: dict[str, Any] = {"extent": (first, last, last, first)}
+
+    # shares are symmetric about 1, on one scale for all images; so are magnitudes
+    shares = np.array([(occlusion.activity, occlusion.unit) for occlusion in occlusions])
+    reach = abs(shares - 1).max()
+    share: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach, **maps}
+    magnitude: dict[str, Any] = {"cmap": "mako", "vmin": 0, "vmax": robust_scale(magnitudes), **whole}
+    probability: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1, **maps}
+
+    for k, (occlusion, entry) in enumerate(zip(occlusions, table.itertuples(), strict=True)):
+        row = axes[k]
+        drawn = [
+            show(row[0], np.moveaxis(images[k], 0, 2), **whole),
+            show(row[1], occlusion.activity, **share),
+            show(row[2], occlusion.unit, **share),
+            show(row[3], magnitudes[k], **magnitude),
+            show(row[4], occlusion.probability[:, :, occlusion.label], **probability),
+        ]
+        mark_lowest(row[0], occlusion.unit, occluder)
+        outline_mistakes(row[4], occlusion, occluder)
+        name = f"{entry.label}\nfilter {entry.filter}\npeak activation\n{entry.activation:.2f}"
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        scale: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach}
-        activity = show(row[1], found.activity, texts[1], **scale, **maps)
-        unit = show(row[2], found.unit, texts[2], **scale, **maps)
-        projection = show(row[3], magnitudes[k], texts[3], cmap="mako", vmin=0, vmax=top, **whole)
-        truth, taken = found.probability[:, :, found.label], found.probability.argmax(axis=2) != found.label
-        probability = show(row[4], truth, texts[4], cmap="viridis", vmin=0, vmax=1, **maps)
-        if taken.any():
-            row[4].contour(centres, centres, taken, levels=[0.5], colors="white", linewidths=1)
-            row[4].set_xlabel(of_image.taken_for, fontsize=7, labelpad=2)
-        for ax in row:
-            ax.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0))
-    below: dict[str, Any] = {"location": "bottom", "aspect": 12, "pad": 0.01, "shrink": 0.9}
-    units = ["share of that\nwithout a square"] * 2 + ["magnitude\n(normalised pixels)"]
-    units.append("probability; outlined, with\nshare: another comes first")
-    for column, drawn in enumerate((activity, unit, projection, probability), start=1):
-        bar = fig.colorbar(drawn, ax=axes[:, column], **below)
-        bar.ax.tick_params(labelsize=7)
-        bar.set_label(units[column - 1], fontsize=8)
+        row[4].set_xlabel(entry.taken_for, fontsize=7, labelpad=2)
+    for ax in axes.flat:
+        ax.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0))
+    label_columns(fig, axes, drawn)
     return fig
+
+
+def label_columns(fig: Figure, axes: Array, drawn: Sequence[AxesImage]) -> None:
+    """Give each column of occlusion.png its title, and a colour bar for all but the first, the image."""
+    columns = [
+        ("image", ""),
+        ("sum over the\nfilter's map", "share of the sum\nwithout a square"),
+        ("activation of\nthe unit", "share of the activation\nwithout a square"),
+        ("projection of\nthe unit", "magnitude\n(normalised pixels)"),
+        ("probability of\nthe true class", "probability"),
+    ]
+    for k, (title, label) in enumerate(columns):
+        axes[0, k].set_title(title, fontsize=8, pad=3)
+        if label:
+            bar = fig.colorbar(drawn[k], ax=axes[:, k], location="bottom", aspect=12, pad=0.01, shrink=0.9)
+            bar.ax.tick_params(labelsize=7)
+            bar.set_label(label, fontsize=8)
+
+
+def run_occlusion(inputs: Inputs, correct: Array, occluder: Occluder) -> None:
+    """Write occlusion.csv and occlusion.png.
+
+    `correct` are the indices of the images, each of another class and classified correctly.
+    """
+    images = inputs.test.images[correct]
+    labels = inputs.test.labels[correct]
+    units = inputs.peak_units(correct, inputs.maxima[correct].argmax(axis=1))
+    covered = occluder.covered()
+    occlusions = []
+    for k in tqdm(range(len(correct)), "occlusion", disable=None):
+        unit = [int(units.filter[k]), int(units.row[k]), int(units.column[k])]
+        occlusions.append(occlusion_sensitivity(images[k], int(labels[k]), unit, inputs.net, covered))
+
+    sums = sum_projections(inputs, units.image[:, None], units.filter[:, None], "projections")
+    under = covered @ sums.magnitude @ covered.T  # (images, down, across)
+    table = tabulate_occlusion(occlusions, units, under, inputs.names)
+    save_table(inputs.outputs / "occlusion.csv", inputs.checkpoint, table)
+
+    figure = draw_occlusion(images, occlusions, sums.magnitude, table, occluder)
+    title = f"A grey square of {occluder.side} x {occluder.side} pixels slides over images"
+    caption = (
+        "The first correctly classified image of each class. Its filter is the one of conv4 with the highest "
+        "peak activation, its unit the one with this peak. A map shows, at the centre of the square, what is "
+        "left with the square there. Frame: the square that leaves least of the unit's activation. White "
+        "outline: another class comes first; below the map stands the share of these positions."
+    )
+    inputs.save_figure("occlusion", figure, title, caption)
 
 
 # ---------------------------------------------------------------- invariance (Figure 5)
 
-
-def change(image: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -> Tensor:
-    """Move normalised images (..., 3, 96, 96) down, enlarge or turn them clockwise about the centre.
-
-    In pixels, a factor, degrees. What is left bare is grey.
-    """
-    options: dict[str, Any] = {"interpolation": InterpolationMode.BILINEAR, "fill": [0.0, 0.0, 0.0]}
-    place = [0.0, float(shift)]
-    return cast(Tensor, affine(image, float(angle), place, float(zoom), [0.0, 0.0], **options))
-
-
 MEASURES = ("distance in conv1", "distance in conv4", "probability of the true class", "accuracy")
 
 
-def measure_invariance(net: CNN, images: Array, labels: Array, kind: str, degrees: Sequence[float]) -> Array:
-    """Measure how far features of images move when these are changed (Figure 5 of the paper).
+def transform(images: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -> Tensor:
+    """Translate, scale or rotate normalised images (..., 3, 96, 96); what is left bare is grey.
 
-    Images are uint8; `kind` is one of `CHANGES`, `degrees` how far they are changed. Returns `MEASURES`,
-    (measures, images, degrees): Euclidean distance between the pooled maps of the changed and the unchanged
-    image, as a share of the norm of the latter; probability of the true class; 1 where that comes first.
+    Args:
+        images: Normalised images.
+        shift: Translation in pixels, down is positive.
+        zoom: Factor of the scaling about the centre.
+        angle: Degrees of the rotation about the centre, clockwise.
     """
-    found = []
-    for start in range(0, len(images), 50):
-        batch = net.normalise(torch.from_numpy(images[start : start + 50]))
-        truth = torch.from_numpy(labels[start : start + 50]).to(batch.device)
-        whole, columns = net.features(batch), []
-        for degree in degrees:
-            features, distances = net.features(change(batch, **{kind: degree})), []
-            for (before, _), (after, _) in ((whole[0], features[0]), (whole[-1], features[-1])):
-                distances.append((after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1))
-            shares = net.classify(features[-1][0]).softmax(dim=1)
-            of_truth = shares.gather(1, truth[:, None])[:, 0]
-            columns.append(torch.stack([*distances, of_truth, (shares.argmax(dim=1) == truth).float()]))
-        found.append(torch.stack(columns, dim=2).cpu().numpy().astype(np.float64))
-    return np.concatenate(found, axis=1)
+    options: dict[str, Any] = {"interpolation": InterpolationMode.BILINEAR, "fill": [0.0, 0.0, 0.0]}
+    translation = [0.0, float(shift)]
+    shear = [0.0, 0.0]
+    return cast(Tensor, affine(images, float(angle), translation, float(zoom), shear, **options))
 
 
-def tabulate_invariance(kind: str, degrees: Sequence[float], measured: Array) -> pd.DataFrame:
-    """Return rows of invariance.csv: mean over the images with its 95 % interval (normal)."""
+def relative_distance(after: Tensor, before: Tensor) -> Tensor:
+    """Return the Euclidean distance of two features, (images, ...), as a share of the norm of `before`."""
+    distances: Tensor = (after - before).flatten(1).norm(dim=1)
+    norms: Tensor = before.flatten(1).norm(dim=1)
+    return distances / norms
+
+
+def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Sequence[float]) -> pd.DataFrame:
+    """Measure how far features of images move when these are transformed (Figure 5 of the paper).
+
+    Args:
+        net: The network.
+        split: Images and labels.
+        transformation: One of `TRANSFORMATIONS`.
+        degrees: How far the images are transformed.
+
+    Returns:
+        One row an image and degree: kind, the transformation; degree; image, a number from 0; and `MEASURES`:
+        the distance between the pooled maps of the transformed and of the untransformed image, as a share of
+        the norm of the second map; the probability of the true class; 1 where that class comes first, else 0.
+    """
     tables = []
-    for name, values in zip(MEASURES, measured, strict=True):
-        mean, reach = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / len(values) ** 0.5
-        table = pd.DataFrame({"kind": kind, "degree": degrees, "measure": name, "mean": mean})
-        tables.append(table.assign(low=mean - reach, high=mean + reach, n=len(values)))
-    return pd.concat(tables, ignore_index=True)
+    for start in range(0, len(split.images), 50):
+        indices = np.arange(start, min(start + 50, len(split.images)))
+        batch = net.normalise(torch.from_numpy(split.images[indices]))
+        truth = torch.from_numpy(split.labels[indices]).to(batch.device)
+        before = net.features(batch)
+        for degree in degrees:
+            after = net.features(transform(batch, **{transformation: degree}))
+            probabilities = net.classify(after[-1][0]).softmax(dim=1)
+            columns = [
+                relative_distance(after[0][0], before[0][0]),
+                relative_distance(after[-1][0], before[-1][0]),
+                probabilities.gather(1, truth[:, None])[:, 0],
+                (probabilities.argmax(dim=1) == truth).float(),
+            ]
+            table = pd.DataFrame({"kind": transformation, "degree": degree, "image": indices})
+            values = torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
+            tables.append(table.join(pd.DataFrame(values, columns=list(MEASURES))))
+    return pd.concat(tables, ignore_index=True).sort_values(["image", "degree"], ignore_index=True)
 
 
-def draw_examples(ax: Axes, net: CNN, images: Array, kind: str, degrees: Sequence[float]) -> None:
-    """Draw the images, one a row with a bar in its colour, changed by five of the degrees."""
-    shown = [degrees[k] for k in np.linspace(0, len(degrees) - 1, 5).round().astype(int)]
+def tabulate_invariance(measured: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of invariance.csv: mean over the images of each measure, with its 95 % interval (normal).
+
+    `measured` is what `measure_invariance` returned.
+    """
+    values = measured.melt(["kind", "degree", "image"], list(MEASURES), var_name="measure")
+    groups = values.groupby(["kind", "measure", "degree"], sort=False)["value"]
+    table = pd.DataFrame({"mean": groups.mean(), "n": groups.size()})
+    reach = 1.96 * groups.std(ddof=1) / table["n"] ** 0.5
+    table["low"] = table["mean"] - reach
+    table["high"] = table["mean"] + reach
+    return table.reset_index()[["kind", "degree", "measure", "mean", "low", "high", "n"]]
+
+
+def draw_examples(ax: Axes, net: CNN, images: Array, transformation: str, degrees: Sequence[float]) -> None:
+    """Draw the images, one a row with a bar in its colour, transformed by five of the degrees."""
+    chosen = np.linspace(0, len(degrees) - 1, 5).round().astype(int)
+    drawn_degrees = [degrees[k] for k in chosen]
     normalised = net.normalise(torch.from_numpy(images))
-    changed = torch.stack([change(normalised, **{kind: degree}) for degree in shown], dim=1)
-    pixels = (255 * (changed * net.std + net.mean)).clamp(0, 255).byte().cpu().numpy()
-    # (images, examples, 3, rows, columns) -> one sheet
+    transformed = torch.stack(
+        [transform(normalised, **{transformation: degree}) for degree in drawn_degrees], dim=1
+    )
+    pixels = (255 * (transformed * net.std + net.mean)).clamp(0, 255).byte().cpu().numpy()
+
+    # (images, degrees, 3, rows, columns) -> one sheet (images * rows, degrees * columns, 3)
     sheet = pixels.transpose(0, 3, 1, 4, 2).reshape(len(images) * IMAGE_SIZE, -1, 3)
-    ax.imshow(sheet, interpolation="nearest", extent=(0, len(shown), len(images), 0))
-    ax.set_xticks(np.arange(len(shown)) + 0.5, [f"{degree:g}" for degree in shown])
+    ax.imshow(sheet, interpolation="nearest", extent=(0, len(chosen), len(images), 0))
+    ax.set_xticks(np.arange(len(chosen)) + 0.5, [f"{degree:g}" for degree in drawn_degrees])
     ax.set_yticks([])
     for k in range(len(images)):
         ax.add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=f"C{k}", clip_on=False))
 
 
-def draw_invariance(
-    net: CNN,
-    images: Array,
-    degrees: Mapping[str, Sequence[float]],
-    curves: Mapping[str, Array],
-    table: pd.DataFrame,
-    names: Sequence[str],
-) -> Figure:
-    """Draw the layout of the paper's Figure 5, one kind of change a row, and means over many images.
+def draw_curves(
+    ax: Axes, measure: str, examples: pd.DataFrame, means: pd.DataFrame, names: Sequence[str]
+) -> None:
+    """Draw a measure over the degrees of one transformation: of each example, and the mean of many images.
 
-    `images`, uint8, `names` and `curves`, what `measure_invariance` returned by kind, are those of the
-    examples, changed by `degrees`; `table` is invariance.csv.
+    `examples` is what `measure_invariance` returned, `means` has the rows of `tabulate_invariance`. The
+    accuracy of a single image says nothing, so there only the mean is drawn.
     """
-    size, widths = (9, 0.9 + 1.95 * len(curves)), [1.15, 1, 1, 1, 1]
-    layout: dict[str, Any] = {"sharey": "col", "width_ratios": widths, "layout": "constrained"}
-    fig: Figure
-    fig, axes = plt.subplots(len(curves), 5, figsize=size, squeeze=False, **layout)
-    for row, (kind, measured) in zip(axes, curves.items(), strict=True):
-        draw_examples(row[0], net, images, kind, degrees[kind])
-        for ax, name, values in zip(row[1:], MEASURES, measured, strict=True):
-            for k, curve in enumerate(values if name != "accuracy" else ()):
-                style = ("-", "--", "-.", ":")[k % 4]
-                ax.plot(degrees[kind], curve, color=f"C{k}", linestyle=style, linewidth=0.9, label=names[k])
-            rows = table[(table["kind"] == kind) & (table["measure"] == name)]
-            text = f"mean of {rows['n'].iloc[0]} images"
-            ax.plot(rows["degree"], rows["mean"], color="black", linewidth=1.6, label=text)
-            ax.fill_between(rows["degree"], rows["low"], rows["high"], color="black", alpha=0.25, linewidth=0)
+    for number in examples["image"].unique() if measure != "accuracy" else ():
+        curve = examples[examples["image"] == number]
+        style = ("-", "--", "-.", ":")[number % 4]
+        options: dict[str, Any] = {"color": f"C{number}", "linestyle": style, "linewidth": 0.9}
+        ax.plot(curve["degree"], curve[measure], label=names[number], **options)
+    rows = means[means["measure"] == measure]
+    label = f"mean of {rows['n'].iloc[0]} images"
+    ax.plot(rows["degree"], rows["mean"], color="black", linewidth=1.6, label=label)
+    ax.fill_between(rows["degree"], rows["low"], rows["high"], color="black", alpha=0.25, linewidth=0)
+
+
+def draw_invariance(
+    net: CNN, images: Array, examples: pd.DataFrame, means: pd.DataFrame, names: Sequence[str]
+) -> Figure:
+    """Draw the layout of the paper's Figure 5, one transformation a row, and means over many images.
+
+    Args:
+        net: The network.
+        images: The examples, uint8 (images, 3, 96, 96).
+        examples: What `measure_invariance` returned for them, all transformations.
+        means: invariance.csv.
+        names: What the legend calls the examples.
+    """
+    transformations = list(examples["kind"].unique())
+    fig, axes = plt.subplots(
+        len(transformations),
+        5,
+        figsize=(9, 1.3 + 1.95 * len(transformations)),
+        squeeze=False,
+        sharey="col",
+        width_ratios=[1.15, 1, 1, 1, 1],
+        layout="constrained",
+    )
+    for row, transformation in zip(axes, transformations, strict=True):
+        curves = examples[examples["kind"] == transformation]
+        rows = means[means["kind"] == transformation]
+        draw_examples(row[0], net, images, transformation, list(curves["degree"].unique()))
+        for ax, measure in zip(row[1:], MEASURES, strict=True):
+            draw_curves(ax, measure, curves, rows, names)
         for ax in row:
-            ax.set_xlabel(CHANGES[kind], fontsize=8)
+            ax.set_xlabel(TRANSFORMATIONS[transformation], fontsize=8)
             ax.tick_params(labelsize=7)
             sns.despine(ax=ax)
         row[0].spines[:].set_visible(False)
-    texts = "examples", "distance in conv1\n(share of the norm)", "distance in conv4\n(share of the norm)"
-    for ax, text in zip(axes[0], (*texts, "probability of\nthe true class", "accuracy"), strict=True):
-        ax.set_title(text, fontsize=9)
-    for ax in axes[0, 1:]:  # of a column, which shares them
+
+    titles = (
+        "examples",
+        "distance in conv1\n(share of the norm)",
+        "distance in conv4\n(share of the norm)",
+        "probability of\nthe true class",
+        "accuracy",
+    )
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=9)
+    for ax in axes[0, 1:]:  # the axes of a column share their limits
         ax.set_ylim(bottom=0)
-    fig.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     return fig
 
 
-# ---------------------------------------------------------------- explorer: every filter on one page
+def run_invariance(
+    inputs: Inputs, examples: Array, degrees: Mapping[str, Sequence[float]], mean_images: int
+) -> None:
+    """Write invariance.csv and invariance.png.
 
-METRICS = {  # what the page calls them, and what they are
-    "filter": ("number", "Its place in the layer; it means nothing"),
-    "preferred_class": ("preferred class", "Class of the largest mean activation"),
-    "selectivity": (
-        "selectivity",
-        "(mean on preferred class - mean of the others) / their sum; 0: alike on all, 1: on one only",
-    ),
-    "auc": (
-        "AUC",
-        "How often an image of the preferred class drives it more than one of another; 0.5: chance",
-    ),
-    "activation_mean": ("mean activation", "Over all test images, of its strongest value in each"),
-    "class_mean": ("mean activation", "Over the test images of the class; line: 95 % interval"),
-    "activation_nonzero": ("fires on", "Share of the test images with an activation above zero"),
-    "lost": (
-        "loss added",
-        "Rise of the cross-entropy (nats) when its map is set to its training mean; negative: better without",
-    ),
-    "twin": (
-        "twin",
-        "Filter whose activations over the test images correlate most with its own; r = 1: a copy",
-    ),
-    "projections": (
-        "projections",
-        "Magnitude (RGB summed) in normalised pixels: means over images; the largest of all",
-    ),
-}
+    Args:
+        inputs: What all figures are made from.
+        examples: Indices of the images that are drawn, classified correctly.
+        degrees: How far the images are transformed, for each of `TRANSFORMATIONS`.
+        mean_images: Number of the images behind the means, as many of each class, right or wrong; they are
+            transformed by every other degree.
+    """
+    number_in_class = pd.Series(inputs.test.labels).groupby(inputs.test.labels).cumcount()
+    many = np.flatnonzero(number_in_class < mean_images // len(inputs.names))
+    curves = []
+    tables = []
+    for transformation, amounts in tqdm(degrees.items(), "invariance", disable=None):
+        curves.append(measure_invariance(inputs.net, inputs.test.select(examples), transformation, amounts))
+        measured = measure_invariance(inputs.net, inputs.test.select(many), transformation, amounts[::2])
+        tables.append(tabulate_invariance(measured))
+    table = pd.concat(tables, ignore_index=True)
+    save_table(inputs.outputs / "invariance.csv", inputs.checkpoint, table)
+
+    names = [inputs.names[label] for label in inputs.test.labels[examples]]
+    figure = draw_invariance(inputs.net, inputs.test.images[examples], pd.concat(curves), table, names)
+    title = f"{len(examples)} correctly classified images, translated, scaled and rotated"
+    caption = (
+        "Distance: Euclidean, between the pooled maps of the transformed and of the untransformed image, as "
+        f"a share of the norm without the transformation. Black: mean of {len(many)} images, as many of each "
+        "class, classified correctly or not, with its 95 % interval."
+    )
+    inputs.save_figure("invariance", figure, title, caption)
 
 
-def crop_patches(images: Array, image: Array, origins: Array, size: int) -> Array:
+# ---------------------------------------------------------------- explorer: the pictures
+
+
+class Examples(NamedTuple):
+    """Images in which the filters of a layer were projected; arrays (filters, examples, ...)."""
+
+    image: Array  # index into the test split, -1 for none
+    value: Array  # peak activation there
+    origin: Array  # row and column of the window's top left pixel, negative beyond the border
+    projection: Array  # (filters, examples, 3, rows, columns)
+
+
+class LayerExamples(NamedTuple):
+    """What the pictures of a layer are made from."""
+
+    top: Examples  # top-9 examples
+    percentile: Examples  # percentile examples, level by level
+    evolution: Array  # projections after each of several epochs, (filters, epochs, 3, rows, columns)
+
+
+def read_examples(path: Path, checkpoint: Checkpoint, prefix: str) -> Examples:
+    """Read the examples of a layer from projections.npz; `prefix` is `conv4` or `conv4_level`."""
+    keys = [f"{prefix}_{field}" for field in Examples._fields]
+    return Examples(*load_arrays(path, checkpoint, *keys))
+
+
+def crop_patches(images: Array, image_indices: Array, origins: Array, size: int) -> Array:
     """Cut windows out of images, uint8 (n, size, size, 4); transparent beyond the border and for image -1."""
-    opaque, patches = np.full((1, IMAGE_SIZE, IMAGE_SIZE), 255, np.uint8), []
-    for n, (top, left) in zip(image, origins, strict=True):
-        frame = np.concatenate([images[n], opaque]) * np.uint8(n >= 0)
+    patches = []
+    for image_index, (top, left) in zip(image_indices, origins, strict=True):
+        alpha = np.full((1, IMAGE_SIZE, IMAGE_SIZE), 255, np.uint8)
+        frame = np.concatenate([images[image_index], alpha])
+        if image_index < 0:
+            frame[:] = 0
         patches.append(crop(frame, top, left, size, 0).transpose(1, 2, 0))
     return np.stack(patches)
+
+
+def as_panels(projections: Array) -> Array:
+    """Return projections (n, 3, rows, columns) on one scale as opaque uint8 (n, rows, columns, 4)."""
+    colours = (255 * displayed(projections.astype(np.float32))).round().astype(np.uint8)
+    return np.pad(colours, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255)
 
 
 def save_panels(path: Path, panels: Array, columns: int) -> None:
     """Write panels (n, rows, columns, 4) as one WebP picture, `columns` of them a row.
 
-    With losses WebP halves the resolution of colours, which shows in small windows. Those are stored without,
-    after rounding to multiples of 8, which halves the file.
+    With losses WebP halves the resolution of colours, which shows in small windows. Those are stored without
+    losses, after rounding to multiples of 8, which halves the file.
     """
-    small = panels.shape[2] < 32
-    if small:
+    options: dict[str, Any] = {"quality": 48}
+    if panels.shape[2] < 32:
         panels = np.minimum((panels + np.uint16(4)) // 8 * 8, 255).astype(np.uint8)
-    options: dict[str, Any] = {"lossless": True} if small else {"quality": 48}
+        options = {"lossless": True}
     with atomic_write(path) as partial:
         Image.fromarray(tile(panels, columns, 0)).save(partial, "WEBP", **options)
 
 
-def as_panels(projections: Array, groups: int) -> Array:
-    """Return projections (filters, n, 3, rows, columns) as opaque uint8 (filters, n, rows, columns, 4).
-
-    The n of a filter are split into `groups` of equal size, each with a scale of its own.
-    """
-    filters, n, _, *sides = projections.shape
-    pixels = np.full((filters, n, *sides, 4), 255, np.uint8)
-    for of_filter, shown in zip(projections, pixels, strict=True):
-        parts = np.split(of_filter.astype(np.float32), groups)
-        shown[..., :3] = (255 * np.concatenate([displayed(part) for part in parts])).round()
-    return pixels
-
-
-def save_strips(
-    folder: Path, layer: str, panels: Sequence[Array], image: Array, origin: Array, images: Array
-) -> None:
+def save_strips(folder: Path, layer: str, examples: LayerExamples, images: Array) -> None:
     """Write the pictures of a layer.
 
-    LAYER/NNN.webp has two rows. Above: projections of the filter's strongest images, of weaker ones and of
-    its strongest activation after some epochs (`panels`, of `as_panels`); below: the patches of the former
-    two. LAYER.webp has the first projection of every filter, 16 a row, each above its patch.
+    LAYER/NNN.webp has two rows. Above are the projections of the filter's top-9 examples, of its percentile
+    examples and of its highest peak activation after each epoch; below are the patches of the examples.
+    LAYER.webp has the first projection of every filter, 16 a row, each above its patch.
 
-    Of the former two, `image`, (filters, n), is the index into `images`, uint8 (images, 3, 96, 96), or -1 for
-    none; `origin`, (filters, n, 2), row and column of the window's top left pixel.
+    Args:
+        folder: Where the pictures go.
+        layer: Name of the layer.
+        examples: What is drawn.
+        images: The test images, uint8 (images, 3, 96, 96).
     """
+    top = examples.top
+    percentile = examples.percentile
 
-    def draw(n: int) -> Array:
-        above = np.concatenate([part[n] for part in panels])
-        below = crop_patches(images, image[n], origin[n], above.shape[1])
-        save_panels(folder / layer / f"{n:03d}.webp", np.concatenate([above, below]), len(above))
-        return np.concatenate([above[0], below[0]])
+    def draw_strip(n: int) -> Array:
+        above = [as_panels(top.projection[n])]
+        above += [as_panels(level) for level in np.split(percentile.projection[n], len(LEVELS))]
+        above += [as_panels(after_epoch[None]) for after_epoch in examples.evolution[n]]
+        projections = np.concatenate(above)
 
+        image_indices = np.concatenate([top.image[n], percentile.image[n]])
+        origins = np.concatenate([top.origin[n], percentile.origin[n]])
+        patches = crop_patches(images, image_indices, origins, projections.shape[1])
+
+        panels = np.concatenate([projections, patches])
+        save_panels(folder / layer / f"{n:03d}.webp", panels, len(projections))
+        return np.stack([projections[0], patches[0]])
+
+    count = len(top.image)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        drawn = pool.map(draw, range(len(image)))
-        first = list(tqdm(drawn, f"pictures of {layer}", len(image), disable=None))
-    save_panels(folder / f"{layer}.webp", np.stack(first), 16)
+        strips = pool.map(draw_strip, range(count))
+        first = list(tqdm(strips, f"pictures of {layer}", count, disable=None))
+    # (filters, 2, rows, columns, 4) -> each projection above its patch
+    pairs = np.stack(first)
+    save_panels(folder / f"{layer}.webp", pairs.reshape(count, -1, *pairs.shape[3:]), 16)
 
 
-def explain_filters(
-    layer: str, maxima: Array, labels: Array, names: Sequence[str], tables: Mapping[str, pd.DataFrame]
-) -> list[dict[str, Any]]:
-    """Return what the page says of each filter of a layer, but for its pictures.
+# ---------------------------------------------------------------- explorer: the numbers
 
-    Its row of filter_metrics.csv; `means` of each class with both limits; `lost`, what ablation adds to the
-    loss of each class and of all (conv4); `similar`, the five filters whose activations correlate most with
-    its own, and the coefficients. Of the images of the preferred class and of the others: `images`, how many;
-    `zeros`, on how many it does not fire; `counts` in 24 bins from 0 to `largest` of those on which it does.
 
-    `maxima`, (images, filters), is the strongest activation of each filter in each test image; `labels` are
-    those of the images; `tables`: filter, class and ablation, the latter only if there is one.
+class Histogram(NamedTuple):
+    """How often a filter's peak activations fall into 24 bins from 0 to `largest`.
+
+    There are two groups of images: images of the filter's preferred class, and all others.
     """
-    filters, classes = (table[table["layer"] == layer] for table in (tables["filter"], tables["class"]))
-    means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
-    lost: Any = [None] * len(filters)
-    if layer == "conv4" and "ablation" in tables:
-        lost = tables["ablation"]["loss_increase"].to_numpy().reshape(len(filters), -1)
+
+    images: list[int]  # in each group
+    zeros: list[int]  # images of each group in which the filter does not fire; they are in no bin
+    counts: list[Array]  # of each group, (24,)
+    largest: float
+
+
+def count_peaks(peaks: Array, prefers: Array) -> Histogram:
+    """Count the peak activations of a filter in all images; `prefers` says which are of its class."""
+    largest = float(max(peaks.max(), 1e-9))
+    groups = [peaks[prefers], peaks[~prefers]]
+    return Histogram(
+        images=[len(group) for group in groups],
+        zeros=[int(np.count_nonzero(group == 0)) for group in groups],
+        counts=[np.histogram(group[group > 0], 24, (0, largest))[0] for group in groups],
+        largest=largest,
+    )
+
+
+def find_similar(maxima: Array) -> list[list[tuple[int, float]]]:
+    """Return for each filter the five filters whose peak activations correlate most with its own.
+
+    `maxima` is (images, filters). Each filter comes with the coefficient, if that is positive.
+    """
     with np.errstate(invalid="ignore"):  # a dead filter correlates with none
         correlation = np.nan_to_num(np.corrcoef(maxima.T), nan=-1)
     np.fill_diagonal(correlation, -1)
-    described = cast(list[dict[str, Any]], filters.drop(columns="layer").to_dict("records"))
-    for n, (of_filter, own) in enumerate(zip(described, maxima.T, strict=True)):
-        nearest = np.argsort(-correlation[n], kind="stable")[:5]
-        prefers = labels == (-1 if of_filter["dead"] else names.index(of_filter["preferred_class"]))
-        groups, largest = (own[prefers], own[~prefers]), max(own.max(), 1e-9)
-        of_filter |= {"means": means.reshape(len(described), len(names), 3)[n], "lost": lost[n]}
-        of_filter["similar"] = [(k, correlation[n, k]) for k in nearest if correlation[n, k] > 0]
-        of_filter |= {"images": [len(group) for group in groups], "largest": largest}
-        of_filter["zeros"] = [np.count_nonzero(group == 0) for group in groups]
-        of_filter["counts"] = [np.histogram(group[group > 0], 24, (0, largest))[0] for group in groups]
-    return described
+    nearest = np.argsort(-correlation, axis=1, kind="stable")[:, :5]
+    similar = []
+    for coefficients, indices in zip(correlation, nearest, strict=True):
+        similar.append([(int(k), float(coefficients[k])) for k in indices if coefficients[k] > 0])
+    return similar
 
 
-def as_json(content: Any) -> str:
-    """Return JSON that can stand inside a page: numbers with five digits, null for nan, no < that ends it."""
+def describe_filters(layer: str, maxima: Array, inputs: Inputs) -> pd.DataFrame:
+    """Return what the page says of each filter of a layer, but for its pictures; one row a filter.
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(of_key) for key, of_key in value.items()}
-        if isinstance(value, list | tuple | np.ndarray):
-            return [plain(item) for item in value]
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, float):
-            return float(f"{value:.5g}") if np.isfinite(value) else None
-        return value
+    `maxima` are the peak activations of the layer's filters in the test images, (images, filters).
+    """
+    filters = inputs.filters[inputs.filters["layer"] == layer].reset_index(drop=True)
+    classes = inputs.classes[inputs.classes["layer"] == layer]
+    count = len(filters)
 
-    return json.dumps(plain(content), separators=(",", ":")).replace("<", r"\u003c")
+    loss_increase: list[Any] = [None] * count
+    if layer == LAYERS[-1]:
+        loss_increase = list(inputs.ablation["loss_increase"].to_numpy().reshape(count, -1))
+    histograms = []
+    for number, name in enumerate(filters["preferred_class"]):
+        prefers = np.array(inputs.names)[inputs.test.labels] == name  # a dead filter prefers none
+        histograms.append(count_peaks(maxima[:, number], prefers)._asdict())
+    means = classes[["activation_mean", "activation_low", "activation_high"]].to_numpy()
+    columns: dict[str, Any] = {
+        "means": list(means.reshape(count, -1, 3)),  # of each class, with both limits of the interval
+        "loss_increase": loss_increase,  # of each class, then of all images
+        "similar": find_similar(maxima),
+        "histogram": histograms,
+    }
+    return filters.drop(columns="layer").assign(**columns)
 
 
-def readable_on(colour: str) -> str:
-    """Return the text colour, black or white, that contrasts more with #rrggbb: 4.6 to 1 or more (WCAG 2)."""
-    values = np.array(to_rgb(colour))
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    return "#000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#fff"
+def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
+    """Return how many images of each class (rows) were taken for each class (columns)."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts
 
 
-def explain_layer(filters: Sequence[Mapping[str, Any]], size: int, images: int) -> str:
-    """Return what stands above the tiles of a layer's filters, which see `size` pixels."""
-    dead = sum(of_filter["dead"] for of_filter in filters)
-    few = sum(of_filter["activation_nonzero"] < NEARLY_DEAD for of_filter in filters) - dead
-    return (
-        f"Each of {len(filters)} filters sees {size} x {size} pixels. {dead} are dead (never fire), {few} "
-        f"nearly dead (fire on less than {NEARLY_DEAD:.0%} of {images:,} test images). A tile shows a "
-        "filter's strongest activation, projected; hover to see the image there."
+def write_layer(folder: Path, layer: str, inputs: Inputs, evolution: Array) -> dict[str, Any]:
+    """Write the pictures of a layer and return what the page says of its filters.
+
+    `evolution` are projections after each epoch, (filters, epochs, 3, rows, columns).
+    """
+    projections = inputs.outputs / "projections.npz"
+    examples = LayerExamples(
+        top=read_examples(projections, inputs.checkpoint, layer),
+        percentile=read_examples(projections, inputs.checkpoint, f"{layer}_level"),
+        evolution=evolution,
     )
+    save_strips(folder, layer, examples, inputs.test.images)
 
-
-def explain_reading(trust: pd.DataFrame | None) -> list[str]:
-    """Return three sentences on what a projection shows and does not, with the numbers of trust.csv."""
-    reading = (
-        "Grey is zero; light and dark, and opposite colours, are opposite signs. A projection shows what in "
-        "one image an activation went back to, not what the filter responds to in general: compare all. "
-        "Compression blurs faint structure here; the pictures in deconv/ have all of it."
-    )
-    if trust is None:
-        return [reading, "How far to trust it is not measured yet: uv run analyse_projections.py adds it."]
-    value = trust.set_index(["test", "condition"])["median"]
-    kept = value["kept"].map("{:.0%}".format)
-    alike = value["random weights, envelope taken out"]
-    return [
-        reading,
-        "It points at what matters, up to a point: the quarter of a window's pixels where it is strongest "
-        f"keeps {kept['projection']} of an activation of conv4 alive (median); a quarter chosen by the "
-        f"gradient {kept['gradient']}, by another filter's projection at the same place "
-        f"{kept['other filter']}, by chance {kept['random']}. The image's edges, which know no filter, keep "
-        f"{kept['edges']}: smooth masks keep more.",
-        "How much of it was learned: projections through random weights have a rank correlation of "
-        f"{alike['conv4 to conv1']:.2f} with the trained ones, those of other filters at the same place "
-        f"{alike['other filter, same place']:.2f}, in other images {alike['other filter, other image']:.2f}, "
-        "what all windows have in common taken out.",
-    ]
-
-
-def explain_classes(guesses: Array, labels: Array, names: Sequence[str]) -> list[str]:
-    """Return, for each class, how many test images are recognised and what the others are taken for."""
-    texts = []
-    for label in range(len(names)):
-        counts = np.bincount(guesses[labels == label], minlength=len(names))
-        wrong = [k for k in np.argsort(-counts, kind="stable") if counts[k] and k != label]
-        mistaken = ", ".join(f"{names[k]} ({counts[k]})" for k in wrong) or "nothing"
-        share = f"{counts[label]:,} of {counts.sum():,} test images ({counts[label] / counts.sum():.0%})"
-        texts.append(f"{share} are recognised. Mistaken for {mistaken}.")
-    return texts
+    (maxima,) = load_arrays(inputs.outputs / "activations.npz", inputs.checkpoint, f"{layer}_max")
+    table = describe_filters(layer, maxima, inputs)
+    columns: dict[str, Any] = {
+        "top_images": list(examples.top.image),
+        "top_peaks": list(examples.top.value),
+        "percentile_images": list(examples.percentile.image),
+        "percentile_peaks": list(examples.percentile.value),
+    }
+    return {
+        "size": examples.top.projection.shape[-1],  # rows of a window
+        "columns": min(16, len(table)),  # panels in a row of LAYER.webp
+        "filters": table.assign(**columns).to_dict("records"),
+    }
 
 
 def write_explorer(
-    outputs: Path,
-    checkpoint: Checkpoint,
-    snapshots: Sequence[Checkpoint],
-    test: Split,
-    guesses: Array,
-    evolution_images: int,
+    inputs: Inputs, snapshots: Sequence[Checkpoint], predictions: Array, evolution_images: int
 ) -> None:
-    """Write explorer/index.html and its pictures into `outputs`, where the files of the earlier stages are.
+    """Write explorer/index.html and its pictures. The page's words are in `EXPLORER`, its numbers come here.
 
-    `snapshots` is what `read_snapshots` returned, `guesses` what `predict` returned for the test images. Each
-    snapshot's strongest activation is sought in the first `evolution_images` of these.
+    Args:
+        inputs: What all figures are made from.
+        snapshots: What `read_snapshots` returned.
+        predictions: What `predict` returned for the test images.
+        evolution_images: In so many of these each snapshot's highest peak activation is sought.
     """
-    outputs, names = outputs.expanduser(), checkpoint.class_names
+    checkpoint = inputs.checkpoint
+    outputs = inputs.outputs.expanduser()
     folder = outputs / "explorer"
     for old in [*folder.glob("index.html"), *folder.rglob("*.webp")]:  # of a network with more filters
         old.unlink()
-    tables = {name: load_table(outputs / f"{name}_metrics.csv", checkpoint) for name in ("filter", "class")}
-    for name in ("ablation", "trust"):  # what the page can do without
-        if (outputs / f"{name}.csv").is_file():
-            tables[name] = load_table(outputs / f"{name}.csv", checkpoint)
 
-    some = test.images[:evolution_images]
-    evolution = project_evolution(some, snapshots, max(checkpoint.net.config["filters"]), 16)
-    layers = {}
-    for layer in LAYERS:
-        (maxima,) = load_arrays(outputs / "activations.npz", checkpoint, f"{layer}_max")
-        path, keys = outputs / "projections.npz", ("projection", "image", "value", "origin")
-        top, *strongest = load_arrays(path, checkpoint, *(f"{layer}_{key}" for key in keys))
-        lower, *weaker = load_arrays(path, checkpoint, *(f"{layer}_level_{key}" for key in keys))
-        image, value, origin = (np.concatenate(pair, axis=1) for pair in zip(strongest, weaker, strict=True))
-        panels = [as_panels(top, 1), as_panels(lower, len(LEVELS))]
-        panels.append(as_panels(evolution.pop(layer).projections, len(snapshots)))  # a scale for each
-        n_top, size = top.shape[1], top.shape[-1]
-        del top, lower  # large
-        save_strips(folder, layer, panels, image, origin, test.images)
-        filters = explain_filters(layer, maxima, test.labels, names, tables)
-        for of_filter, *examples in zip(filters, image, value, strict=True):
-            pairs = list(zip(*examples, strict=True))
-            of_filter |= {"top": pairs[:n_top], "levels": pairs[n_top:]}
-        note = explain_layer(filters, size, len(maxima))
-        layers[layer] = {"size": size, "columns": min(16, len(filters)), "note": note, "filters": filters}
+    searched = inputs.test.images[:evolution_images]
+    widest = max(checkpoint.net.config["filters"])
+    evolution = project_evolution(searched, snapshots, widest, 16)
+    layers = {layer: write_layer(folder, layer, inputs, evolution.pop(layer).projections) for layer in LAYERS}
 
-    colours = sns.color_palette("colorblind", len(names)).as_hex()
+    colours = class_colours(len(inputs.names))
     figures = sorted(path.relative_to(outputs).as_posix() for path in outputs.rglob("*.png"))
-    run = {"epochs": checkpoint.epochs, **checkpoint.metrics, **checkpoint.settings}
-    run["checkpoint"] = checkpoint.sha256[:12]
-    for key, fact in run.items():
-        run[key] = f"{fact:.4g}" if isinstance(fact, float) else re.sub("[{}']", "", str(fact))
-    missing = "" if "ablation" in tables else "uv run analyse_projections.py adds what ablation costs."
-    later = "" if len(snapshots) > 1 else " No snapshots of this training: uv run train_CNN.py writes them."
-    notes = {
-        "generated": "Generated shapes, no photographs: they show that the code works, nothing more",
-        "strongest": "Projection and patch in the test images that drive it most, with its activation. "
-        "Grey is zero; one scale for all.",
-        "weaker": "In images near percentiles of its activations above zero; a scale for each level.",
-        "evolution": f"Strongest activation in {len(some):,} test images after each epoch; each has a "
-        f"scale of its own.{later}",
-        "ablation": missing,
-        "needed": "Filters of conv4 whose ablation adds most to the loss of the class.",
-        "classes": explain_classes(guesses, test.labels, names),
-        "reading": explain_reading(tables.get("trust")),
-    }
+    settings = {"checkpoint": checkpoint.sha256[:12], "epochs": checkpoint.epochs}
     facts = {
         "title": TITLES[checkpoint.dataset],
         "generated": checkpoint.dataset == "shapes",
         "accuracy": checkpoint.accuracy(),
-        "classes": names,
-        "colours": colours,
-        "inks": [readable_on(colour) for colour in colours],
-        "labels": test.labels,
-        "epochs": [snapshot.epochs for snapshot in snapshots],
-        "levels": LEVELS,
+        "classes": inputs.names,
+        "colours": colours,  # of each class
+        "text_colours": [text_colour_on(colour) for colour in colours],
+        "labels": inputs.test.labels,
+        "confusion": confusion_matrix(inputs.test.labels, predictions, len(inputs.names)),
         "layers": layers,
-        "metrics": METRICS,
-        "notes": notes,
-        "run": [(key.replace("_", " "), text) for key, text in run.items()],
+        "nearly_dead": NEARLY_DEAD,
+        "levels": LEVELS,  # of the percentile examples
+        "epochs": [snapshot.epochs for snapshot in snapshots],
+        "evolution_images": len(searched),
+        "trust": inputs.trust.to_dict("records"),
+        "run": settings | checkpoint.metrics | checkpoint.settings,
         "figures": [name for name in figures if not name.startswith("readme")],
     }
     with atomic_write(folder / "index.html") as partial:
-        partial.write_text(EXPLORER.replace("__DATA__", as_json(facts)), encoding="utf-8")
+        partial.write_text(EXPLORER.replace("__DATA__", page_json(facts)), encoding="utf-8")
     print(f"wrote {folder / 'index.html'}", flush=True)
 
 
 def main() -> None:
-    """Draw filters over all classes, in each class, in single images, in occluded and in changed ones."""
+    """Draw filters over all classes, in each class, in single images, in occluded and in transformed ones."""
     set_style()
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
-    net, names, folder = checkpoint.net, checkpoint.class_names, OUTPUTS / "heatmaps"
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
-    maxima, positions = load_arrays(OUTPUTS / "activations.npz", checkpoint, "conv4_max", "conv4_position")
-    filters = load_table(OUTPUTS / "filter_metrics.csv", checkpoint)
-    classes = load_table(OUTPUTS / "class_metrics.csv", checkpoint)
-    images, labels = load_checkpoint_split(checkpoint, DATA_DIR, "test")
-    source = f"{len(images):,} test images of {TITLES[checkpoint.dataset]}"
-    print(f"drawing conv4 on {source} on {device}, torch {torch.__version__}")
-    source += f" ({checkpoint.accuracy()})"
+    inputs = read_inputs(checkpoint, DATA_DIR, OUTPUTS)
+    print(f"drawing conv4 on {inputs.source} on {device}, torch {torch.__version__}")
 
-    # over all classes
-    conv4 = filters[filters["layer"] == "conv4"]
-    heading = f"Filters of conv4, by preferred class, most selective first\n{source}, "
-    heading += f"{conv4['dead'].sum()} dead filters left out\n"
-    heading += "framed: the preferred class, by definition the largest value of its column"
-    figure = draw_class_filters(class_means(classes), conv4, names, heading)
-    save_figure(folder / "class_filter_heatmap.png", figure)
+    # what the filters respond to
+    picture_all_classes(inputs)
+    for label in range(len(inputs.names)):
+        picture_class(inputs, label, TOP_FILTERS, TOP_IMAGES)
+    picture_images(inputs, SUMMED_FILTERS)
 
-    # in each class
-    sums, shown = [], []
-    for label, name in enumerate(names):
-        ranking = rank_filters(filters, classes, names, name).head(TOP_FILTERS)
-        members, chosen = np.flatnonzero(labels == label), ranking["filter"].to_numpy()
-        order = np.argsort(-maxima[members][:, chosen], axis=0, kind="stable")[:TOP_IMAGES]
-        top = members[order].T  # (filters, images)
-        strongest = np.argsort(-maxima[members[0]], kind="stable")[:SUMMED_FILTERS]
-        # groups: each filter over the whole class; each filter in each of its top images; the first image
-        n, m = len(chosen), top.size
-        image = np.concatenate([np.tile(members, n), top.ravel(), np.full(len(strongest), members[0])])
-        filter_ = np.concatenate([np.repeat(chosen, len(members)), np.repeat(chosen, m // n), strongest])
-        sizes = [len(members)] * n + [1] * m + [len(strongest)]
-        group = np.repeat(np.arange(n + m + 1), sizes)
-        units = strongest_of(maxima, positions, image, filter_)
-        magnitudes, signed = sum_projections(images, net, units, group, name)
-        sums.append((magnitudes[-1], signed[-1]))
-        shown.append(members[0])
-        panels = magnitudes[n:-1].reshape(*top.shape, IMAGE_SIZE, IMAGE_SIZE)
-        heading = f"{name}: top {n} filters of conv4, {len(members):,} of the {source}"
-        values = maxima[top, chosen[:, None]]
-        figure = draw_class(ranking, magnitudes[:n] / len(members), images[top], panels, values, heading)
-        save_figure(folder / f"class_{label}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}.png", figure)
-
-    # in single images
-    rising = np.sort(maxima[shown], axis=1)
-    shares = rising[:, -SUMMED_FILTERS:].sum(axis=1) / rising.sum(axis=1)
-    heading = f"First image of each class, from the {source}.\nAdded up: projections of its {SUMMED_FILTERS}"
-    heading += " strongest filters of conv4; of all filters'\nactivations, each at its strongest unit, "
-    heading += f"they hold {shares.min():.0%} to {shares.max():.0%}"
-    magnitudes, signed = (np.stack(parts) for parts in zip(*sums, strict=True))
-    save_figure(folder / "images.png", draw_images(images[shown], magnitudes, signed, names, heading))
-
-    # in occluded images
-    guesses = predict(net, images)
-    right = first_correct(guesses, labels)
-    units = strongest_of(maxima, positions, right, maxima[right].argmax(axis=1))
-    covered = square_positions(OCCLUDER, OCCLUSION_STRIDE)
-    occlusions = [
-        occlusion_sensitivity(images[n], int(labels[n]), (f, row, column), net, covered)
-        for n, f, row, column, _ in tqdm(zip(*units, strict=True), "occlusion", len(right), disable=None)
-    ]
-    magnitudes, _ = sum_projections(images, net, units, np.arange(len(right)), "projections")
-    table = tabulate_occlusion(occlusions, units, covered @ magnitudes @ covered.T, names)
-    save_table(OUTPUTS / "occlusion.csv", checkpoint, table)
-    heading = f"A grey square of {OCCLUDER} x {OCCLUDER} pixels slides over the first correctly classified"
-    heading += f" image of each class,\n{len(right)} of the {source}. Strongest filter: of conv4; its\n"
-    heading += "activity: sum over its map. Frame: the square that takes most of the unit's activation"
-    square = OCCLUDER, OCCLUSION_STRIDE
-    figure = draw_occlusion(images[right], occlusions, magnitudes, table, square)
-    figure.suptitle(heading)
-    save_figure(folder / "occlusion.png", figure)
-
-    # in images that are moved, enlarged and turned
-    place = pd.Series(labels).groupby(labels).cumcount()  # of an image in its class
-    moved, many = right[:INVARIANCE_IMAGES], np.flatnonzero(place < MEAN_IMAGES // len(names))
-    curves, tables = {}, []
-    for kind, degrees in tqdm(DEGREES.items(), "invariance", disable=None):
-        curves[kind] = measure_invariance(net, images[moved], labels[moved], kind, degrees)
-        measured = measure_invariance(net, images[many], labels[many], kind, degrees[::2])
-        tables.append(tabulate_invariance(kind, degrees[::2], measured))
-    table = pd.concat(tables, ignore_index=True)
-    save_table(OUTPUTS / "invariance.csv", checkpoint, table)
-    texts = [names[label] for label in labels[moved]]
-    figure = draw_invariance(net, images[moved], DEGREES, curves, table, texts)
-    heading = f"{len(moved)} correctly classified of the {source}, moved, enlarged and turned.\n"
-    heading += f"Black: mean of {len(many)} images, as many of each class, right or wrong, "
-    heading += "with its 95 % interval"
-    figure.suptitle(heading)
-    save_figure(folder / "invariance.png", figure)
+    # what the network uses
+    predictions = predict(inputs.net, inputs.test.images)
+    correct = first_correct(predictions, inputs.test.labels)
+    run_occlusion(inputs, correct, Occluder(OCCLUDER, OCCLUSION_STRIDE))
+    run_invariance(inputs, correct[:INVARIANCE_IMAGES], DEGREES, MEAN_IMAGES)
 
     # every filter on one page
-    write_explorer(OUTPUTS, checkpoint, snapshots, Split(images, labels), guesses, EVOLUTION_IMAGES)
+    write_explorer(inputs, snapshots, predictions, EVOLUTION_IMAGES)
     print(f"this was the last stage: open {OUTPUTS / 'explorer/index.html'}")
 
 
@@ -868,248 +1175,643 @@ EXPLORER = r"""<!DOCTYPE html><html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>Filter explorer</title>
 <style>
+/* colours */
 :root { color-scheme: light dark; --paper: #fbfaf6; --ink: #1d1c1a; --soft: #5c5952; --line: #d8d3c6;
   --hatch: #e4dfd2; --link: #0b5796; --bar: #a29c8c; }
 @media (prefers-color-scheme: dark) { :root { --paper: #171614; --ink: #e9e6df; --soft: #aaa69b;
   --line: #3b3933; --hatch: #2d2b27; --link: #8fc4f2; --bar: #77725f; } }
+
+/* the whole page */
 body, body * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
 header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
 header { display: flex; flex-wrap: wrap; gap: 2px 15px; border-bottom: 1px solid var(--line); }
 header span { flex-grow: 1; }
-h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; }
+@media (max-width: 700px) { header, main { padding: 10px 14px; } header span { flex-basis: 100%; } }
+
+/* text */
+h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 16px; margin: 26px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
-h3 { font-size: 13px; margin: 16px 0 6px; } dl { margin: 6px 0; } p { max-width: 80ch; margin: 6px 0 12px; }
+h3 { font-size: 13px; margin: 16px 0 6px; }
+p { max-width: 80ch; margin: 6px 0 12px; overflow-wrap: anywhere; }
 .soft, small, th, dt { color: var(--soft); font-weight: normal; font-size: inherit; }
 .loud { background: #ffd54a; color: #000; font-weight: 600; padding: 8px; text-align: center; }
-a { color: var(--link); } a[aria-current] { color: inherit; font-weight: 600; }
+a { color: var(--link); }
+a[aria-current] { color: inherit; font-weight: 600; }
 [title] { text-decoration: underline dotted; text-underline-offset: 3px; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; } h1:focus { outline: none; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+h1:focus { outline: none; }
 select, label { font: inherit; margin-right: 14px; }
-.files { columns: 250px; } .files a { display: block; overflow-wrap: anywhere; }
-.chip { padding: 0 7px; border-radius: 9px; } .large .panel { image-rendering: auto; }
+select { max-width: 100%; }
+dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px;
+  margin: 6px 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.files { columns: 250px; }
+.files a { display: block; overflow-wrap: anywhere; }
+.chip { padding: 0 7px; border-radius: 9px; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
+
+/* one panel of a picture that holds many, as its background; hatched where it is transparent */
 .panel { display: block; aspect-ratio: 1; image-rendering: pixelated; background:
   var(--image) var(--x) var(--y) / var(--wide) var(--high) no-repeat,
   repeating-linear-gradient(45deg, var(--paper) 0 5px, var(--hatch) 5px 10px); }
+.large .panel { image-rendering: auto; }
+
+/* tiles, one a filter; the patch lies below the projection */
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 14px 10px; }
-.tiles a { color: inherit; text-decoration: none; font-size: 12px; }
-.tiles div { display: flex; justify-content: space-between; margin-top: 3px; }
+.tiles a { color: inherit; text-decoration: none; font-size: 12px; min-width: 0; }
+.tiles div { display: flex; justify-content: space-between; gap: 4px; margin-top: 3px; }
 .tiles a:is(:hover, :focus) .panel, .patches .panel { background-position: var(--x) var(--below), 0 0; }
+.tiles .chip { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+
+/* pairs of projection and patch, and single panels */
 .pairs, .panels { display: grid; gap: 10px 20px; font-size: 12px;
   grid-template-columns: repeat(auto-fill, calc(2 * var(--p))); }
 .panels { gap: 10px; grid-template-columns: repeat(auto-fill, var(--p)); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; } .pair > :last-child { grid-column: span 2; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; overflow-wrap: anywhere; }
+.pair > :last-child { grid-column: span 2; }
+
+/* the table of classes, with bars */
 table { border-collapse: collapse; width: 100%; max-width: 800px; font-size: 13px; }
-th, td { text-align: left; padding: 2px 8px 2px 0; } td { white-space: nowrap; }
+th, td { text-align: left; padding: 2px 8px 2px 0; }
+td { white-space: nowrap; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; }
 .track { position: relative; width: 20vw; max-width: 110px; height: 11px; }
 .track * { position: absolute; top: 1px; bottom: 1px; }
-dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px; }
-dd { margin: 0; overflow-wrap: anywhere; } svg { max-width: 480px; font-size: 12px; fill: var(--soft); }
+svg { max-width: 480px; font-size: 12px; fill: var(--soft); }
+
+/* a filter's page: examples on the left, numbers on the right */
 @media (min-width: 1180px) { .two { display: grid; grid-template-columns: 1fr 460px; gap: 0 40px; } }
-@media (max-width: 700px) { header, main { padding: 10px 14px; } .two { --p: var(--q) !important; }
-  header span { flex-basis: 100%; } .pairs { grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); } }
+@media (max-width: 700px) { .two { --p: var(--q) !important; }
+  .pairs { grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); } }
 </style><noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
 <header></header><main></main>
 <script id="data" type="application/json">__DATA__</script>
 <script>
-const data = JSON.parse(document.getElementById("data").textContent), layers = Object.keys(data.layers);
-const [main, header] = ["main", "header"].map((tag) => document.querySelector(tag)), deepest = layers.at(-1);
-let order = {}, query = "";  // tiles last shown, which arrow keys follow, and how they were chosen
+"use strict";
+// ---- what Python measured, see write_explorer; no text of it is ever read as HTML
+const data = JSON.parse(document.getElementById("data").textContent);
+const layers = Object.keys(data.layers);
+const deepest = layers.at(-1);
+const main = document.querySelector("main");
+const header = document.querySelector("header");
 
-const count = (v) => v.toLocaleString("en"), two = (v) => v.toFixed(2);
-const four = (v) => Math.abs(v) < 1000 ? String(Number(v.toPrecision(4))) : count(Math.round(v));
-const share = (v) => `${(100 * v).toFixed(v && v < 0.0995 ? 1 : 0)} %`;
-const nats = (v) => (v < 0.0005 ? "" : "+") + v.toFixed(3).replace("-0.000", "0.000");
-const SORTS = {  // what tiles are sorted by, largest first, and how it is written
-  filter: [(f) => -f.filter], preferred_class: [(f) => -data.classes.indexOf(f.preferred_class)],
-  selectivity: [(f) => f.selectivity, two], auc: [(f) => f.auc, two],
-  activation_mean: [(f) => f.activation_mean, two], activation_nonzero: [(f) => f.activation_nonzero, share],
-  lost: [(f) => f.lost && f.lost.at(-1), nats],
-  twin: [(f) => f.similar.length ? f.similar[0][1] : null, (v, f) => `${f.similar[0][0]} (r ${two(v)})`],
+let tilesShown = { layer: "", numbers: [] };  // shown last, in this order; arrow keys follow it
+let tilesQuery = "";  // how they were chosen, as in the address: "sort=auc&class=car"
+
+// ---- numbers as text
+const withCommas = (number) => number.toLocaleString("en");
+const twoDecimals = (number) => number.toFixed(2);
+
+function fourDigits(number) {
+  if (Math.abs(number) >= 1000) return withCommas(Math.round(number));
+  return String(Number(number.toPrecision(4)));
+}
+
+function percent(share) {
+  const decimals = share > 0 && share < 0.0995 ? 1 : 0;
+  return `${(100 * share).toFixed(decimals)} %`;
+}
+
+function nats(value) {  // with its sign, and no minus before 0.000
+  const text = value.toFixed(3).replace("-0.000", "0.000");
+  return value < 0.0005 ? text : `+${text}`;
+}
+
+// ---- the metrics: what the page calls them, what they mean; tiles are sorted by those that have a value
+const METRICS = {
+  filter: {
+    label: "number",
+    meaning: "The filter's number in its layer. The order has no meaning.",
+    value: (filter) => -filter.filter,
+  },
+  preferred_class: {
+    label: "preferred class",
+    meaning: "The class with the largest mean peak activation.",
+    value: (filter) => -data.classes.indexOf(filter.preferred_class),
+  },
+  selectivity: {
+    label: "selectivity",
+    meaning: "The difference between the mean peak activation on the preferred class and on the other "
+      + "classes, divided by the sum of the two. It is 0 if the filter fires alike on all classes, and 1 if "
+      + "it fires on one class only.",
+    value: (filter) => filter.selectivity,
+    write: twoDecimals,
+  },
+  auc: {
+    label: "AUC",
+    meaning: "The probability that an image of the preferred class activates the filter more than an image "
+      + "of another class does. Chance is 0.5.",
+    value: (filter) => filter.auc,
+    write: twoDecimals,
+  },
+  activation_mean: {
+    label: "mean peak activation",
+    meaning: "The mean over all test images of the filter's largest activation in each image.",
+    value: (filter) => filter.activation_mean,
+    write: twoDecimals,
+  },
+  activation_nonzero: {
+    label: "fires on",
+    meaning: "The share of the test images in which any activation of the filter is above zero.",
+    value: (filter) => filter.activation_nonzero,
+    write: percent,
+  },
+  loss_increase: {
+    label: "loss increase",
+    meaning: "The rise of the cross-entropy, in nats, under mean ablation: the filter's map is replaced by "
+      + "its mean over the training images. It is negative if the network does better without the filter.",
+    value: (filter) => filter.loss_increase && filter.loss_increase.at(-1),
+    write: nats,
+  },
+  most_similar: {
+    label: "most similar filter",
+    meaning: "The filter of the same layer whose peak activations over the test images correlate most with "
+      + "this filter's. With r = 1 both are equal up to scale.",
+    value: (filter) => filter.similar.length ? filter.similar[0][1] : null,
+    write: (r, filter) => `${filter.similar[0][0]} (r = ${twoDecimals(r)})`,
+  },
+  class_mean: {
+    label: "mean peak activation",
+    meaning: "The mean over the test images of the class of the filter's largest activation in each image. "
+      + "The line is its 95 % interval.",
+  },
+  projections: {
+    label: "projections",
+    meaning: "Statistics of a projection's magnitude, which is the sum over RGB of the absolute values in "
+      + "normalised pixels. Number of pixels, mean and variance are averaged over the projected images.",
+  },
 };
-const nearlyDead = (f) => !f.dead && f.activation_nonzero < 0.01;
-// ---- building blocks; text is never read as HTML
-function el(tag, attributes, ...children) {
-  const space = ["svg", "path", "text"].includes(tag) ? "2000/svg" : "1999/xhtml";
-  const node = document.createElementNS(`http://www.w3.org/${space}`, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children.flat(9).filter((child) => child !== null));
+
+// ---- building blocks
+
+// Children may be nested lists; null is left out.
+function element(tag, attributes, ...children) {
+  const isDrawing = ["svg", "path", "text"].includes(tag);
+  const namespace = `http://www.w3.org/${isDrawing ? "2000/svg" : "1999/xhtml"}`;
+  const node = document.createElementNS(namespace, tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    node.setAttribute(name, value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== null));
   return node;
 }
-const h1 = (...text) => el("h1", { tabindex: -1 }, text);
-const soft = (...text) => el("p", { class: "soft" }, text);
-const section = (title, note, ...content) => [el("h2", {}, title), note ? soft(note) : null, content];
-const link = (parts, ...text) => el("a", { href: `#${parts.map(encodeURIComponent).join("/")}` }, text);
-const metric = (key) => el("span", { title: data.metrics[key][1] }, data.metrics[key][0]);
-const list = (rows) => el("dl", {}, rows.map(([name = "", text = ""]) =>
-  [el("dt", {}, name), el("dd", {}, text)]));
-const row = (cells, tag = "td") =>
-  el("tr", {}, cells.flat().filter((cell) => cell !== null).map((cell) => el(tag, {}, cell)));
-const colour = (name) => data.colours[data.classes.indexOf(name)];
-const dot = (name) => [el("span", { class: "dot", style: `background:${colour(name)}` }), name];
-const chip = (name) => el("span", { class: "chip", style: `background:${colour(name)};color:`
-  + data.inks[data.classes.indexOf(name)] }, name);
-function panel(file, [columns, rows], [column, line], text) {  // one of the panels of a picture
-  const at = (k, n) => n > 1 ? `${100 * k / (n - 1)}%` : 0;
-  return el("span", { class: "panel", role: "img", "aria-label": text, style: `--image:url(${file});`
-    + `--wide:${100 * columns}%;--high:${100 * rows}%;--x:${at(column, columns)};--y:${at(line, rows)};`
-    + `--below:${at(line + 1, rows)}` });
+
+const heading = (...text) => element("h1", { tabindex: -1 }, text);
+const paragraph = (...text) => element("p", {}, text);
+const note = (...text) => element("p", { class: "soft" }, text);
+const metricLabel = (key) => element("span", { title: METRICS[key].meaning }, METRICS[key].label);
+const encodePath = (parts) => parts.map(encodeURIComponent).join("/");
+const link = (parts, ...content) => element("a", { href: `#${encodePath(parts)}` }, content);
+
+function section(title, text, ...content) {
+  return [element("h2", {}, title), text ? note(text) : null, content];
 }
-function tiles(layer, numbers, note) {
-  const { columns, filters, size } = data.layers[layer], rows = 2 * Math.ceil(filters.length / columns);
-  return el("div", { class: size < 30 ? "tiles" : "tiles large" }, numbers.map((n) => {
-    const f = filters[n], place = [n % columns, 2 * Math.floor(n / columns)];
-    const text = f.dead ? "never fires" : nearlyDead(f) ? "nearly dead" : note(f);
-    return link([layer, n], panel(`${layer}.webp`, [columns, rows], place, `projection of filter ${n}`),
-      el("div", {}, el("b", {}, n), f.dead ? "dead" : chip(f.preferred_class)), el("small", {}, text));
-  }));
+
+function definitions(rows) {
+  const entries = rows.map(([term, text]) => [element("dt", {}, term), element("dd", {}, text)]);
+  return element("dl", {}, entries);
 }
-function pairs(file, grid, examples, first) {  // projections and patches
-  return el("div", { class: "pairs" }, examples.filter(([image]) => image >= 0).map(([image, value], k) => {
-    const name = data.classes[data.labels[image]], text = `test image ${image}, ${name}`;
-    return el("div", { class: "pair" },
-      panel(file, grid, [first + k, 0], `projection in ${text}`), panel(file, grid, [first + k, 1], text),
-      el("span", {}, el("b", {}, two(value)), " ", dot(name), el("small", {}, ` image ${image}`)));
-  }));
+
+function tableRow(cells, tag = "td") {
+  return element("tr", {}, cells.map((cell) => element(tag, {}, cell)));
 }
-function classTable(f) {
-  const top = Math.max(...f.means.flat()), most = Math.max(...(f.lost || []).map(Math.abs)) || 1;
-  const bar = (from, to, style) =>
-    el("div", { style: `left:${100 * from}%;width:${100 * (to - from)}%;background:${style}` });
-  const track = (...bars) => el("div", { class: "track" }, bars);
-  const lost = (v, at = 0.5 + v / most / 2) => [track(bar(Math.min(0.5, at), Math.max(0.5, at), "var(--bar)"),
-    bar(0.5, 0.51, "var(--ink)")), nats(v)];
-  const rows = data.classes.map((name, k) => {
-    const [mean, low, high] = f.means[k].map((v) => v / top), own = name === f.preferred_class;
-    const bars = track(bar(0, mean, colour(name)), bar(low, high, "var(--ink);top:5px;bottom:5px"));
-    return row([el(own ? "b" : "span", {}, dot(name)), bars, two(f.means[k][0]), f.lost && lost(f.lost[k])]);
-  });
-  return el("table", {}, row(["class", metric("class_mean"), "", f.lost && [metric("lost"), ""]], "th"), rows,
-    f.lost && row(["all", "", "", lost(f.lost.at(-1))]));
+
+// ---- classes have colours
+const classColour = (name) => data.colours[data.classes.indexOf(name)];
+
+function dot(name) {
+  return [element("span", { class: "dot", style: `background:${classColour(name)}` }), name];
 }
-function histogram(f) {
-  const shares = f.counts.map((counts, g) => counts.map((n) => n / f.images[g]));
-  const top = Math.max(...shares.flat()), steps = (v) =>
-    `M40 112${v.map((y, k) => `V${112 - 100 * y / top}H${57 + 17 * k}`).join("")}V112Z`;
-  const text = (x, y, t, anchor = "middle") => el("text", { x, y, "text-anchor": anchor }, t);
-  const zeros = f.zeros.map((n, g) => share(n / f.images[g])), own = colour(f.preferred_class);
-  return [el("svg", { viewBox: "0 0 460 146", role: "img", "aria-label": "histogram of its activations" },
-    el("path", { d: steps(shares[1]), fill: "var(--bar)", opacity: 0.6 }),
-    el("path", { d: steps(shares[0]), fill: own, "fill-opacity": 0.4, stroke: "var(--ink)" }),
-    text(34, 20, share(top), "end"), text(34, 115, "0 %", "end"), text(40, 128, "0"),
-    text(440, 128, two(f.largest)), text(244, 143, "activation; share of the images of each group")),
-  soft(dot(f.preferred_class), ` outlined (${count(f.images[0])} images), all others grey `
-    + `(${count(f.images[1])}). Not drawn: zero, on ${zeros.join(" and ")} of them.`)];
+
+function chip(name) {
+  const textColour = data.text_colours[data.classes.indexOf(name)];
+  const style = `background:${classColour(name)};color:${textColour}`;
+  return element("span", { class: "chip", style }, name);
 }
-// ---- the four views
-function layerView(layer) {
-  const { filters } = data.layers[layer], wanted = new URLSearchParams(query), lost = filters[0].lost;
-  const by = wanted.get("sort") in SORTS ? wanted.get("sort") : "filter", [value, write] = SORTS[by];
-  const name = wanted.get("class") || "", sorts = Object.keys(SORTS).filter((k) => k !== "lost" || lost);
-  const key = (f) => f.dead || value(f) === null ? -1e9 : value(f);
-  const shown = filters.filter((f) => !name || f.preferred_class === name).sort((a, b) => key(b) - key(a));
-  order = { layer, numbers: shown.map((f) => f.filter) };
-  const note = (f) => !write ? `selectivity ${two(f.selectivity)}` : value(f) === null ? ""
-    : `${data.metrics[by][0]} ${write(value(f), f)}`;
-  const grid = tiles(layer, order.numbers, note), box = el("input", { type: "checkbox" });
-  box.onchange = () => grid.classList.toggle("patches", box.checked);
-  const choose = (what, text, now, options) => {
-    const select = el("select", {}, options.map(([v, t]) => el("option", { value: v }, t)));
-    select.value = now;
-    select.onchange = () => { wanted.set(what, select.value); location.hash = `${layer}?${wanted}`; };
-    return el("label", {}, text, select);
+
+// ---- panels of pictures
+
+// A picture holds grid.rows x grid.columns panels; the one at (row, column) is shown.
+function panel(file, grid, row, column, label) {
+  // the position of a background is the share of what overhangs
+  const position = (index, count) => count > 1 ? `${100 * index / (count - 1)}%` : "0%";
+  const properties = {
+    "--image": `url(${file})`,
+    "--wide": `${100 * grid.columns}%`,
+    "--high": `${100 * grid.rows}%`,
+    "--x": position(column, grid.columns),
+    "--y": position(row, grid.rows),
+    "--below": position(row + 1, grid.rows),
   };
-  return [h1(layer), soft(data.layers[layer].note),
-    choose("sort", "Sort by ", by, sorts.map((k) => [k, data.metrics[k][0]])),
-    choose("class", "Show ", name, [["", "all classes"], ...data.classes.map((c) => [c, c])]),
-    el("label", {}, box, " patches"), soft(`${shown.length} of ${filters.length} filters`
-      + `${name && ` that prefer ${name}`}, sorted by `, metric(by)), grid];
+  const style = Object.entries(properties).map(([name, value]) => `${name}:${value}`).join(";");
+  return element("span", { class: "panel", role: "img", "aria-label": label, style });
 }
-function filterView(layer, n) {
-  const { filters, size } = data.layers[layer], f = filters[n], top = f.top.length, alike = f.similar;
-  const listed = order.layer === layer && order.numbers.includes(n);
-  if (!listed) order = { layer, numbers: filters.map((g) => g.filter) };
-  const near = (step, text) => ((k) => k === undefined ? "" : link([layer, k], `${text}: ${k}`))(
-    order.numbers[order.numbers.indexOf(n) + step]);
-  const head = [h1(`${layer} / ${n} `, f.dead ? "" : chip(f.preferred_class)), soft(near(-1, "previous"), " ",
-    near(1, "next"), " (arrow keys) ", link([layer], `all of ${layer}`), " (Escape)")];
-  if (f.dead) return [head, el("p", {}, "Dead: it fires on none of the test images.")];
-  const start = top + f.levels.length, grid = [start + data.epochs.length, 2];
-  const file = `${layer}/${String(n).padStart(3, "0")}.webp`;
-  const each = f.levels.length / data.levels.length, value = (k) => [metric(k), SORTS[k][1](SORTS[k][0](f))];
-  const pixels = (most) => `${size * Math.max(1, Math.floor(most / size))}px`;  // all stay equally large
-  return [head, el("div", { class: "two", style: `--p:${pixels(152)};--q:${pixels(76)}` }, el("div", {},
-    section("Strongest activations", data.notes.strongest, pairs(file, grid, f.top, 0)),
-    section("Weaker ones", data.notes.weaker, data.levels.map((level, k) => [
-      el("h3", {}, `${level}th percentile`),
-      pairs(file, grid, f.levels.slice(k * each, (k + 1) * each), top + k * each)])),
-    section("How it developed", data.notes.evolution, el("div", { class: "panels" },
-      data.epochs.map((epoch, k) => el("div", {},
-        panel(file, grid, [start + k, 0], `projection after epoch ${epoch}`), `epoch ${epoch}`))))),
-  el("div", {}, section("By class", layer === deepest ? data.notes.ablation : "", classTable(f)),
-    section("Activations on the test images", "", histogram(f)), section("In numbers", "", list([
-      [metric("preferred_class"), `${f.preferred_class} (in ${share(f.preferred_share)} of samples), then `
-        + `${f.runner_up}; most frequent in its ${top} images: ${f.top_class}`],
-      [metric("selectivity"), `${two(f.selectivity)} (95 % interval ${two(f.selectivity_low)} to `
-        + `${two(f.selectivity_high)})`],
-      value("auc"), value("activation_nonzero"), value("activation_mean"),
-      f.nonzero_count === null ? [] : [metric("projections"), `${four(f.nonzero_count)} non-zero pixels; `
-        + `mean ${four(f.mean)}, variance ${four(f.variance)}, largest ${four(f.max)}`]])),
-    section("Filters that fire alike", "Correlation of activations over the test images.",
-      tiles(layer, alike.map(([k]) => k), (g) => `r = ${two(new Map(alike).get(g.filter))}`))))];
+
+const isNearlyDead = (filter) => !filter.dead && filter.activation_nonzero < data.nearly_dead;
+
+// Tiles of the filters called `numbers`, each with what `describe` says of it.
+function tiles(layer, numbers, describe) {
+  const { columns, filters, size } = data.layers[layer];
+  const grid = { rows: 2 * Math.ceil(filters.length / columns), columns };
+
+  const tile = (number) => {
+    const filter = filters[number];
+    const row = 2 * Math.floor(number / columns);
+    let text = describe(filter);
+    if (isNearlyDead(filter)) text = "nearly dead";
+    if (filter.dead) text = "never fires";
+    return link([layer, number],
+      panel(`${layer}.webp`, grid, row, number % columns, `projection of filter ${number}`),
+      element("div", {}, element("b", {}, number), filter.dead ? "dead" : chip(filter.preferred_class)),
+      element("small", {}, text));
+  };
+  return element("div", { class: size < 30 ? "tiles" : "tiles large" }, numbers.map(tile));
 }
+
+// Projections and patches of examples; in the picture they start at `firstColumn`.
+function pairs(file, grid, images, peaks, firstColumn) {
+  const pair = (image, index) => {
+    if (image < 0) return null;
+    const name = data.classes[data.labels[image]];
+    const label = `test image ${image}, ${name}`;
+    return element("div", { class: "pair" },
+      panel(file, grid, 0, firstColumn + index, `projection in ${label}`),
+      panel(file, grid, 1, firstColumn + index, label),
+      element("span", {}, element("b", {}, twoDecimals(peaks[index])), " ", dot(name),
+        element("small", {}, ` image ${image}`)));
+  };
+  return element("div", { class: "pairs" }, images.map(pair));
+}
+
+// ---- numbers of one filter
+
+// A bar chart in one line: bars are [from, to, style], on a scale of 0 to 1.
+function track(bars) {
+  const bar = ([from, to, style]) =>
+    element("div", { style: `left:${100 * from}%;width:${100 * (to - from)}%;${style}` });
+  return element("div", { class: "track" }, bars.map(bar));
+}
+
+// Mean peak activation on each class, and for the deepest layer the loss increase.
+function classTable(filter) {
+  const largestMean = Math.max(...filter.means.flat());
+  const losses = filter.loss_increase;
+  const largestLoss = losses ? Math.max(...losses.map(Math.abs)) || 1 : 1;
+
+  const lossCells = (loss) => {
+    const end = 0.5 + loss / largestLoss / 2;  // zero is in the middle
+    const bar = [Math.min(0.5, end), Math.max(0.5, end), "background:var(--bar)"];
+    const zero = [0.5, 0.51, "background:var(--ink)"];
+    return [track([bar, zero]), nats(loss)];
+  };
+
+  const rows = data.classes.map((name, index) => {
+    const [mean, low, high] = filter.means[index].map((value) => value / largestMean);
+    const bar = [0, mean, `background:${classColour(name)}`];
+    const interval = [low, high, "background:var(--ink);top:5px;bottom:5px"];
+    const isPreferred = name === filter.preferred_class;
+    const cells = [element(isPreferred ? "b" : "span", {}, dot(name)), track([bar, interval]),
+      twoDecimals(filter.means[index][0])];
+    return tableRow(losses ? [...cells, ...lossCells(losses[index])] : cells);
+  });
+
+  const head = ["class", metricLabel("class_mean"), ""];
+  if (!losses) return element("table", {}, tableRow(head, "th"), rows);
+  const all = ["all classes", "", "", ...lossCells(losses.at(-1))];
+  head.push(metricLabel("loss_increase"), "");
+  return element("table", {}, tableRow(head, "th"), rows, tableRow(all));
+}
+
+// Peak activations in images of the preferred class (outlined) and of all others.
+function histogram(filter) {
+  const { images, zeros, counts, largest } = filter.histogram;
+  const shares = counts.map((group, g) => group.map((count) => count / images[g]));
+  const highest = Math.max(...shares.flat());
+  const steps = (heights) => {  // bins of 17 units from x = 40, up to 100 units above y = 112
+    const bins = heights.map((height, bin) => `V${112 - 100 * height / highest}H${57 + 17 * bin}`);
+    return `M40 112${bins.join("")}V112Z`;
+  };
+  const text = (x, y, content, anchor = "middle") =>
+    element("text", { x, y, "text-anchor": anchor }, content);
+
+  const colour = classColour(filter.preferred_class);
+  const drawing = element("svg", { viewBox: "0 0 460 146", role: "img", "aria-label": "histogram" },
+    element("path", { d: steps(shares[1]), fill: "var(--bar)", opacity: 0.6 }),
+    element("path", { d: steps(shares[0]), fill: colour, "fill-opacity": 0.4, stroke: "var(--ink)" }),
+    text(34, 20, percent(highest), "end"),
+    text(34, 115, "0 %", "end"),
+    text(40, 128, "0"),
+    text(440, 128, twoDecimals(largest)),
+    text(244, 143, "peak activation; height: share of the images"));
+  const silent = zeros.map((count, g) => percent(count / images[g]));
+  const others = `. Grey: the ${withCommas(images[1])} images of all other classes. Images in which the `
+    + `filter does not fire are not drawn: ${silent[0]} and ${silent[1]} of them.`;
+  const own = ["Outlined: the ", withCommas(images[0]), " images of ", dot(filter.preferred_class)];
+  return [drawing, note(own, others)];
+}
+
+function numbers(filter) {
+  const metric = (key) => [metricLabel(key), METRICS[key].write(METRICS[key].value(filter), filter)];
+  const preferred = `${filter.preferred_class}, in ${percent(filter.preferred_share)} of the bootstrap `
+    + `samples; the runner-up is ${filter.runner_up}. The most frequent class of the top images is `
+    + `${filter.top_class}.`;
+  const selectivity = `${twoDecimals(filter.selectivity)} (95 % interval `
+    + `${twoDecimals(filter.selectivity_low)} to ${twoDecimals(filter.selectivity_high)})`;
+  const rows = [
+    [metricLabel("preferred_class"), preferred],
+    [metricLabel("selectivity"), selectivity],
+    metric("auc"),
+    metric("activation_nonzero"),
+    metric("activation_mean"),
+  ];
+  if (filter.nonzero_count !== null) {
+    const statistics = `${fourDigits(filter.nonzero_count)} pixels above zero; mean of these `
+      + `${fourDigits(filter.mean)}; variance ${fourDigits(filter.variance)}; `
+      + `maximum ${fourDigits(filter.max)}`;
+    rows.push([metricLabel("projections"), statistics]);
+  }
+  return definitions(rows);
+}
+
+// ---- the four views: a layer, a filter, a class, the run
+
+function layerNote(layer) {
+  const { filters, size } = data.layers[layer];
+  const dead = filters.filter((filter) => filter.dead).length;
+  const nearlyDead = filters.filter(isNearlyDead).length;
+  return `Each of the ${filters.length} filters sees ${size} x ${size} pixels. ${dead} are dead, which means `
+    + `that they fire on no test image; ${nearlyDead} are nearly dead and fire on less than `
+    + `${percent(data.nearly_dead)} of the ${withCommas(data.labels.length)} test images. A tile shows the `
+    + "projection of the filter's highest activation; hover over it to see the image there.";
+}
+
+// A menu that puts its choice under `key` into the address.
+function menu(layer, query, key, label, current, options) {
+  const items = options.map(([value, text]) => element("option", { value }, text));
+  const select = element("select", {}, items);
+  select.value = current;
+  select.onchange = () => {
+    query.set(key, select.value);
+    location.hash = `${layer}?${query}`;
+  };
+  return element("label", {}, label, select);
+}
+
+function layerView(layer) {
+  const { filters } = data.layers[layer];
+  const query = new URLSearchParams(tilesQuery);
+  const measured = Object.keys(METRICS).filter((key) => METRICS[key].value);
+  const sortable = measured.filter((key) => key !== "loss_increase" || filters[0].loss_increase);
+  const sort = sortable.includes(query.get("sort")) ? query.get("sort") : "filter";
+  const { label, value, write } = METRICS[sort];
+  const wanted = query.get("class") || "";
+
+  // largest first; dead filters and those without a value last
+  const sortKey = (filter) => filter.dead || value(filter) === null ? -Infinity : value(filter);
+  const chosen = filters.filter((filter) => !wanted || filter.preferred_class === wanted);
+  chosen.sort((a, b) => sortKey(a) === sortKey(b) ? 0 : sortKey(b) - sortKey(a));
+  tilesShown = { layer, numbers: chosen.map((filter) => filter.filter) };
+
+  const describe = (filter) => {
+    if (!write) return filter.dead ? "" : `selectivity ${twoDecimals(filter.selectivity)}`;
+    return value(filter) === null ? "" : `${label} ${write(value(filter), filter)}`;
+  };
+  const grid = tiles(layer, tilesShown.numbers, describe);
+  const patches = element("input", { type: "checkbox" });
+  patches.onchange = () => grid.classList.toggle("patches", patches.checked);
+
+  const classes = [["", "all classes"], ...data.classes.map((name) => [name, name])];
+  return [
+    heading(layer),
+    note(layerNote(layer)),
+    menu(layer, query, "sort", "Sort by ", sort, sortable.map((key) => [key, METRICS[key].label])),
+    menu(layer, query, "class", "Show ", wanted, classes),
+    element("label", {}, patches, " patches"),
+    note(`${chosen.length} of ${filters.length} filters`, wanted ? ` that prefer ${wanted}` : "",
+      ", sorted by ", metricLabel(sort)),
+    grid,
+  ];
+}
+
+function filterHeading(layer, number) {
+  const filter = data.layers[layer].filters[number];
+  const place = tilesShown.numbers.indexOf(number);
+  const neighbour = (step, text) => {
+    const other = tilesShown.numbers[place + step];
+    return other === undefined ? "" : [link([layer, other], `${text}: ${other}`), " "];
+  };
+  return [
+    heading(`${layer} / ${number} `, filter.dead ? "" : chip(filter.preferred_class)),
+    note(neighbour(-1, "previous"), neighbour(1, "next"), "(arrow keys) ", link([layer], `all of ${layer}`),
+      " (Escape)"),
+  ];
+}
+
+function filterPictures(layer, number) {
+  const filter = data.layers[layer].filters[number];
+  const file = `${layer}/${String(number).padStart(3, "0")}.webp`;
+  const topCount = filter.top_images.length;
+  const percentileCount = filter.percentile_images.length;
+  const evolutionStart = topCount + percentileCount;
+  const grid = { rows: 2, columns: evolutionStart + data.epochs.length };
+  const perLevel = percentileCount / data.levels.length;
+
+  const percentiles = data.levels.map((level, index) => {
+    const start = index * perLevel;
+    const images = filter.percentile_images.slice(start, start + perLevel);
+    const peaks = filter.percentile_peaks.slice(start, start + perLevel);
+    return [element("h3", {}, `${level}th percentile`), pairs(file, grid, images, peaks, topCount + start)];
+  });
+  const evolution = data.epochs.map((epoch, index) => element("div", {},
+    panel(file, grid, 0, evolutionStart + index, `projection after epoch ${epoch}`), `epoch ${epoch}`));
+  const top = "The test images with the highest peak activations. Each is shown by the projection of this "
+    + "activation and, beside it, by the patch of the image; the activation stands below. Grey is zero, with "
+    + "one scale for all.";
+  const percentile = "Images near percentiles of the filter's peak activations above zero. Each level has a "
+    + "scale of its own.";
+  let development = `The highest peak activation in ${withCommas(data.evolution_images)} test images after `
+    + "each epoch. Each projection has a scale of its own.";
+  if (data.epochs.length === 1) {
+    development += " There are no snapshots of this training: uv run train_CNN.py writes them.";
+  }
+  return element("div", {},
+    section("Top examples", top, pairs(file, grid, filter.top_images, filter.top_peaks, 0)),
+    section("Percentile examples", percentile, percentiles),
+    section("How it developed", development, element("div", { class: "panels" }, evolution)));
+}
+
+function filterNumbers(layer, filter) {
+  const coefficients = new Map(filter.similar);
+  const similar = tiles(layer, [...coefficients.keys()],
+    (other) => `r = ${twoDecimals(coefficients.get(other.filter))}`);
+  return element("div", {},
+    section("By class", "", classTable(filter)),
+    section("Peak activations in the test images", "", histogram(filter)),
+    section("In numbers", "", numbers(filter)),
+    section("Similar filters", "r is the correlation of peak activations over the test images.", similar));
+}
+
+function filterView(layer, number) {
+  const { filters, size } = data.layers[layer];
+  const filter = filters[number];
+  if (tilesShown.layer !== layer || !tilesShown.numbers.includes(number)) {
+    tilesShown = { layer, numbers: filters.map((other) => other.filter) };
+  }
+  if (filter.dead) {
+    const sentence = "This filter is dead: it fires on none of the test images.";
+    return [filterHeading(layer, number), paragraph(sentence)];
+  }
+  // windows are about 152 pixels wide, on narrow screens 76; a pixel of theirs is a whole number of these
+  const side = (most) => `${size * Math.max(1, Math.floor(most / size))}px`;
+  const columns = element("div", { class: "two", style: `--p:${side(152)};--q:${side(76)}` },
+    filterPictures(layer, number), filterNumbers(layer, filter));
+  return [filterHeading(layer, number), columns];
+}
+
+function classSentence(index) {
+  const counts = data.confusion[index];
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  const others = data.classes.map((name, other) => ({ name, count: counts[other], other }));
+  const mistaken = others.filter(({ count, other }) => count > 0 && other !== index);
+  mistaken.sort((a, b) => b.count - a.count);
+  const list = mistaken.map(({ name, count }) => `${name} (${count})`).join(", ");
+  return `${withCommas(counts[index])} of ${withCommas(total)} test images are recognised `
+    + `(${percent(counts[index] / total)}).${list ? ` The others are taken for ${list}.` : ""}`;
+}
+
+// Numbers of a layer's filters, largest value first; filters whose value is null are left out.
+function rankFilters(layer, value) {
+  const filters = data.layers[layer].filters.filter((filter) => value(filter) !== null);
+  filters.sort((a, b) => value(b) - value(a));
+  return filters.map((filter) => filter.filter);
+}
+
 function classView(name) {
-  const k = data.classes.indexOf(name), by = (value, most, note) => (layer) => tiles(layer,
-    data.layers[layer].filters.filter((f) => value(f) !== null).sort((a, b) => value(b) - value(a))
-      .slice(0, most).map((f) => f.filter), note);
-  const lost = by((f) => f.lost && f.lost[k], 12, (f) => `loss ${nats(f.lost[k])}`);
-  const own = by((f) => f.preferred_class === name ? f.selectivity : null, 999,
-    (f) => `selectivity ${two(f.selectivity)}`);
-  return [el("p", {}, data.classes.map((c) => [link(["class", c], chip(c)), " "])), h1(name),
-    el("p", {}, data.notes.classes[k]),
-    section("Needed most", data.notes.ablation || data.notes.needed, lost(deepest)),
-    [...layers].reverse().map((layer) =>
-      section(`Filters of ${layer} that prefer it`, "By selectivity.", own(layer)))];
+  const index = data.classes.indexOf(name);
+  const loss = (filter) => filter.loss_increase[index];
+  const needed = rankFilters(deepest, loss).slice(0, 12);
+  const preferring = [...layers].reverse().map((layer) => {
+    const selectivity = (filter) => filter.preferred_class === name ? filter.selectivity : null;
+    const own = tiles(layer, rankFilters(layer, selectivity),
+      (filter) => `selectivity ${twoDecimals(filter.selectivity)}`);
+    return section(`Filters of ${layer} that prefer ${name}`, "The most selective come first.", own);
+  });
+  return [
+    paragraph(data.classes.map((other) => [link(["class", other], chip(other)), " "])),
+    heading(name),
+    paragraph(classSentence(index)),
+    section("Needed most", `The filters of ${deepest} whose mean ablation raises the loss of ${name} most.`,
+      tiles(deepest, needed, (filter) => `loss ${nats(loss(filter))}`)),
+    preferring,
+  ];
 }
+
+// How a projection is read, and how far it can be trusted, with the numbers of trust.csv.
+function readingParagraphs() {
+  const median = (test, condition) =>
+    data.trust.find((row) => row.test === test && row.condition === condition).median;
+  const kept = (condition) => percent(median("kept", condition));
+  const correlation = (condition) => twoDecimals(median("random weights, envelope taken out", condition));
+  return [
+    "Grey is zero. Light and dark, and opposite colours, are opposite signs. A projection shows what in one "
+    + "image an activation went back to, not what the filter responds to in general: compare all examples. "
+    + "The pictures of this page are compressed, which blurs faint structure; the ones in deconv/ are not.",
+    "A projection points at pixels that matter to its unit. If only the quarter of a window's pixels with "
+    + `the largest magnitude is kept, ${kept("projection")} of an activation of conv4 is left (median). It `
+    + `is ${kept("gradient")} if the gradient chooses the quarter, ${kept("other filter")} if another `
+    + `filter's projection chooses it, and ${kept("random")} by chance. The image's edges, which know no `
+    + `filter, keep ${kept("edges")}: smooth masks keep more.`,
+    "How much of it was learned? Projections through random weights have a partial rank correlation of "
+    + `${correlation("conv4 to conv1")} with the trained ones, given the mean window profile. It is `
+    + `${correlation("other filter, same place")} for other filters at the same place, and `
+    + `${correlation("other filter, other image")} for other filters in other images.`,
+  ];
+}
+
+// A setting or a result of the training as text.
+function factText(fact) {
+  if (typeof fact === "number") return fourDigits(fact);
+  if (Array.isArray(fact)) return fact.map(factText).join(", ");
+  if (fact !== null && typeof fact === "object") {
+    const entries = Object.entries(fact);
+    return entries.map(([key, value]) => `${key}: ${factText(value)}`).join(", ");
+  }
+  return String(fact);
+}
+
 function runView() {
-  const figures = data.figures.map((name) => [el("a", { href: `../${encodeURI(name)}` }, name)]);
-  const reading = data.notes.reading.map((text) => el("p", {}, text));
-  return [h1("The run"), section("How to read a projection", "", reading),
-    section("What the numbers mean", "", list(Object.values(data.metrics))),
-    section("Training", "", list(data.run)),
-    section("Other figures", "", el("div", { class: "files" }, figures))];
+  const meanings = Object.values(METRICS).map(({ label, meaning }) => [label, meaning]);
+  const facts = Object.entries(data.run).map(([key, fact]) => [key.replaceAll("_", " "), factText(fact)]);
+  const figures = data.figures.map((name) =>
+    element("a", { href: `../${encodePath(name.split("/"))}` }, name));
+  return [
+    heading("The run"),
+    section("How to read a projection", "", readingParagraphs().map((text) => paragraph(text))),
+    section("What the numbers mean", "", definitions(meanings)),
+    section("Training", "", definitions(facts)),
+    section("Other figures", "", element("div", { class: "files" }, figures)),
+  ];
 }
-// ---- addresses (#conv4, #conv4/137, #conv4?sort=auc&class=car, #class/car, #run) and keys
+
+// ---- addresses: #conv4, #conv4/137, #conv4?sort=auc&class=car, #class/car, #run
+
+function readAddress() {
+  const [path, query] = location.hash.slice(1).split("?");
+  const [first, second] = path.split("/").map(decodeURIComponent);
+  const number = Number(second);
+  if (first === "run") return { view: "run" };
+  if (first === "class") {
+    return { view: "class", name: data.classes.includes(second) ? second : data.classes[0] };
+  }
+  const layer = layers.includes(first) ? first : deepest;
+  if (second && data.layers[layer].filters[number]) return { view: "filter", layer, number };
+  return { view: "layer", layer, query };
+}
+
+function drawHeader(current) {
+  const title = element("span", {}, `${data.title}, ${data.accuracy}`);
+  const links = [...layers, "class", "run"].map((name) => link([name], name));
+  header.replaceChildren(element("b", {}, "Filter explorer"), title, ...links);
+  header.querySelector(`[href="#${current}"]`).setAttribute("aria-current", "page");
+}
+
 function show() {
-  const [path, search] = location.hash.slice(1).split("?"), last = main.dataset.filter;
-  const [view, item] = path.split("/").map(decodeURIComponent), n = Number(item);
-  const layer = layers.includes(view) ? view : deepest, known = item && data.layers[layer].filters[n];
-  const one = ["class", "run"].includes(view) ? view : known ? "filter" : "layer";
-  if (one === "layer" && search !== undefined) query = search;
-  const views = { layer: () => layerView(layer), filter: () => filterView(layer, n), run: runView,
-    class: () => classView(data.classes.includes(item) ? item : data.classes[0]) };
-  main.replaceChildren(...views[one]().flat(9).filter((node) => node !== null));
-  if (data.generated) main.prepend(el("div", { class: "loud" }, data.notes.generated));
-  header.replaceChildren(el("b", {}, "Filter explorer"), el("span", {}, `${data.title}, ${data.accuracy}`));
-  for (const name of [...layers, "class", "run"]) header.append(link([name], name));
-  const here = one === "class" || one === "run" ? one : layer;
-  header.querySelector(`[href="#${here}"]`).setAttribute("aria-current", "page");
+  const { view, layer, number, name, query } = readAddress();
+  if (view === "layer" && query !== undefined) tilesQuery = query;
+  const views = {
+    layer: () => layerView(layer),
+    filter: () => filterView(layer, number),
+    class: () => classView(name),
+    run: runView,
+  };
+  const content = views[view]().flat(Infinity).filter((node) => node !== null);
+  const before = main.dataset.filter;  // the filter's page that was shown until now, if it was one
+
+  main.replaceChildren(...content);
+  if (data.generated) {
+    const warning = "Generated shapes, no photographs: they show that the code works, nothing more";
+    main.prepend(element("div", { class: "loud" }, warning));
+  }
+  drawHeader(layer || view);
   document.title = `${main.querySelector("h1").textContent}, ${data.title}`;
-  main.dataset.filter = one === "filter" ? `#${layer}/${n}` : "";
-  const back = one === "layer" && last && main.querySelector(`.tiles [href="${last}"]`);
-  if (!back) scrollTo(0, 0);
-  (back || main.querySelector("h1")).focus({ preventScroll: !back });
+  main.dataset.filter = view === "filter" ? `#${layer}/${number}` : "";
+
+  // back among the tiles: to the filter one comes from
+  const tile = view === "layer" && before && main.querySelector(`.tiles [href="${before}"]`);
+  if (!tile) scrollTo(0, 0);
+  (tile || main.querySelector("h1")).focus({ preventScroll: !tile });
 }
+
 addEventListener("hashchange", show);
 addEventListener("keydown", (event) => {
-  const [layer, n] = main.dataset.filter.slice(1).split("/");
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!n || event.altKey || event.ctrlKey || event.metaKey) return;
-  const next = step && order.numbers[order.numbers.indexOf(Number(n)) + step];
+  const { view, layer, number } = readAddress();
+  if (view !== "filter" || event.altKey || event.ctrlKey || event.metaKey) return;
   if (event.key === "Escape") location.hash = layer;
-  else if (next !== undefined) location.hash = `${layer}/${next}`;
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const next = step && tilesShown.numbers[tilesShown.numbers.indexOf(number) + step];
+  if (next !== undefined) location.hash = `${layer}/${next}`;
 });
 show();
 </script>

@@ -11,11 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import seaborn as sns
 import torch
 import torch.nn.functional as F
 from conftest import FAST, FILTERS, MakeNet, make_checkpoint
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -25,10 +23,10 @@ import heatmap
 import load_data
 from analyse_projections import Run, recalibrate_batch_norm, tabulate
 from CNN import CNN, LAYERS, load_checkpoint
-from deconv import crop, displayed, project_unit
-from deconv_full import Units, measure_activations, strongest_of
-from heatmap import Occlusion, change, square_positions
-from load_data import STL10_CLASSES, Array, Split, load_split
+from deconv import crop, displayed, page_json, project_unit
+from deconv_full import Units, measure_activations
+from heatmap import Inputs, Occluder, Occlusion, transform
+from load_data import STL10_CLASSES, Array, Split
 
 
 def some_images(count: int) -> Array:
@@ -40,36 +38,51 @@ def lively(make_net: MakeNet) -> CNN:
     return recalibrate_batch_norm(make_net(classes=3), 0, some_images(20))
 
 
+def make_inputs(net: CNN, test: Split, filters: pd.DataFrame | None = None) -> Inputs:
+    """What figures are made from, with a network's own activations and without tables but filter_metrics."""
+    measured = measure_activations(test.images, net, 5, "")
+    nothing = pd.DataFrame()
+    return Inputs(
+        checkpoint=make_checkpoint(net, class_names=["a", "b", "c"]),
+        test=test,
+        maxima=measured["conv4_max"],
+        positions=measured["conv4_position"],
+        filters=nothing if filters is None else filters,
+        classes=nothing,
+        ablation=nothing,
+        trust=nothing,
+        outputs=Path("outputs"),
+    )
+
+
 def shown(figure: Figure, panel: int) -> Array:
     """What the last picture of a panel holds."""
     return np.asarray(figure.axes[panel].get_images()[-1].get_array())
 
 
-def load_test(folder: Path) -> Split:
-    """The test split of the pipeline."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_data, "check_file", lambda path: None)  # as if these had been published
-        return load_split("stl10", folder / "data", "test")
+def number_in(label: str) -> int:
+    """The number of the filter that the text beside a row names."""
+    match = re.search(r"filter (\d+)", label)
+    assert match
+    return int(match[1])
 
 
-class Results(NamedTuple):
+class Drawn(NamedTuple):
     """What main() draws of the pipeline's results, by file name, and what it is made from."""
 
     figures: dict[str, Figure]
-    net: CNN
-    test: Split
-    maxima: Array
-    positions: Array
+    inputs: Inputs
 
-    def magnitude(self, image: Any, filter_: Any) -> Array:
-        """Of the projection of the filter's strongest unit in an image, by deconv.py."""
-        batch = self.net.normalise(torch.from_numpy(self.test.images[[image]]))
-        place = self.positions[image, filter_].tolist()
-        return np.asarray(project_unit(self.net, batch, 3, filter_, *place).abs().sum(dim=0))
+    def magnitude(self, image_index: Any, filter_index: Any) -> Array:
+        """The magnitude of a projection from the peak activation, by deconv.py."""
+        batch = self.inputs.net.normalise(torch.from_numpy(self.inputs.test.images[[image_index]]))
+        row, column = self.inputs.positions[image_index, filter_index].tolist()
+        projection = project_unit(self.inputs.net, batch, 3, filter_index, row, column)
+        return np.asarray(projection.abs().sum(dim=0))
 
 
 @pytest.fixture(scope="module")
-def results(pipeline: Path) -> Results:
+def drawn(pipeline: Path) -> Drawn:
     figures: dict[str, Figure] = {}
 
     def keep(path: Path, figure: Figure) -> None:
@@ -78,128 +91,167 @@ def results(pipeline: Path) -> Results:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(pipeline)
-        patch.setattr(load_data, "check_file", lambda path: None)
+        patch.setattr(load_data, "check_file", lambda path: None)  # as if these had been published
         patch.setattr(heatmap, "write_explorer", lambda *_: None)
+        patch.setattr(heatmap, "save_table", lambda *_: None)
         for name, value in {**FAST[heatmap], "DEVICE": "cpu", "save_figure": keep}.items():
             patch.setattr(heatmap, name, value)
         heatmap.main()
-        net, test = load_checkpoint(Path("outputs/CNN.pth")).net, load_split("stl10", Path("data"), "test")
-        with np.load("outputs/activations.npz") as stored:
-            return Results(figures, net, test, stored["conv4_max"], stored["conv4_position"])
+        checkpoint = load_checkpoint("outputs/CNN.pth")
+        return Drawn(figures, heatmap.read_inputs(checkpoint, pipeline / "data", pipeline / "outputs"))
+
+
+# ---------------------------------------------------------------- classes and single images
 
 
 def test_filters_stand_by_class_vehicles_first_then_by_falling_selectivity_without_the_dead() -> None:
-    filters = pd.DataFrame({"dead": [False, False, True, False, False], "filter": range(5)})
-    filters["preferred_class"] = ["bird", "car", None, "bird", "car"]
-    filters["selectivity"] = [0.2, 0.5, np.nan, 0.9, 0.4]
+    filters = pd.DataFrame(
+        {
+            "filter": range(5),
+            "dead": [False, False, True, False, False],
+            "preferred_class": ["bird", "car", None, "bird", "car"],
+            "selectivity": [0.2, 0.5, np.nan, 0.9, 0.4],
+        }
+    )
     means = np.array([[4.0, 1, 0, 6, 1], [2, 2, 0, 3, 4]])  # of bird and car
-    figure = heatmap.draw_class_filters(means, filters, ["bird", "car"], "")
+    figure = heatmap.draw_class_filters(means, filters, ["bird", "car"])
     ax = figure.axes[0]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["car", "bird"]
-    assert [text.get_text() for text in ax.texts] == ["1", "4", "3", "0"]
-    of_car, of_bird = (np.asarray(image.get_array()) for image in ax.images)
-    np.testing.assert_allclose(of_car, [[2 / 1.5, 4 / 2.5], [1 / 1.5, 1 / 2.5]])
-    np.testing.assert_allclose(of_bird, [[3 / 4.5, 2 / 3], [6 / 4.5, 4 / 3]])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["car", "bird"]
+    assert [label.get_text() for label in ax.texts] == ["1", "4", "3", "0"]
+    car, bird = (np.asarray(image.get_array()) for image in ax.images)
+    np.testing.assert_allclose(car, [[2 / 1.5, 4 / 2.5], [1 / 1.5, 1 / 2.5]])
+    np.testing.assert_allclose(bird, [[3 / 4.5, 2 / 3], [6 / 4.5, 4 / 3]])
     frames: Any = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     assert [(*frame.get_xy(), frame.get_width()) for frame in frames] == [(0, 0, 2), (3, 1, 2)]
     plt.close(figure)
 
 
+def test_groups_of_filters_fill_lines_and_long_ones_are_broken() -> None:
+    lines = heatmap.break_into_lines([[7, 8], [], [1, 2, 3, 4, 5, 6], [9]], 4)
+    groups = [[(group.row, group.filters) for group in line] for line in lines]
+    # 7, 8 and an empty column leave no room for four; 5, 6 and an empty column leave one for 9
+    assert groups == [[(0, [7, 8])], [(2, [1, 2, 3, 4])], [(2, [5, 6]), (3, [9])]]
+
+
 def test_filters_that_prefer_the_class_come_first_and_nearly_dead_ones_last() -> None:
     # 0 is dead; 1 prefers another class, yet has a higher index than 2; 4 is as selective as 3, and stronger;
     # 5 is as 3; 7 fires on two images
-    first, second, third = [0, 3, 2, 4, 8, 4, 1, 0], [0, 3.5, 1.8, 1, 2, 1, 5, 0], [0, 0, 1.8, 1, 2, 1, 5, 0]
-    labels, strength = np.tile([0, 1, 2], 100), np.tile([first, second, third], (100, 1))
-    strength[[0, 3], 7] = 25
-    activations = {f"{layer}_{kind}": strength for layer in LAYERS for kind in ("max", "mean")}
-    names, test = ["dog", "cat", "ship"], Split(some_images(1), labels)
+    peaks_by_class: Any = [[0, 3, 2, 4, 8, 4, 1, 0], [0, 3.5, 1.8, 1, 2, 1, 5, 0], [0, 0, 1.8, 1, 2, 1, 5, 0]]
+    peaks = np.tile(peaks_by_class, (100, 1))
+    peaks[[0, 3], 7] = 25
+    labels = np.tile([0, 1, 2], 100)
+    names = ["dog", "cat", "ship"]
+    test = Split(some_images(1), labels)
+    activations = {f"{layer}_max": peaks for layer in LAYERS} | {f"{layer}_mean": peaks for layer in LAYERS}
     run = Run(make_checkpoint(CNN(), class_names=names), test, test, "", Path())
     filters, classes = tabulate(activations, {}, labels, run)
-    ranking = heatmap.rank_filters(filters, classes, names, "dog")
+    ranking = heatmap.rank_filters(filters, classes, names, 0)
     assert ranking["filter"].tolist() == [4, 3, 5, 2, 1, 6, 7]
     assert ranking["prefers"].tolist() == [True] * 4 + [False] * 2 + [True]
     assert ranking["selectivity"].tolist() == pytest.approx([0.6, 0.6, 0.6, 1 / 19, 5 / 19, -2 / 3, 1])
     assert ranking["activation_mean"].tolist() == pytest.approx([8, 4, 4, 2, 3, 1, 0.5])
 
 
-def test_sums_are_those_of_full_frame_projections(make_net: MakeNet) -> None:
-    net, images = lively(make_net), some_images(5)
-    measured = measure_activations(images, net, 5, "")
-    image, filter_ = np.repeat(np.arange(5), 8), np.tile(np.arange(8), 5)
-    units = strongest_of(measured["conv4_max"], measured["conv4_position"], image, filter_)
-    magnitudes, signed = heatmap.sum_projections(images, net, units, filter_ % 3, "")
-    batch, places = net.normalise(torch.from_numpy(images)), list(zip(*units[:4], strict=True))
-    frames = np.stack([project_unit(net, batch[[k]], 3, *place).numpy() for k, *place in places])
-    for group in range(3):
-        of_group = frames[filter_ % 3 == group]
-        expected, close = np.abs(of_group).sum(axis=(0, 1)), 1e-5 * float(magnitudes.max())
-        assert expected.max() > 0.01
-        np.testing.assert_allclose(magnitudes[group], expected, atol=close)
-        np.testing.assert_allclose(signed[group], of_group.sum(axis=0), atol=close)
+def test_sums_are_sums_of_full_frame_projections_along_the_last_axis(make_net: MakeNet) -> None:
+    inputs = make_inputs(lively(make_net), Split(some_images(5), np.zeros(5, np.int64)))
+    filters = np.array([[1, 2, 5], [3, 0, 6]])
+    images = np.array([4, 0, 2])  # filter 1 in image 4, filter 2 in image 0, ...
+    sums = heatmap.sum_projections(inputs, images, filters, "")
+    batch = inputs.net.normalise(torch.from_numpy(inputs.test.images))
+    close = 1e-5 * float(sums.magnitude.max())
+    for k, numbers in enumerate(filters):
+        frames = []
+        for image, number in zip(images, numbers, strict=True):
+            row, column = inputs.positions[image, number].tolist()
+            frames.append(project_unit(inputs.net, batch[[image]], 3, int(number), row, column).numpy())
+        magnitude = np.abs(frames).sum(axis=(0, 1))
+        assert magnitude.max() > 0.01
+        np.testing.assert_allclose(sums.magnitude[k], magnitude, atol=close)
+        np.testing.assert_allclose(sums.signed[k], np.sum(frames, axis=0), atol=close)
 
 
 def test_filters_of_a_class_are_drawn_on_scales_of_their_own() -> None:
     frames = np.random.default_rng(0).random((2, 96, 96)) * np.array([1, 1e-3])[:, None, None]
-    columns = {"filter": [5, 7], "selectivity": 0.5, "activation_mean": 0.1, "preferred_class": "ant"}
-    columns |= {"preferred_share": 0.98, "top_class": ["ant", "bee"]}
-    images, values = some_images(2)[:, None], np.array([[0.3], [0.4]])
-    figure = heatmap.draw_class(pd.DataFrame(columns), frames, images, frames[:, None], values, "")
+    ranking = pd.DataFrame(
+        {
+            "filter": [5, 7],
+            "selectivity": 0.5,
+            "activation_mean": 0.1,
+            "preferred_class": "ant",
+            "preferred_share": 0.98,
+            "top_class": ["ant", "bee"],
+        }
+    )
+    images = some_images(2)[:, None]
+    figure = heatmap.draw_class(ranking, frames, images, frames[:, None], np.array([[0.3], [0.4]]))
     for first, second in ((0, 3), (2, 5)):  # of three panels a row: the mean, and what lies over the image
         medians = [np.median(shown(figure, panel)) for panel in (first, second)]
         assert medians[0] == pytest.approx(medians[1], rel=0.05) and 0.4 < medians[0] < 0.6
     assert (shown(figure, 4) == images[1, 0].transpose(1, 2, 0)).all()
-    assert figure.axes[3].get_ylabel().splitlines()[::3] == ["filter 7", "prefers ant in", "most often bee"]
+    labels = [figure.axes[panel].get_ylabel() for panel in (0, 3)]
+    assert [number_in(label) for label in labels] == [5, 7]
+    assert ["bee" in label for label in labels] == [False, True]  # where the top images are of another class
     plt.close(figure)
 
 
-def test_a_class_page_shows_the_mean_of_all_its_images_and_its_strongest_images(results: Results) -> None:
-    figure, members = results.figures["class_4_deer.png"], np.flatnonzero(results.test.labels == 4)
+def test_a_class_page_shows_the_mean_of_all_its_images_and_its_strongest_images(drawn: Drawn) -> None:
+    figure = drawn.figures["class_4_deer.png"]
+    members = np.flatnonzero(drawn.inputs.test.labels == 4)
     for panel in (0, 7):  # seven in a row
-        filter_ = int(figure.axes[panel].get_ylabel().split()[1])
-        total = np.sum([results.magnitude(k, filter_) for k in members], axis=0)
+        number = number_in(figure.axes[panel].get_ylabel())
+        total = np.sum([drawn.magnitude(image, number) for image in members], axis=0)
         np.testing.assert_allclose(shown(figure, panel), total / total.max(), atol=1e-5)
-        strongest = members[np.argsort(-results.maxima[members, filter_], kind="stable")]
+        strongest = members[np.argsort(-drawn.inputs.maxima[members, number], kind="stable")]
         for k, image in enumerate(strongest):
-            assert (shown(figure, panel + 1 + 2 * k) == results.test.images[image].transpose(1, 2, 0)).all()
-            over, one = shown(figure, panel + 2 + 2 * k), results.magnitude(image, filter_)
-            np.testing.assert_allclose(over * one.max(), one * over.max(), atol=1e-5)
+            picture = drawn.inputs.test.images[image].transpose(1, 2, 0)
+            assert (shown(figure, panel + 1 + 2 * k) == picture).all()
+            over = shown(figure, panel + 2 + 2 * k)
+            magnitude = drawn.magnitude(image, number)
+            np.testing.assert_allclose(over * magnitude.max(), magnitude * over.max(), atol=1e-5)
 
 
-def test_the_strongest_filters_of_the_first_image_of_a_class_are_summed(results: Results) -> None:
+def test_the_strongest_filters_of_the_first_image_of_a_class_are_summed(drawn: Drawn) -> None:
     for label in (0, 7):
-        image = np.flatnonzero(results.test.labels == label)[0]
-        strongest = np.argsort(-results.maxima[image], kind="stable")[:4]
-        total = np.sum([results.magnitude(image, filter_) for filter_ in strongest], axis=0)
-        np.testing.assert_allclose(shown(results.figures["images.png"], 3 * label + 1), total, atol=1e-4)
+        image = np.flatnonzero(drawn.inputs.test.labels == label)[0]
+        strongest = np.argsort(-drawn.inputs.maxima[image], kind="stable")[:4]
+        total = np.sum([drawn.magnitude(image, number) for number in strongest], axis=0)
+        np.testing.assert_allclose(shown(drawn.figures["images.png"], 3 * label + 1), total, atol=1e-4)
 
 
-def test_the_strongest_filter_of_an_occluded_image_is_measured(results: Results) -> None:
-    figure = results.figures["occlusion.png"]
-    right = heatmap.first_correct(heatmap.predict(results.net, results.test.images), results.test.labels)
-    for panel, image in zip(range(0, 99, 5), right, strict=False):
-        filter_ = int(figure.axes[panel].get_ylabel().split()[2])
-        assert filter_ == results.maxima[image].argmax()
-        np.testing.assert_allclose(shown(figure, panel + 3), results.magnitude(image, filter_), atol=1e-4)
+def test_there_is_a_page_for_each_class_and_each_figure_names_its_images(drawn: Drawn) -> None:
+    titles = [figure.get_suptitle() for figure in drawn.figures.values()]
+    assert len(titles) == 10 + 4
+    assert all("30 test images of STL-10" in title for title in titles)
 
 
-def test_there_is_a_page_for_each_class_and_each_figure_names_its_images(results: Results) -> None:
-    titles = [" ".join(figure.get_suptitle().split()) for figure in results.figures.values()]
-    assert len(titles) == 10 + 4 and all("test images of STL-10 (test acc" in title for title in titles)
+# ---------------------------------------------------------------- occlusion
+
+
+def test_the_strongest_filter_of_an_occluded_image_is_measured(drawn: Drawn) -> None:
+    figure = drawn.figures["occlusion.png"]
+    test = drawn.inputs.test
+    correct = heatmap.first_correct(heatmap.predict(drawn.inputs.net, test.images), test.labels)
+    for panel, image in zip(range(0, 99, 5), correct, strict=False):
+        number = number_in(figure.axes[panel].get_ylabel())
+        assert number == drawn.inputs.maxima[image].argmax()
+        np.testing.assert_allclose(shown(figure, panel + 3), drawn.magnitude(image, number), atol=1e-4)
 
 
 def test_the_first_correct_image_is_chosen(make_net: MakeNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels, images, net = np.arange(90) % 3, np.zeros((90, 3, 96, 96), np.uint8), make_net()
+    labels = np.arange(90) % 3
+    images = np.zeros((90, 3, 96, 96), np.uint8)
     images[labels == 0, 0] = 2  # never right
     images[labels == 1, 0] = np.repeat([0, 1], 15)[:, None, None]  # wrong up to image 43
     images[labels == 2, 0] = 2
+    net = make_net()
     monkeypatch.setattr(net, "forward", lambda batch: torch.eye(3)[(255 * batch[:, 0, 0, 0]).round().long()])
     assert heatmap.first_correct(heatmap.predict(net, images), labels).tolist() == [46, 2]
 
 
 def test_squares_are_cut_by_the_border() -> None:
-    rows = [line.nonzero()[0].tolist() for line in square_positions(9, 31)]
+    rows = [line.nonzero()[0].tolist() for line in Occluder(9, 31).covered()]
     assert rows == [list(range(centre - 4, centre + 5)) for centre in (15, 46, 77)]
-    assert square_positions(24, 2)[[0, -1]].sum(axis=1).tolist() == [13, 13]  # rows 0 to 12 and 83 to 95
+    assert Occluder(24, 2).covered()[[0, -1]].sum(axis=1).tolist() == [13, 13]  # rows 0 to 12 and 83 to 95
 
 
 def test_activity_drops_where_the_bright_patch_is_hidden() -> None:
@@ -208,124 +260,127 @@ def test_activity_drops_where_the_bright_patch_is_hidden() -> None:
         torch.nn.init.ones_(block.conv.weight)  # conv4 is the sum of the channels
     image = np.zeros((3, 96, 96), np.uint8)
     image[:, 40:48, 16:24] = 255
-    covered = square_positions(8, 8)
-    result = heatmap.occlusion_sensitivity(image, 0, (0, 41, 18), net.requires_grad_(False), covered)
+    covered = Occluder(8, 8).covered()
+    occlusion = heatmap.occlusion_sensitivity(image, 0, (0, 41, 18), net.requires_grad_(False), covered)
     expected = np.ones((12, 12))
     expected[5, 2] = 0  # row 40 of the image, column 16
-    np.testing.assert_allclose(result.activity, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(result.unit, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(occlusion.activity, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(occlusion.unit, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_occlusion_is_what_the_network_makes_of_a_grey_square(make_net: MakeNet) -> None:
-    net, image, covered = lively(make_net), some_images(1)[0], square_positions(30, 24)
+    net = lively(make_net)
     net.mean.fill_(0.4)
+    image = some_images(1)[0]
+    covered = Occluder(30, 24).covered()
     batch = net.normalise(torch.from_numpy(image[None]))
     maps = net.features(batch)[3][0][0]
     unit = np.unravel_index(int(maps.argmax()), maps.shape)
-    result = heatmap.occlusion_sensitivity(image, 2, [int(k) for k in unit], net, covered)
-    assert result.probability.sum(axis=2) == pytest.approx(1)
+    occlusion = heatmap.occlusion_sensitivity(image, 2, [int(k) for k in unit], net, covered)
+    assert occlusion.probability.sum(axis=2) == pytest.approx(1)
     for down, across in ((0, 2), (2, 0), (3, 3)):
         masked = batch * ~torch.from_numpy(covered[down][:, None] & covered[across])
         pooled = net.features(masked)[3][0][0]
-        share = float(pooled[unit[0]].sum() / maps[unit[0]].sum())
-        assert result.activity[down, across] == pytest.approx(share, rel=1e-4) != 1
-        of_unit = pooled[tuple(unit)] / maps[tuple(unit)]
-        assert result.unit[down, across] == pytest.approx(float(of_unit), rel=1e-4, abs=1e-5)
-        expected = net(masked).softmax(dim=1)[0]
-        assert result.probability[down, across] == pytest.approx(expected.tolist(), rel=1e-4)
+        activity = float(pooled[unit[0]].sum() / maps[unit[0]].sum())
+        assert occlusion.activity[down, across] == pytest.approx(activity, rel=1e-4) != 1
+        activation = float(pooled[tuple(unit)] / maps[tuple(unit)])
+        assert occlusion.unit[down, across] == pytest.approx(activation, rel=1e-4, abs=1e-5)
+        probability = net(masked).softmax(dim=1)[0].tolist()
+        assert occlusion.probability[down, across] == pytest.approx(probability, rel=1e-4)
 
 
 def test_the_figure_of_occlusion_frames_the_square_and_names_the_classes() -> None:
-    probability, unit = np.zeros((2, 2, 3)), np.array([[0.5, 0.25], [1, 0.75]])
-    probability[..., 0], probability[1, 0, 2] = 0.4, 0.6
-    results, names = [Occlusion(2 * unit, unit, probability, 2)], ["ant", "bee", "cow"]
-    image, filter_, place = np.array([7]), np.array([5]), np.array([0])
-    units = Units(image, filter_, place, place, np.array([1.5]))
+    unit = np.array([[0.5, 0.25], [1, 0.75]])
+    probability = np.zeros((2, 2, 3))
+    probability[..., 0] = 0.4
+    probability[1, 0, 2] = 0.6
+    occlusions = [Occlusion(2 * unit, unit, probability, 2)]
+    zero = np.array([0])
+    units = Units(image=np.array([7]), filter=np.array([5]), row=zero, column=zero, value=np.array([1.5]))
     under = np.array([[[3.0, 4], [1, 2]]])  # most under the square at the upper right
-    table = heatmap.tabulate_occlusion(results, units, under, names)
+    table = heatmap.tabulate_occlusion(occlusions, units, under, ["ant", "bee", "cow"])
     assert table.to_numpy().tolist() == [[7, 5, "cow", 1.5, 0.5, 0.25, pytest.approx(1), "ant 75%"]]
-    figure = heatmap.draw_occlusion(some_images(1), results, np.ones((1, 96, 96)), table, (24, 48))
-    assert shown(figure, 1).tolist() == (2 * unit).tolist() and shown(figure, 2).tolist() == unit.tolist()
-    assert shown(figure, 4).tolist() == [[0, 0], [0.6, 0]] and figure.axes[4].get_xlabel() == "ant 75%"
+    figure = heatmap.draw_occlusion(some_images(1), occlusions, np.ones((1, 96, 96)), table, Occluder(24, 48))
+    assert shown(figure, 1).tolist() == (2 * unit).tolist()
+    assert shown(figure, 2).tolist() == unit.tolist()
+    assert shown(figure, 4).tolist() == [[0, 0], [0.6, 0]]
+    assert figure.axes[4].get_xlabel() == "ant 75%"
     frame: Any = figure.axes[0].patches[0]
     assert frame.get_xy() == (72 - 12, 24 - 12)  # column and row: the upper right square
     plt.close(figure)
+
+
+# ---------------------------------------------------------------- invariance
 
 
 def rectangle(top: int, bottom: int, left: int, right: int) -> Tensor:
     return F.pad(torch.ones(3, bottom - top, right - left), (left, 96 - right, top, 96 - bottom))
 
 
-def test_changes_move_down_enlarge_about_the_centre_and_turn_clockwise() -> None:
+def test_images_are_translated_down_scaled_about_the_centre_and_rotated_clockwise() -> None:
     picture = rectangle(40, 48, 20, 24)
-    torch.testing.assert_close(change(picture, shift=10), rectangle(50, 58, 20, 24))
-    assert not change(rectangle(0, 5, 0, 96), shift=-8).any()  # what is left bare is grey
-    bright = (change(rectangle(40, 48, 36, 40), zoom=2)[0] > 0.5).nonzero()
-    assert bright.aminmax(dim=0)[0].tolist() == [32, 24] and bright.amax(dim=0).tolist() == [47, 31]
-    turned = rectangle(20, 24, 48, 56)  # (row, column) to (column, 95 - row): the left goes up
-    torch.testing.assert_close(change(picture, angle=90), turned, atol=1e-4, rtol=0)
+    torch.testing.assert_close(transform(picture, shift=10), rectangle(50, 58, 20, 24))
+    assert not transform(rectangle(0, 5, 0, 96), shift=-8).any()  # what is left bare is grey
+    bright = (transform(rectangle(40, 48, 36, 40), zoom=2)[0] > 0.5).nonzero()
+    assert bright.amin(dim=0).tolist() == [32, 24] and bright.amax(dim=0).tolist() == [47, 31]
+    rotated = rectangle(20, 24, 48, 56)  # (row, column) to (column, 95 - row): the left goes up
+    torch.testing.assert_close(transform(picture, angle=90), rotated, atol=1e-4, rtol=0)
 
 
 def test_features_move_by_a_share_of_their_norm_and_not_in_an_unchanged_image(make_net: MakeNet) -> None:
-    net, images, labels = lively(make_net), some_images(60), np.arange(60) % 3  # more than one batch
-    batch = net.normalise(torch.from_numpy(images))
+    net = lively(make_net)
+    split = Split(some_images(60), np.arange(60) % 3)  # more than one batch
+    batch = net.normalise(torch.from_numpy(split.images))
     down = torch.zeros_like(batch)
     down[:, :, 3:] = batch[:, :, :-3]
-    before, after = net.features(batch), net.features(down)
-    found = heatmap.measure_invariance(net, images, labels, "shift", [0, 3])
-    measured = dict(zip(heatmap.MEASURES, found, strict=True))
+    before = net.features(batch)
+    after = net.features(down)
+    measured = heatmap.measure_invariance(net, split, "shift", [0, 3])
+    unchanged = measured[measured["degree"] == 0]
+    changed = measured[measured["degree"] == 3]
+    assert changed["image"].tolist() == list(range(60))
     for k, name in ((0, "distance in conv1"), (3, "distance in conv4")):
-        expected = (after[k][0] - before[k][0]).flatten(1).norm(dim=1) / before[k][0].flatten(1).norm(dim=1)
-        np.testing.assert_allclose(measured[name][:, 1], expected, rtol=1e-3)
-        assert expected.min() > 0.01 and measured[name][:, 0].max() < 1e-3
-    for k, of in enumerate((batch, down)):
-        shares = net(of).softmax(dim=1).numpy()
-        truth = shares[np.arange(60), labels]
-        np.testing.assert_allclose(measured["probability of the true class"][:, k], truth, rtol=1e-3)
-        assert (measured["accuracy"][:, k] == (shares.argmax(axis=1) == labels)).all()
-    for kind, unchanged in (("zoom", 1), ("angle", 0)):
-        assert heatmap.measure_invariance(net, images, labels, kind, [unchanged])[:2].max() < 1e-3
+        norm = before[k][0].flatten(1).norm(dim=1)
+        expected = (after[k][0] - before[k][0]).flatten(1).norm(dim=1) / norm
+        np.testing.assert_allclose(changed[name], expected, rtol=1e-3)
+        assert expected.min() > 0.01 and unchanged[name].max() < 1e-3
+    for rows, images in ((unchanged, batch), (changed, down)):
+        probabilities = net(images).softmax(dim=1).numpy()
+        truth = probabilities[np.arange(60), split.labels]
+        np.testing.assert_allclose(rows["probability of the true class"], truth, rtol=1e-3)
+        assert (rows["accuracy"] == (probabilities.argmax(axis=1) == split.labels)).all()
+    for transformation, degree in (("zoom", 1), ("angle", 0)):
+        table = heatmap.measure_invariance(net, split, transformation, [degree])
+        assert table[["distance in conv1", "distance in conv4"]].to_numpy().max() < 1e-3
 
 
-def test_examples_are_the_changed_images_and_means_have_normal_intervals(make_net: MakeNet) -> None:
-    net, images, degrees = lively(make_net), some_images(2), list(range(-40, 50, 10))
+def test_examples_are_the_transformed_images_and_means_have_normal_intervals(make_net: MakeNet) -> None:
+    net = lively(make_net)
     net.mean.fill_(0.4)
-    curves = {
-        kind: heatmap.measure_invariance(net, images, np.array([0, 2]), "shift", degrees)
-        for kind in ("shift", "angle")
-    }
-    tables = [heatmap.tabulate_invariance(kind, degrees, of) for kind, of in curves.items()]
-    row = tables[0].query("measure == 'distance in conv4' and degree == 40").iloc[0]
-    one, other = curves["shift"][1, :, -1]
-    reach = 1.96 * abs(one - other) / 2  # deviation of two values over the root of two
-    assert [row["mean"], row["low"], row["high"]] == pytest.approx(
-        [(one + other) / 2 + x for x in (0, -reach, reach)]
-    )
-    drawn = dict.fromkeys(curves, degrees)
-    figure = heatmap.draw_invariance(net, images, drawn, curves, pd.concat(tables), ["a", "b"])
-    sheet = (
-        shown(figure, 0).reshape(2, 96, 5, 96, 3).transpose(0, 2, 4, 1, 3).astype(int)
-    )  # of -40, -20, ... 40
+    images = some_images(2)
+    degrees = list(range(-40, 50, 10))
+    curves = heatmap.measure_invariance(net, Split(images, np.array([0, 2])), "shift", degrees)
+    means = heatmap.tabulate_invariance(curves)
+    row = means.query("measure == 'distance in conv4' and degree == 40").iloc[0]
+    first, second = curves.query("degree == 40")["distance in conv4"]
+    reach = 1.96 * abs(first - second) / 2  # deviation of two values over the root of two
+    assert row["mean"] == pytest.approx((first + second) / 2)
+    assert [row["low"], row["high"]] == pytest.approx([row["mean"] - reach, row["mean"] + reach])
+
+    figure = heatmap.draw_invariance(net, images, curves, means, ["a", "b"])
+    sheet = shown(figure, 0).reshape(2, 96, 5, 96, 3)  # of -40, -20, ... 40
+    sheet = sheet.transpose(0, 2, 4, 1, 3).astype(int)  # (images, degrees, 3, rows, columns)
     np.testing.assert_allclose(sheet[:, 2], images, atol=1)
     np.testing.assert_allclose(sheet[:, 4, :, 40:], images[:, :, :56], atol=1)
     assert (abs(sheet[:, 4, :, :40] - 0.4 * 255) <= 1).all()  # grey is the mean colour
-    lines: Any = [ax.lines[1].get_xydata() for ax in figure.axes[1:4]]
-    values = curves["shift"][:3, 1]
-    np.testing.assert_allclose(lines, [list(zip(degrees, curve, strict=True)) for curve in values])
+    second_image = curves[curves["image"] == 1]
+    for ax, measure in zip(figure.axes[1:4], heatmap.MEASURES, strict=False):
+        line: Any = ax.lines[1].get_xydata()
+        np.testing.assert_allclose(line, second_image[["degree", measure]])
     plt.close(figure)
 
 
-@pytest.mark.parametrize("name", ["filter_metrics", "class_metrics"])
-def test_tables_that_are_missing_or_of_another_checkpoint_are_refused(pipeline_copy: Path, name: str) -> None:
-    path = pipeline_copy / f"{name}.csv"
-    pd.read_csv(path).assign(checkpoint="0" * 12).to_csv(path, index=False)
-    with pytest.raises(SystemExit, match=f"^{path} was made from another checkpoint: run `uv run analyse_pr"):
-        heatmap.main()
-    path.unlink()
-    with pytest.raises(
-        SystemExit, match=rf"^{path.absolute()} not found: run `uv run analyse_projections.py` first$"
-    ):
-        heatmap.main()
+# ---------------------------------------------------------------- the explorer
 
 
 def embedded(page: Path) -> dict[str, Any]:
@@ -342,101 +397,97 @@ def assert_alike(shown: Array, expected: Array, size: int) -> None:
         assert np.corrcoef(shown.mean(axis=-1).ravel(), expected.mean(axis=-1).ravel())[0, 1] > 0.7
 
 
-def test_a_strip_holds_projections_above_and_patches_below(pipeline: Path) -> None:
-    folder, test = pipeline / "outputs", load_test(pipeline)
-    stored = np.load(folder / "projections.npz")
-    for layer, count in zip(LAYERS, FILTERS, strict=True):
-        assert len(list((folder / "explorer" / layer).iterdir())) == count
-        size = stored[f"{layer}_patch"].shape[-1]
-        for n in (0, count - 1):
-            with Image.open(folder / f"explorer/{layer}/{n:03d}.webp") as strip:
-                assert strip.size == ((9 + 12 + 2) * size, 2 * size)  # two snapshots
-                pixels = np.asarray(strip.convert("RGBA")).astype(int)
-            panels = pixels.reshape(2, size, -1, size, 4).swapaxes(1, 2)  # (rows, columns, size, size, 4)
-            top = 255 * displayed(stored[f"{layer}_projection"][n])
-            third = 255 * displayed(stored[f"{layer}_level_projection"][n, 6:9].astype(np.float32))
-            assert_alike(panels[0, :9, ..., :3], top, size)
-            assert_alike(panels[0, 15:18, ..., :3], third, size)
-            assert (panels[0, ..., 3] == 255).all()
-            for place, image in (
-                (1, stored[f"{layer}_image"][n, 1]),
-                (12, stored[f"{layer}_level_image"][n, 3]),
-            ):
-                key = f"{layer}_origin" if place < 9 else f"{layer}_level_origin"
-                patch, inside = panels[1, place], np.zeros((size, size), bool)
-                if image >= 0:
-                    row, column = stored[key][n, place % 9]
-                    expected = crop(test.images[image], row, column, size, 0).transpose(1, 2, 0)
-                    inside = crop(np.ones((1, 96, 96), bool), row, column, size, 0)[0]
-                    assert_alike(patch[inside][:, :3], expected[inside], size)
-                assert ((patch[..., 3] == 255) == inside).all()
+def read_strip(path: Path, size: int) -> Array:
+    """The panels of a filter's picture, (2, columns, size, size, 4)."""
+    with Image.open(path) as strip:
+        assert strip.size == ((9 + 12 + 2) * size, 2 * size)  # two snapshots
+        pixels = np.asarray(strip.convert("RGBA")).astype(int)
+    return pixels.reshape(2, size, -1, size, 4).swapaxes(1, 2)
 
 
-def test_the_page_holds_the_values_of_the_tables(pipeline: Path) -> None:
-    outputs = pipeline / "outputs"
-    page, tables = embedded(outputs / "explorer/index.html"), {}
-    for name in ("filter_metrics", "class_metrics", "ablation"):
-        tables[name] = pd.read_csv(outputs / f"{name}.csv")
+@pytest.mark.parametrize(("layer", "count"), list(zip(LAYERS, FILTERS, strict=True)))
+def test_a_strip_holds_projections_above_and_patches_below(drawn: Drawn, layer: str, count: int) -> None:
+    outputs = drawn.inputs.outputs
+    stored = np.load(outputs / "projections.npz")
+    size = stored[f"{layer}_patch"].shape[-1]
+    assert len(list((outputs / "explorer" / layer).iterdir())) == count
+    for number in (0, count - 1):
+        above, below = read_strip(outputs / f"explorer/{layer}/{number:03d}.webp", size)
+        top = 255 * displayed(stored[f"{layer}_projection"][number])
+        third_level = 255 * displayed(stored[f"{layer}_level_projection"][number, 6:9].astype(np.float32))
+        assert_alike(above[:9, ..., :3], top, size)
+        assert_alike(above[15:18, ..., :3], third_level, size)
+        assert (above[..., 3] == 255).all()
+        for column, prefix, k in ((1, layer, 1), (12, f"{layer}_level", 3)):
+            image = stored[f"{prefix}_image"][number, k]
+            inside = np.zeros((size, size), bool)
+            if image >= 0:
+                top_row, left = stored[f"{prefix}_origin"][number, k]
+                patch = crop(drawn.inputs.test.images[image], top_row, left, size, 0).transpose(1, 2, 0)
+                inside = crop(np.ones((1, 96, 96), bool), top_row, left, size, 0)[0]
+                assert_alike(below[column][inside][:, :3], patch[inside], size)
+            assert ((below[column, ..., 3] == 255) == inside).all()
+
+
+@pytest.mark.parametrize(("layer", "count"), list(zip(LAYERS, FILTERS, strict=True)))
+def test_the_page_holds_the_values_of_the_tables(drawn: Drawn, layer: str, count: int) -> None:
+    filters = embedded(drawn.inputs.outputs / "explorer/index.html")["layers"][layer]["filters"]
+    metrics = drawn.inputs.filters.query("layer == @layer").to_dict("records")
+    classes = drawn.inputs.classes.query("layer == @layer")
     close: dict[str, Any] = {"rel": 1e-4, "abs": 1e-9, "nan_ok": True}
-    for layer, count in zip(LAYERS, FILTERS, strict=True):
-        filters = page["layers"][layer]["filters"]
-        rows = tables["filter_metrics"].query(f"layer == '{layer}'").to_dict("records")
-        assert len(filters) == count
-        for of_filter, row in zip(filters, rows, strict=True):
-            assert of_filter["preferred_class"] == (None if row["dead"] else row["preferred_class"])
-            for name in (
-                "filter",
-                "selectivity",
-                "selectivity_low",
-                "auc",
-                "activation_mean",
-                "nonzero_count",
-            ):
-                value = np.nan if of_filter[name] is None else of_filter[name]
-                assert value == pytest.approx(row[name], **close), name
-            means = tables["class_metrics"].query(f"layer == '{layer}' and filter == {row['filter']}")
-            columns = ["activation_mean", "activation_low", "activation_high"]
-            np.testing.assert_allclose(of_filter["means"], means[columns], rtol=1e-4)
-            lost = tables["ablation"].query(f"filter == {row['filter']}")["loss_increase"]
-            assert of_filter["lost"] == (pytest.approx(lost.tolist(), **close) if layer == "conv4" else None)
+    assert len(filters) == count
+    for shown_filter, row in zip(filters, metrics, strict=True):
+        assert shown_filter["preferred_class"] == (None if row["dead"] else row["preferred_class"])
+        for name in ("filter", "selectivity", "selectivity_low", "auc", "activation_mean", "nonzero_count"):
+            value = np.nan if shown_filter[name] is None else shown_filter[name]
+            assert value == pytest.approx(row[name], **close), name
+        means = classes[classes["filter"] == row["filter"]]
+        columns = ["activation_mean", "activation_low", "activation_high"]
+        np.testing.assert_allclose(shown_filter["means"], means[columns], rtol=1e-4)
+        ablation = drawn.inputs.ablation
+        losses = ablation.loc[ablation["filter"] == row["filter"], "loss_increase"].tolist()
+        expected = pytest.approx(losses, **close) if layer == "conv4" else None
+        assert shown_filter["loss_increase"] == expected
 
 
-def test_activations_are_counted_and_correlated_by_hand() -> None:
-    values = np.array([[0.0, 3, 0], [24, 0, 0], [12, 0, 0], [0.5, 1, 0]], np.float32)
-    columns = {"layer": "conv2", "filter": range(3), "dead": [False, False, True]}
-    filters = pd.DataFrame({**columns, "preferred_class": ["b", "a", None]})
-    classes = pd.DataFrame({"layer": "conv2", "activation_mean": np.arange(6.0)})
-    tables = {"filter": filters, "class": classes.assign(activation_low=0.0, activation_high=9.0)}
-    first, second, dead = heatmap.explain_filters("conv2", values, np.array([0, 1, 1, 0]), ["a", "b"], tables)
-    assert first["images"] == [2, 2] and first["zeros"] == [0, 1] and first["largest"] == 24
-    own, others = first["counts"]
+def test_the_page_knows_which_images_are_taken_for_which_class(drawn: Drawn) -> None:
+    confusion = np.array(embedded(drawn.inputs.outputs / "explorer/index.html")["confusion"])
+    test = drawn.inputs.test
+    predictions = heatmap.predict(drawn.inputs.net, test.images)
+    assert confusion.sum(axis=1).tolist() == [3] * 10
+    assert confusion[2, 5] == np.count_nonzero((test.labels == 2) & (predictions == 5))
+    assert np.trace(confusion) == np.count_nonzero(predictions == test.labels)
+
+
+def test_peak_activations_are_counted_by_hand() -> None:
+    peaks = np.array([0, 24, 12, 0.5], np.float32)
+    histogram = heatmap.count_peaks(peaks, np.array([False, True, True, False]))
+    assert histogram.images == [2, 2] and histogram.zeros == [0, 1] and histogram.largest == 24
+    own, others = histogram.counts
     assert own.nonzero()[0].tolist() == [12, 23] and others.nonzero()[0].tolist() == [0]  # bins of width 1
-    assert second["images"] == [2, 2] and second["zeros"] == [0, 2]
-    assert first["similar"] == second["similar"] == dead["similar"] == []  # one falls where the other rises
-    assert first["means"].tolist() == [[0, 0, 9], [1, 0, 9]] and first["lost"] is None
-    copies = heatmap.explain_filters(
-        "conv2", values[:, [0, 0, 2]], np.array([0, 1, 1, 0]), ["a", "b"], tables
-    )
-    assert copies[0]["similar"] == [(1, pytest.approx(1))] and copies[1]["similar"] == [(0, pytest.approx(1))]
 
 
-def test_text_on_class_colours_is_readable() -> None:
-    def luminance(colour: str) -> float:
-        values = np.array(to_rgb(colour))
-        return float(np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4) @ weights)
-
-    weights = np.array([0.2126, 0.7152, 0.0722])
-    for colour in sns.color_palette("colorblind", 10).as_hex():
-        low, high = sorted((luminance(colour), luminance(heatmap.readable_on(colour))))
-        assert (high + 0.05) / (low + 0.05) >= 4.5
-    assert heatmap.readable_on("#ffffff") == "#000" and heatmap.readable_on("#000000") == "#fff"
+def test_similar_filters_fire_on_the_same_images() -> None:
+    first = np.array([0, 24, 12, 0.5])
+    second = np.array([3.0, 0, 0, 1])  # falls where the first one rises
+    dead = np.zeros(4)
+    assert heatmap.find_similar(np.stack([first, second, dead], axis=1)) == [[], [], []]
+    similar = heatmap.find_similar(np.stack([first, 2 * first, dead], axis=1))
+    assert [[number for number, _ in filters] for filters in similar] == [[1], [0], []]
+    assert similar[0][0][1] == pytest.approx(1)
 
 
-def test_json_in_the_page_is_never_read_as_html() -> None:
-    content = {"</script><b>": ["<!--", np.nan, np.float32(1 / 3), np.int64(7), np.bool_(True), None]}
-    text = heatmap.as_json(content)
-    assert "<" not in text and json.loads(text) == {"</script><b>": ["<!--", None, 0.33333, 7, True, None]}
+def test_old_pictures_go_and_a_run_without_snapshots_has_one_epoch(pipeline_copy: Path) -> None:
+    (pipeline_copy / "explorer/conv4/999.webp").touch()  # of a network with more filters
+    checkpoint = load_checkpoint(pipeline_copy / "CNN.pth")
+    inputs = heatmap.read_inputs(checkpoint, Path("data"), pipeline_copy)
+    heatmap.write_explorer(inputs, [checkpoint], heatmap.predict(inputs.net, inputs.test.images), 9)
+    page = embedded(pipeline_copy / "explorer/index.html")
+    assert page["epochs"] == [2] and page["evolution_images"] == 9
+    assert len(list((pipeline_copy / "explorer/conv4").iterdir())) == FILTERS[-1]
 
+
+# ---------------------------------------------------------------- the explorer in a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NEEDS_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
@@ -460,20 +511,31 @@ def browse(page: Path, *visits: str) -> list[str]:
         document.body.replaceChildren(...shown);
     })();</script>"""
     copy.write_text(page.read_text() + script.replace("VISITS", json.dumps(visits)))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    options += [
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--dump-dom",
         "--window-size=500,800",
         "--virtual-time-budget=9000",
         f"--user-data-dir={page.parent / 'profile'}",
+        copy.resolve().as_uri(),
     ]
-    command = [str(CHROMIUM), *options, copy.resolve().as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
-    _, *shown = done.stdout.split("<main")
-    assert len(shown) == len(visits)
-    for link in re.findall(r'(?:src|href)="([^"#]+)', done.stdout) + re.findall(r"url\(([^)]+)", done.stdout):
+    _, *documents = done.stdout.split("<main")
+    assert len(documents) == len(visits)
+    links = re.findall(r'(?:src|href)="([^"#]+)', done.stdout) + re.findall(r"url\(([^)]+)", done.stdout)
+    for link in links:
         assert link == "data:," or (page.parent / unquote(link)).is_file(), link
-    return shown
+    return documents
+
+
+def linked_filters(document: str, layer: str) -> list[int]:
+    """The filters that a view links to, in order."""
+    return [int(number) for number in re.findall(rf'href="#{layer}/(\d+)"', document)]
 
 
 @NEEDS_CHROMIUM
@@ -482,53 +544,41 @@ def test_the_page_works_in_a_browser(pipeline: Path) -> None:
     table = pd.read_csv("outputs/filter_metrics.csv").query("layer == 'conv4'")
     table = table.sort_values("selectivity", ascending=False, kind="stable", na_position="last")
     order = table["filter"].tolist()
-    alive = order[1]
-    keys = "ArrowLeft", "ArrowRight", "Escape"
-    layers = [f"#{layer}" for layer in LAYERS]
-    last = f"#conv4?sort=selectivity&class={table['preferred_class'].iloc[0]}"
-    visits = [*layers, "#conv4?sort=selectivity", f"#conv4/{alive}", *keys, last, "#class/bird", "#run"]
-    shown = browse(Path("outputs/explorer/index.html"), *visits)
-    for layer, count, document in zip(LAYERS, FILTERS, shown, strict=False):
-        assert re.findall(rf'href="#{layer}/(\d+)"', document) == [str(n) for n in range(count)]
-    by_selectivity, one, before, after, back, of_class, bird, run = shown[4:]
-    for document in (by_selectivity, back):
-        assert re.findall(r'href="#conv4/(\d+)"', document) == [str(n) for n in order]
-    assert f">conv4 / {alive} <" in one and f"url(conv4/{alive:03d}.webp)" in one
-    assert f">conv4 / {order[0]} <" in before and f">conv4 / {alive} <" in after  # in the order of the tiles
-    own = table.loc[table["preferred_class"] == table["preferred_class"].iloc[0], "filter"]
-    assert re.findall(r'href="#conv4/(\d+)"', of_class) == [str(n) for n in own]
-    assert ">bird</h1>" in bird and "are recognised" in bird and ">The run</h1>" in run
+    preferred = table["preferred_class"].iloc[0]
+    visits = [
+        *(f"#{layer}" for layer in LAYERS),
+        "#conv4?sort=selectivity",
+        f"#conv4/{order[1]}",
+        "ArrowLeft",
+        "ArrowRight",
+        "Escape",
+        f"#conv4?sort=selectivity&class={preferred}",
+        "#class/bird",
+        "#run",
+    ]
+    documents = browse(Path("outputs/explorer/index.html"), *visits)
+    for layer, count, document in zip(LAYERS, FILTERS, documents, strict=False):
+        assert linked_filters(document, layer) == list(range(count))
+    by_selectivity, second, before, after, back, one_class, bird, run = documents[4:]
+    assert linked_filters(by_selectivity, "conv4") == linked_filters(back, "conv4") == order
+    assert f">conv4 / {order[1]} <" in second and f"url(conv4/{order[1]:03d}.webp)" in second
+    # arrow keys follow the order of the tiles
+    assert f">conv4 / {order[0]} <" in before and f">conv4 / {order[1]} <" in after
+    prefers = table.loc[table["preferred_class"] == preferred, "filter"]
+    assert linked_filters(one_class, "conv4") == prefers.tolist()
+    assert ">bird</h1>" in bird and ">The run</h1>" in run
 
 
 @NEEDS_CHROMIUM
 def test_names_of_classes_do_no_harm_in_the_page(pipeline: Path) -> None:
     shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
-    page, names = Path("outputs/explorer/index.html"), ["</script><b>", "../x", "a&b=c#d?e/f%", "\"'`${1}"]
-    text = page.read_text()
+    page = Path("outputs/explorer/index.html")
+    names = ["</script><b>", "../x", "a&b=c#d?e/f%", "\"'`${1}"]
+    content = page.read_text()
     for name, evil in zip(STL10_CLASSES, names, strict=False):
-        text = text.replace(f'"{name}"', heatmap.as_json(evil))
-    page.write_text(text.replace('"generated":false', '"generated":true'))
-    for name, document in zip(
-        names, browse(page, *(f"#class/{quote(name, safe='')}" for name in names)), strict=True
-    ):
+        content = content.replace(f'"{name}"', page_json(evil))
+    page.write_text(content.replace('"generated":false', '"generated":true'))
+    documents = browse(page, *(f"#class/{quote(name, safe='')}" for name in names))
+    for name, document in zip(names, documents, strict=True):
         assert f">{html.escape(name, quote=False)}</h1>" in document and "<b>&" not in document
         assert "Generated shapes, no photographs" in document
-
-
-def test_a_page_without_what_is_optional_says_how_to_get_it(pipeline_copy: Path) -> None:
-    for name in ("ablation.csv", "trust.csv"):
-        (pipeline_copy / name).unlink()
-    shutil.rmtree(pipeline_copy / "snapshots")
-    (pipeline_copy / "explorer/conv4/999.webp").touch()  # of a network with more filters
-    checkpoint = load_checkpoint(pipeline_copy / "CNN.pth")
-    test = load_split("stl10", Path("data"), "test")
-    guesses = heatmap.predict(checkpoint.net, test.images)
-    heatmap.write_explorer(pipeline_copy, checkpoint, [checkpoint], test, guesses, 9)
-    page = embedded(pipeline_copy / "explorer/index.html")
-    notes = page["notes"]
-    assert page["layers"]["conv4"]["filters"][0]["lost"] is None
-    assert (
-        "uv run analyse_projections.py" in notes["ablation"] and "uv run train_CNN.py" in notes["evolution"]
-    )
-    assert "uv run analyse_projections.py" in notes["reading"][-1]
-    assert len(list((pipeline_copy / "explorer/conv4").iterdir())) == FILTERS[-1]
