@@ -5,24 +5,24 @@ Reads:  outputs/CNN.pth, outputs/snapshots/epoch_*.pth, data/stl10_binary/test_{
 Writes: outputs/activations.npz, outputs/projections.npz, outputs/projection_statistics.npz,
         outputs/deconv/conv*.png, outputs/feature_evolution.png
 
-The arithmetic is that of deconv.py (Zeiler & Fergus 2014, section 2.1), arranged for millions of units:
+The arithmetic is the one of deconv.py (Zeiler & Fergus 2014, section 2.1), arranged for millions of units:
 
 - A window suffices. Going down, one unit spreads over the kernel of its filter, each value of that over a
   pooling region, that over the next kernel, and so on; beyond the receptive field everything is zero. So only
-  a window is computed, at every layer, and what of it lies outside the image is left out. Windows that the
-  border cuts in the same way have the same shape and are projected together.
+  a window is computed, at every layer, without the part outside the image. Windows that the border cuts in
+  the same way have the same shape and are projected together.
 - To unpool, each pooled value is repeated over its pooling region and multiplied by a mask that is 1 at the
-  maximum. A switch is a place in the whole map and would have to be counted anew for each window; a mask,
+  maximum. A switch is a position in the whole map and would have to be counted anew for each window; a mask,
   made once for each image from its switches, can simply be cropped.
-- A transposed convolution is a convolution with the filters turned round, which is faster here. Stride s
-  makes s x s of them, one for each place between two steps, which are interleaved afterwards.
+- A transposed convolution of stride s equals s x s plain convolutions with flipped kernels, which are faster
+  here. `flip_kernels` draws them.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,71 +62,122 @@ DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 OUTPUTS = Path("outputs")  # where results go
 
-LEVELS = (99, 90, 75, 50)  # weaker examples: near these percentiles of a filter's activations above zero
+CPU_GROUP = 32  # units projected at once: on a CPU more would take more memory
+GPU_GROUP = 2048  # a GPU wants many
+LEVELS = (99, 90, 75, 50)  # percentile examples: near these percentiles of a filter's activations above zero
 EXAMPLES = 3  # at each of these levels
 Arrays = dict[str, Array]
-
-
-class Units(NamedTuple):
-    """Some units of one layer: image, filter, row and column in the pooled map, int64 (units,) each.
-
-    `value`, float32, is what the projection starts with: the activation.
-    """
-
-    image: Array
-    filter: Array
-    row: Array
-    column: Array
-    value: Array
 
 
 # ---------------------------------------------------------------- the engine
 
 
-class Span(NamedTuple):
-    """Rows (or columns) of a window at the input of one convolution: `start` to `stop` inside the frame.
+class Units(NamedTuple):
+    """Some units of one layer; every field has the shape (units,)."""
 
-    `first` is where the transposed convolution puts its first row; start - first rows are cut off. For the
-    unit at row 0 of a 3 x 3 convolution: first -1, start 0, stop 2.
+    image: Array  # int64, index into the images
+    filter: Array  # int64
+    row: Array  # int64, in the pooled map
+    column: Array  # int64, likewise
+    value: Array  # float32, what the projection starts with: the activation
+
+    def select(self, indices: Array) -> "Units":
+        """Return the units at `indices`, which can be numbers or flags."""
+        return Units(*(entry[indices] for entry in self))
+
+
+class ProjectedBatch(NamedTuple):
+    """Some projected units, as `project_units` yields them."""
+
+    indices: Array  # which of the given units they are, (n,)
+    origins: Array  # row and column of each window's top left pixel, (n, 2), negative beyond the border
+    kept: Array  # what `reduce` made of the part of each window inside the image, (n, ...)
+
+
+class Span(NamedTuple):
+    """Rows of a unit's window at the input of one convolution; columns are counted alike.
+
+    Example: a 3 x 3 convolution with a padding of 1 has its unit at row 0. The kernel lies on rows -1, 0 and
+    1, and row -1 is padding. So `first` is -1, `start` is 0 and `stop` is 2. The transposed convolution makes
+    all three rows; `cut` is slice(1, 3) and drops the one outside.
     """
 
-    first: int
-    start: int
-    stop: int
+    first: int  # the first row, negative where the window crosses the border
+    start: int  # the first row inside the frame
+    stop: int  # the row after the last one inside the frame
 
     def cut(self) -> slice:
-        """Return the part of the rows from above that lies inside the frame."""
+        """Return which of the rows that the transposed convolution makes lie inside the frame."""
         return slice(self.start - self.first, self.stop - self.first)
+
+    def size(self) -> int:
+        """Return the number of rows inside the frame."""
+        return self.stop - self.start
+
+
+class UnitTensors(NamedTuple):
+    """Some units on the network's device; every field has the shape (units,)."""
+
+    image: Tensor  # index into the images of the masks
+    filter: Tensor
+    value: Tensor
+    row: Tensor  # in the map before pooling
+    column: Tensor  # likewise
 
 
 def flip_kernels(block: ConvBlock) -> Tensor:
-    """Return filters whose plain convolution is the block's transposed one, batch norm's gain included.
+    """Return the flipped kernels with which a plain convolution does the block's transposed convolution.
 
-    With stride s a transposed convolution puts W[s t + e] at row s (r + t) + e for an input at row r. So for
-    each e = 0 .. s - 1 there is one plain convolution with taps t, turned round because a plain convolution
-    looks back where a transposed one spreads. Taps past the end of the kernel are zero. Kernel 6 with stride
-    2, for instance, makes 2 x 2 convolutions of 3 x 3 taps: even rows of the result come from W[0], W[2],
-    W[4], odd ones from W[1], W[3], W[5]; `interleave` puts the results together.
+    A transposed convolution of stride s lays a copy of the kernel W on every s-th row and column. Row
+    s r + e of the result, with e < s, therefore meets only the rows e, s + e, 2 s + e, ... of W. So the
+    transposed convolution falls apart into s x s plain convolutions of stride 1, one for each pair of
+    remainders: its phases (the polyphase decomposition). The four phases of a 6 x 6 kernel at stride 2 have
+    3 x 3 taps each. They are called A to D here::
 
-    Returns (s * s * channels, filters, taps, taps), then as many zeros as make the first number a multiple
-    of 16, which fills vector registers (1.6 times as fast for conv1).
+        A B A B A B
+        C D C D C D
+        A B A B A B         A makes the even rows and even columns of the result.
+        C D C D C D         B makes the even rows and odd columns.
+        A B A B A B         C makes the odd rows and even columns.
+        C D C D C D         D makes the odd rows and odd columns.
+
+    A copy of W spreads forward from its input row, whereas a plain convolution reads forward. That is why
+    each phase is flipped. `interleave` puts the results of the phases together.
+
+    Returns:
+        (phases * channels, filters, taps, taps) with batch norm's gain included. A kernel that s does not
+        divide is filled up with zero taps. Zeros also make the first number a multiple of 16, which fills
+        vector registers (1.6 times as fast for conv1).
     """
     filters = fold_batch_norm(block)
-    (count, channels, kernel, _), (_, stride, *_) = filters.shape, conv_geometry(block)
-    taps = math.ceil(kernel / stride)
-    filters = F.pad(filters, (0, taps * stride - kernel) * 2)
-    filters = filters.view(count, channels, taps, stride, taps, stride).flip(2, 4)
-    filters = filters.permute(3, 5, 1, 0, 2, 4).reshape(stride**2 * channels, count, taps, taps)
+    filter_count, channels = filters.shape[:2]
+    geometry = conv_geometry(block)
+    stride = geometry.stride
+    taps = math.ceil(geometry.kernel / stride)
+
+    missing = taps * stride - geometry.kernel
+    filters = F.pad(filters, (0, missing, 0, missing))
+
+    # (filters, channels, taps, row phase, taps, column phase), flipped along the taps
+    filters = filters.view(filter_count, channels, taps, stride, taps, stride).flip(2, 4)
+    # -> (row phase, column phase, channels, filters, taps, taps) -> (phases * channels, filters, taps, taps)
+    filters = filters.permute(3, 5, 1, 0, 2, 4).reshape(stride**2 * channels, filter_count, taps, taps)
+
     filters = F.pad(filters, (0, 0, 0, 0, 0, 0, 0, -len(filters) % 16))
     return filters.contiguous(memory_format=torch.channels_last)
 
 
-def interleave(parts: Tensor, stride: int, channels: int) -> Tensor:
-    """Put the stride * stride results of `flip_kernels` side by side, (units, rows, columns, channels)."""
-    n, rows, columns, _ = parts.shape  # torch's pixel_shuffle took seven times as long
-    parts = parts[..., : stride**2 * channels]
-    parts = parts.reshape(n, rows, columns, stride, -1)  # the last: places and channels within a row
-    return parts.transpose(2, 3).reshape(n, rows * stride, columns * stride, channels)
+def interleave(phases: Tensor, stride: int, channels: int) -> Tensor:
+    """Put the results of the stride * stride phases of `flip_kernels` side by side.
+
+    (units, rows, columns, phases * channels) -> (units, rows * stride, columns * stride, channels); what
+    filled vector registers is left out. torch's pixel_shuffle took seven times as long.
+    """
+    n, rows, columns, _ = phases.shape
+    phases = phases[..., : stride**2 * channels]
+    # (units, rows, columns, row phase, column phase * channels) -> row phases beside the rows
+    phases = phases.reshape(n, rows, columns, stride, -1)
+    return phases.transpose(2, 3).reshape(n, rows * stride, columns * stride, channels)
 
 
 class Projector:
@@ -137,34 +188,54 @@ class Projector:
     """
 
     def __init__(self, net: CNN, layer: int, batch_size: int = 16):
-        self.net, self.layer, self.batch_size = net, layer, batch_size
+        self.net = net
+        self.layer = layer
+        self.batch_size = batch_size
         self.blocks = net.blocks[: layer + 1]
         self.input_sizes, self.map_sizes = frame_sizes(net, IMAGE_SIZE)
         self.field = receptive_fields(net)[layer]
-        self.own_filters = fold_batch_norm(self.blocks[layer]).permute(0, 2, 3, 1).contiguous()
-        self.turned = [flip_kernels(block) for block in self.blocks[:layer]]
+
+        # (filters, channels, rows, columns) -> (filters, rows, columns, channels)
+        self.top_filters = fold_batch_norm(self.blocks[layer]).permute(0, 2, 3, 1).contiguous()
+        self.flipped = [flip_kernels(block) for block in self.blocks[:layer]]
+
         self.windows = [self.spans(row) for row in range(self.map_sizes[layer])]
-        # rows (and columns) whose windows the border cuts alike have the same pattern
-        cuts = [tuple(span.cut() for span in row) for row in self.windows]
-        self.pattern = np.array([cuts.index(cut) for cut in cuts])
+        self.pattern = self.find_patterns()
 
     def spans(self, row: int) -> list[Span]:
-        """Return the window of a unit at `row` (or column) at the input of its own layer and of all below.
+        """Return the rows of the window of a unit at `row`, at the input of conv1 up to its own layer.
 
-        An input of the layer above is a pooled value here, spread over its pooling region. In the default
-        network the unit at row 10 of conv2 sees rows 9 to 11 of conv1's pooled map, which are rows 18 to 23
-        before pooling, and these see rows 34 to 49 of the image.
+        Example: in the default network the unit at row 10 of conv2 sees rows 9 to 11 of conv1's pooled map,
+        Span(9, 9, 12). These are rows 18 to 23 of conv1's map before pooling, which see rows 34 to 49 of the
+        image, Span(34, 34, 50). The result is [Span(34, 34, 50), Span(9, 9, 12)].
         """
-        spans, start, stop = [], row, row + 1
+        spans: list[Span] = []
+        start = row  # rows of a map before pooling
+        stop = row + 1
         for k in reversed(range(self.layer + 1)):
             kernel, stride, padding, _ = conv_geometry(self.blocks[k])
             first = start * stride - padding
             last = (stop - 1) * stride - padding + kernel
-            spans.append(Span(first, max(first, 0), min(last, self.input_sizes[k])))
+            span = Span(first, max(first, 0), min(last, self.input_sizes[k]))
+            spans.insert(0, span)
+
+            # an input of this layer is a pooled value of the layer below, spread over its pooling region
             if k > 0:
                 pool = self.blocks[k - 1].pool_size
-                start, stop = spans[-1].start * pool, spans[-1].stop * pool
+                start = span.start * pool
+                stop = span.stop * pool
         return spans
+
+    def find_patterns(self) -> Array:
+        """Number the ways in which the border cuts windows; rows of the same number are cut alike."""
+        patterns: list[list[slice]] = []
+        numbers = []
+        for spans in self.windows:
+            cuts = [span.cut() for span in spans]
+            if cuts not in patterns:
+                patterns.append(cuts)
+            numbers.append(patterns.index(cuts))
+        return np.array(numbers)
 
     def masks(self, features: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Return 1 where a maximum was, else 0, (images, rows, columns, filters), for each layer below.
@@ -172,176 +243,258 @@ class Projector:
         `features` is what `net.features` returned for the images.
         """
         masks = []
-        for (pooled, switches), block, size in zip(features, self.blocks[:-1], self.map_sizes, strict=False):
-            pools, ones = [block.pool_size] * 2, torch.ones_like(pooled)
-            mask = F.max_unpool2d(ones, switches, pools, output_size=(size, size))
+        for k in range(self.layer):
+            pooled, switches = features[k]
+            pool = self.blocks[k].pool_size
+            map_size = (self.map_sizes[k], self.map_sizes[k])
+            mask = F.max_unpool2d(torch.ones_like(pooled), switches, [pool, pool], output_size=map_size)
             masks.append(mask.permute(0, 2, 3, 1).contiguous())
         return masks
 
-    def project(self, masks: Sequence[Tensor], units: Sequence[Tensor], row: int, column: int) -> Tensor:
+    def project(self, masks: Sequence[Tensor], units: UnitTensors, row: int, column: int) -> Tensor:
         """Project units that the border cuts alike: their windows have one shape at every layer.
 
-        `units` are image (among those of `masks`), filter, value, row and column before pooling, (units,)
-        each; `row` and `column` are those of one of them. Returns float32 (units, rows, columns, 3), the part
-        of each window inside the image, signed, in normalised pixels.
+        `row` and `column` belong to any one of the units, before pooling. The result is the part of each
+        window inside the image, float32 (units, rows, columns, 3), signed, in normalised pixels.
         """
-        image, filter_, value, *place = units
-        n, rows, columns = len(image), self.windows[row], self.windows[column]
-        # 3 rows further down at conv2 are 3 * 2 rows of conv1's map: `step` grows by the pools and strides
-        below, right, step = place[0] - row, place[1] - column, 1
-        # of a single unit the transposed convolution is its filter times its value
-        own = self.own_filters[:, rows[0].cut(), columns[0].cut()]
-        signal = own[filter_] * value[:, None, None, None]
-        for depth, k in enumerate(reversed(range(self.layer))):
-            pool = self.blocks[k].pool_size
-            step *= conv_geometry(self.blocks[k + 1])[1] * pool
-            height, width = (spans[depth].stop - spans[depth].start for spans in (rows, columns))
-            top, left = rows[depth].start * pool + below * step, columns[depth].start * pool + right * step
-            unpooled = gather(masks[k], image, top, left, height * pool, width * pool)
-            # in place: (units, rows, 1, columns, 1, filters) over the rows and columns of its pooling region
-            regions = unpooled.view(n, height, pool, width, pool, unpooled.shape[-1])
-            regions *= signal.clamp_(min=0)[:, :, None, :, None]  # rectified on the way
-            stride, taps = conv_geometry(self.blocks[k])[1], self.turned[k].shape[-1]
-            signal = F.conv2d(unpooled.permute(0, 3, 1, 2), self.turned[k], padding=taps - 1)
-            signal = interleave(signal.permute(0, 2, 3, 1), stride, self.blocks[k].conv.in_channels)
-            signal = signal[:, rows[depth + 1].cut(), columns[depth + 1].cut()]
+        rows = self.windows[row]
+        columns = self.windows[column]
+        down = units.row - row  # how far each unit lies below that one
+        right = units.column - column
+
+        # A transposed convolution turns a single activation into its filter times the activation.
+        # (filters, kernel rows, kernel columns, channels) -> (units, rows, columns, channels)
+        filters = self.top_filters[:, rows[self.layer].cut(), columns[self.layer].cut()]
+        signal = filters[units.filter] * units.value[:, None, None, None]
+
+        step = 1  # rows of the map at hand that are as far as one row of the units' own map
+        for k in reversed(range(self.layer)):
+            block = self.blocks[k]
+            pool = block.pool_size
+            step *= conv_geometry(self.blocks[k + 1]).stride * pool
+
+            # Unpool and rectify: a pooled value stands where the mask of its pooling region is 1.
+            map_rows = before_pooling(rows[k + 1], pool, down * step)
+            map_columns = before_pooling(columns[k + 1], pool, right * step)
+            unpooled = gather(masks[k], units.image, map_rows, map_columns)
+            # in place, as (units, pooled rows, rows of region, pooled columns, columns of region, filters)
+            _, height, width, filter_count = signal.shape
+            regions = unpooled.view(-1, height, pool, width, pool, filter_count)
+            regions *= signal.clamp_(min=0)[:, :, None, :, None]
+
+            # Filter: (units, rows, columns, filters) -> (units, rows, columns, channels) at the input.
+            flipped = self.flipped[k]
+            signal = F.conv2d(unpooled.permute(0, 3, 1, 2), flipped, padding=flipped.shape[-1] - 1)
+            stride = conv_geometry(block).stride
+            signal = interleave(signal.permute(0, 2, 3, 1), stride, block.conv.in_channels)
+            signal = signal[:, rows[k].cut(), columns[k].cut()]
         return signal
 
+    def project_batch(
+        self, images: Array, units: Units, reduce: Callable[[Tensor], Tensor]
+    ) -> list[ProjectedBatch]:
+        """Project units of a few images, after one forward pass, in groups that the border cuts alike."""
+        device = self.net.mean.device
+        needed, image = np.unique(units.image, return_inverse=True)
+        features = self.net.features(self.net.normalise(torch.from_numpy(images[needed])))
+        masks = self.masks(features)
 
-def gather(masks: Tensor, image: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """Copy one window of `height` x `width` for each unit out of masks (images, rows, columns, filters)."""
-    _, rows, columns, filters = masks.shape
-    row = image[:, None] * rows + top[:, None] + torch.arange(height, device=masks.device)
-    column = left[:, None] + torch.arange(width, device=masks.device)
-    places = row[:, :, None] * columns + column[:, None, :]  # (units, height, width)
-    return masks.view(-1, filters).index_select(0, places.view(-1)).view(len(image), height, width, filters)
+        # the positions before pooling, and with them the windows
+        pooled_position = (image, units.filter, units.row, units.column)
+        switches = features[self.layer][1][tuple(map(torch.from_numpy, pooled_position))]
+        row, column = np.divmod(switches.cpu().numpy(), self.map_sizes[self.layer])
+        origins = np.stack([row, column], axis=1) * self.field.jump + self.field.start
+
+        # units in the order of their patterns, so that each group is a slice
+        pattern = self.pattern[row] * len(self.pattern) + self.pattern[column]
+        order = np.argsort(pattern, kind="stable")
+        entries = (image, units.filter, units.value, row, column)
+        tensors = UnitTensors(*(torch.from_numpy(entry[order]).to(device) for entry in entries))
+
+        results = []
+        for start, stop in group_equal(pattern[order], CPU_GROUP if device.type == "cpu" else GPU_GROUP):
+            indices = order[start:stop]
+            group = UnitTensors(*(entry[start:stop] for entry in tensors))
+            windows = self.project(masks, group, int(row[indices[0]]), int(column[indices[0]]))
+            kept = reduce(windows).cpu().numpy()
+            results.append(ProjectedBatch(indices, origins[indices], kept))
+        return results
+
+
+def group_equal(values: Array, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of each run of equal values, in pieces of at most `limit`."""
+    changes = np.flatnonzero(np.diff(values)) + 1
+    for start, stop in pairwise([0, *changes.tolist(), len(values)]):
+        for piece in range(start, stop, limit):
+            yield piece, min(piece + limit, stop)
+
+
+def before_pooling(span: Span, pool: int, shift: Tensor) -> Tensor:
+    """Return the rows of each unit's window in the map before pooling, (units, rows).
+
+    `span` is the window of one unit in the pooled map, `shift` is how far each unit's window lies below it,
+    in rows before pooling. Columns are counted alike.
+    """
+    return shift[:, None] + torch.arange(span.start * pool, span.stop * pool, device=shift.device)
+
+
+def gather(masks: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Copy one window for each unit out of masks (images, rows, columns, filters).
+
+    `rows` (units, window rows) and `columns` (units, window columns) say which window of which `image`.
+    """
+    _, map_rows, map_columns, filters = masks.shape
+    first = (image[:, None] * map_rows + rows) * map_columns  # position of each row's first column
+    positions = first[:, :, None] + columns[:, None, :]  # (units, window rows, window columns)
+    windows = masks.view(-1, filters).index_select(0, positions.view(-1))
+    return windows.view(*positions.shape, filters)
 
 
 def project_units(
     projector: Projector,
     images: Array,
     units: Units,
-    doing: str,
+    desc: str,
     reduce: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
-) -> Iterator[tuple[Array, Array, Array]]:
+) -> Iterator[ProjectedBatch]:
     """Project units of many images; on a CPU each thread takes whole batches of images.
 
     Args:
-        projector: Of their layer.
+        projector: The `Projector` of the units' layer.
         images: uint8 (images, 3, 96, 96).
-        units: What is projected.
-        doing: Label of the progress bar.
-        reduce: Of projections (units, rows, columns, 3) what is kept, (units, ...); by default all.
+        units: What is projected, in any order.
+        desc: Label of the progress bar.
+        reduce: Turns projections (units, rows, columns, 3) into what is kept of them, (units, ...); by
+            default everything is kept.
 
     Yields:
-        Of some units at a time: their places in `units` (n,); row and column of each window's top left pixel
-        in the image (n, 2), negative where it crosses the border; what `reduce` made of the part inside.
+        Some of the units at a time, in an order of the engine's own: their indices in `units`, the origins of
+        their windows, and what `reduce` made of the part of the windows inside the image.
     """
-    net, side = projector.net, projector.map_sizes[projector.layer]
-    device = net.mean.device
-    on_cpu = device.type == "cpu"
-    chunk = 32 if on_cpu else 2048  # units at once: on a CPU more take more memory, a GPU wants many
-    threads = torch.get_num_threads() if on_cpu else 1
+    on_cpu = projector.net.mean.device.type == "cpu"
+    threads = torch.get_num_threads()
+    batches = split_by_image(units.image, projector.batch_size)
 
-    def work(which: Array) -> list[tuple[Array, Array, Tensor]]:
-        needed, image = np.unique(units.image[which], return_inverse=True)
-        features = net.features(net.normalise(torch.from_numpy(images[needed])))
-        masks = projector.masks(features)
-        place = image, units.filter[which], units.row[which], units.column[which]
-        switch = features[projector.layer][1][tuple(map(torch.from_numpy, place))].cpu().numpy()
-        row, column = np.divmod(switch, side)  # before pooling
-        origins = np.stack([row, column], axis=1) * projector.field.jump + projector.field.start
-        kinds = projector.pattern[row] * side + projector.pattern[column]
-        results = []
-        for kind in np.unique(kinds):  # units that the border cuts alike
-            alike = np.flatnonzero(kinds == kind)
-            for group in np.split(alike, range(chunk, len(alike), chunk)):
-                entries = image, units.filter[which], units.value[which], row, column
-                tensors = [torch.from_numpy(entry[group]).to(device) for entry in entries]
-                windows = projector.project(masks, tensors, int(row[group[0]]), int(column[group[0]]))
-                results.append((which[group], origins[group], reduce(windows)))
-        return results
+    def work(batch: Array) -> list[ProjectedBatch]:
+        return projector.project_batch(images, units.select(batch), reduce)
 
-    by_image = np.argsort(units.image, kind="stable")
-    needed, starts = np.unique(units.image[by_image], return_index=True)
-    batches = np.split(by_image, starts[projector.batch_size :: projector.batch_size]) if len(needed) else []
-    torch.set_num_threads(1 if on_cpu else threads)  # threads started from here on take it over
+    pool = ThreadPoolExecutor(threads)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            done = tqdm(pool.map(work, batches), doing, len(batches), unit=" batches", disable=None)
-            for which, origins, kept in chain.from_iterable(done):
-                yield which, origins, kept.cpu().numpy()
+        if on_cpu:
+            torch.set_num_threads(1)  # threads started from here on take it over
+        results = pool.map(work, batches) if on_cpu else map(work, batches)
+        with tqdm(total=len(batches), desc=desc, unit=" batches", disable=None) as bar:
+            for batch, groups in zip(batches, results, strict=True):
+                for group in groups:
+                    yield group._replace(indices=batch[group.indices])
+                bar.update()
     finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C no further batch is begun
         torch.set_num_threads(threads)
 
 
-def project_windows(
-    projector: Projector, images: Array, units: Units, doing: str, dtype: type = np.float32
-) -> tuple[Array, Array]:
-    """Return whole windows, zero outside the image, (units, 3, size, size), and their origins (units, 2).
+def split_by_image(image: Array, batch_size: int) -> list[Array]:
+    """Return indices of units in batches that hold all units of `batch_size` images."""
+    order = np.argsort(image, kind="stable")
+    _, starts = np.unique(image[order], return_index=True)  # where the units of each image begin
+    return np.split(order, starts[batch_size::batch_size]) if len(order) else []
 
-    Arguments as for `project_units`.
+
+def project_windows(
+    projector: Projector, images: Array, units: Units, desc: str, dtype: type = np.float32
+) -> tuple[Array, Array]:
+    """Project units of many images and keep their whole windows.
+
+    Args:
+        projector: The `Projector` of the units' layer.
+        images: uint8 (images, 3, 96, 96).
+        units: What is projected, in any order.
+        desc: Label of the progress bar.
+        dtype: In which type the projections are stored.
+
+    Returns:
+        The projections in the order of the units, (units, 3, size, size), zero outside the image. Beside them
+        row and column of each window's top left pixel, int16 (units, 2), negative beyond the border.
     """
     size = projector.field.size
     projections: Array = np.zeros((len(units.image), 3, size, size), dtype)
     all_origins = np.zeros((len(units.image), 2), np.int16)
-    for which, origins, windows in project_units(projector, images, units, doing):
-        all_origins[which] = origins
-        for unit, origin, window in zip(which, origins, windows, strict=True):
+    for indices, origins, windows in project_units(projector, images, units, desc):
+        all_origins[indices] = origins
+        for index, origin, window in zip(indices, origins, windows, strict=True):
             top, left = np.maximum(-origin, 0)  # rows and columns outside the image
             height, width, _ = window.shape
-            projections[unit, :, top : top + height, left : left + width] = window.transpose(2, 0, 1)
+            projections[index, :, top : top + height, left : left + width] = window.transpose(2, 0, 1)
     return projections, all_origins
 
 
-# ---------------------------------------------------------------- activations and strongest images
+# ---------------------------------------------------------------- activations and examples
 
 
-def measure_activations(images: Array, net: CNN, batch_size: int, doing: str) -> Arrays:
-    """Measure each filter of each layer on each image, uint8 (images, 3, 96, 96), over its pooled map.
+def measure_activations(images: Array, net: CNN, batch_size: int, desc: str) -> Arrays:
+    """Measure the map of each filter of each layer in each image.
 
-    Returns, for k = 1 to 4, conv{k}_max float32 (images, filters); conv{k}_position int16 (images, filters,
-    2), row and column of the maximum, the first one, 0 where nothing fires; conv{k}_mean and conv{k}_nonzero,
-    the mean and the share of positions above zero, float32 (images, filters).
+    Args:
+        images: uint8 (images, 3, 96, 96).
+        net: A network in evaluation mode.
+        batch_size: Images in one forward pass.
+        desc: Label of the progress bar.
+
+    Returns:
+        For k = 1 to 4, over the pooled map:
+
+        - conv{k}_max: The peak activation, float32 (images, filters).
+        - conv{k}_position: Row and column of the peak, the first one of several, int16 (images, filters, 2);
+          0 where nothing fires.
+        - conv{k}_mean: The mean activation, float32 (images, filters).
+        - conv{k}_nonzero: The share of positions above zero, float32 (images, filters).
     """
     arrays: Arrays = {}
-    with tqdm(total=len(images), desc=doing, unit=" images", disable=None) as bar:
+    with tqdm(total=len(images), desc=desc, unit=" images", disable=None) as bar:
         for start in range(0, len(images), batch_size):
             batch = net.normalise(torch.from_numpy(images[start : start + batch_size]))
             for layer, (pooled, _) in zip(LAYERS, net.features(batch), strict=True):
-                flat = pooled.flatten(2)  # (images, filters, positions)
-                place, columns = flat.argmax(dim=2), pooled.shape[-1]
-                measured = {
-                    f"{layer}_max": flat.amax(dim=2),
-                    f"{layer}_position": torch.stack([place // columns, place % columns], dim=2).short(),
-                    f"{layer}_mean": flat.mean(dim=2),
-                    f"{layer}_nonzero": (flat > 0).float().mean(dim=2),
-                }
+                measured = {f"{layer}_{name}": part for name, part in measure_maps(pooled).items()}
+                if start == 0:  # whole arrays at once: to put parts together takes the memory twice
+                    for name, part in measured.items():
+                        arrays[name] = np.empty((len(images), *part.shape[1:]), part.dtype)
                 for name, part in measured.items():
-                    values = part.cpu().numpy()
-                    if start == 0:  # not put together at the end, which would need the memory twice
-                        arrays[name] = np.empty((len(images), *values.shape[1:]), values.dtype)
-                    arrays[name][start : start + len(batch)] = values
+                    arrays[name][start : start + len(batch)] = part
             bar.update(len(batch))
     return arrays
 
 
-def strongest_of(maxima: Array, positions: Array, image: Array, filter_: Array) -> Units:
-    """Return the strongest unit of `filter_` in `image`, numbers (units,) each.
+def measure_maps(pooled: Tensor) -> Arrays:
+    """Return max, position, mean and nonzero of pooled maps (images, filters, rows, columns)."""
+    flat = pooled.flatten(2)  # (images, filters, positions)
+    peak = flat.argmax(dim=2)
+    columns = pooled.shape[-1]
+    measured = {
+        "max": flat.amax(dim=2),
+        "position": torch.stack([peak // columns, peak % columns], dim=2).short(),
+        "mean": flat.mean(dim=2),
+        "nonzero": (flat > 0).float().mean(dim=2),
+    }
+    return {name: values.cpu().numpy() for name, values in measured.items()}
 
-    `maxima` and `positions` are conv{k}_max and conv{k}_position of `measure_activations`.
+
+def strongest_of(peaks: Array, positions: Array, image: Array, filter_index: Array) -> Units:
+    """Return the strongest unit of filter `filter_index[n]` in image `image[n]`, for each n.
+
+    `peaks` and `positions` are conv{k}_max and conv{k}_position of `measure_activations`.
     """
-    row, column = positions[image, filter_].astype(np.int64).T
-    return Units(image.astype(np.int64), filter_, row, column, maxima[image, filter_])
+    row, column = positions[image, filter_index].astype(np.int64).T
+    return Units(image.astype(np.int64), filter_index, row, column, peaks[image, filter_index])
 
 
-def top_images(values: Array, count: int) -> Array:
-    """Return the images that drive each filter most, strongest first, ties to the lower index.
+def top_images(peaks: Array, count: int) -> Array:
+    """Return the `count` images in which each filter has its highest peak activations.
 
-    Of `values`, conv{k}_max; int32 (filters, count), -1 where fewer images make the filter fire at all.
+    `peaks` is conv{k}_max. The result is int32 (filters, count), highest first, ties to the lower index; -1
+    where fewer images make the filter fire at all.
     """
-    order = np.argsort(-values, axis=0, kind="stable")[:count]
-    fires = np.take_along_axis(values, order, axis=0) > 0
+    order = np.argsort(-peaks, axis=0, kind="stable")[:count]
+    fires = np.take_along_axis(peaks, order, axis=0) > 0
     return np.where(fires, order, -1).T.astype(np.int32)
 
 
@@ -365,136 +518,227 @@ def class_selectivity(means: Array) -> Array:
         return np.asarray((means - rest) / (means + rest))
 
 
-def percentile_images(values: Array, top: Array) -> Array:
-    """Choose `EXAMPLES` images near each of the `LEVELS`, of those on which a filter fires.
+def percentile_images(peaks: Array, top: Array) -> Array:
+    """Choose `EXAMPLES` images for each filter near each percentile in `LEVELS` of its peak activation.
 
-    They are drawn by a fixed seed from the three times as many whose activation is nearest to the percentile.
-    None is among the filter's `top_images` of the same values, and none is chosen twice. Returns int32
-    (filters, levels * examples), at each level strongest first; -1 where too few images are left.
+    A percentile is taken over the images in which the filter fires. The images are drawn by a fixed seed from
+    the 3 * `EXAMPLES` whose peak activation is nearest to it. No image is chosen twice.
+
+    Args:
+        peaks: conv{k}_max, (images, filters).
+        top: The filters' `top_images`, (filters, count), which are not chosen here.
+
+    Returns:
+        int32 (filters, levels * examples), level by level, highest peak activation first; -1 where too few
+        images are left.
     """
-    rng, chosen = np.random.default_rng(0), np.full((len(top), len(LEVELS), EXAMPLES), -1, np.int32)
-    for of_filter, own, strongest in zip(chosen, values.T, top, strict=True):
-        fires = np.flatnonzero(own > 0)
-        left = np.setdiff1d(fires, strongest)
-        for places, level in zip(of_filter, LEVELS, strict=True):
-            if not len(left):
+    rng = np.random.default_rng(0)
+    chosen = np.full((len(top), len(LEVELS), EXAMPLES), -1, np.int32)
+    for number in range(len(top)):
+        filter_peaks = peaks[:, number]
+        firing = np.flatnonzero(filter_peaks > 0)
+        candidates = np.setdiff1d(firing, top[number])
+        for level_index, level in enumerate(LEVELS):
+            if not len(candidates):
                 break
-            distance = np.abs(own[left] - np.percentile(own[fires], level))
-            nearest = left[np.argsort(distance, kind="stable")[: 3 * EXAMPLES]]
+
+            percentile = np.percentile(filter_peaks[firing], level)
+            distance = np.abs(filter_peaks[candidates] - percentile)
+            nearest = candidates[np.argsort(distance, kind="stable")[: 3 * EXAMPLES]]
             drawn = rng.permutation(nearest)[:EXAMPLES]
-            places[: len(drawn)] = drawn[np.argsort(-own[drawn], kind="stable")]
-            left = np.setdiff1d(left, drawn)
+
+            highest_first = np.argsort(-filter_peaks[drawn], kind="stable")
+            chosen[number, level_index, : len(drawn)] = drawn[highest_first]
+            candidates = np.setdiff1d(candidates, drawn)
     return chosen.reshape(len(top), -1)
+
+
+class Examples(NamedTuple):
+    """Some images for each filter of a layer, each projected from the filter's strongest unit in it.
+
+    The first two numbers of every shape are (filters, examples). Where a filter has fewer examples the image
+    is -1 and everything else is zero.
+    """
+
+    image: Array  # int32, index into the test split
+    value: Array  # float32, the activation
+    position: Array  # int16 (..., 2), row and column of the unit in the pooled map
+    origin: Array  # int16 (..., 2), row and column of the window's top left pixel, negative beyond the border
+    projection: Array  # (..., 3, size, size), signed, in normalised pixels, zero outside the image
+    patch: Array  # uint8 (..., 3, size, size), the image in the same window, zero outside it
 
 
 def project_examples(
     projector: Projector, images: Array, image: Array, activations: Arrays, dtype: type
-) -> Arrays:
-    """Project every filter of a layer in images of its own, each from its strongest unit there.
+) -> Examples:
+    """Project every filter of a layer in images chosen for it, each from the filter's strongest unit there.
 
-    `image` says which, int32 (filters, examples), -1 for none; `dtype` is that of the projections.
+    Args:
+        projector: The `Projector` of the layer.
+        images: uint8 (images, 3, 96, 96).
+        image: The images chosen for each filter, int32 (filters, examples), -1 for none.
+        activations: What `measure_activations` returned for the images.
+        dtype: In which type the projections are stored.
 
     Returns:
-        All zero where there is no image: image, as given; value, the activation, and position, its row and
-        column in the pooled map (filters, examples, 2); origin, row and column of the window's top left pixel
-        in the image, negative where it crosses the border; projection (filters, examples, 3, size, size) in
-        normalised pixels; patch, likewise, uint8, zero outside the image.
+        The examples in the order of `image`.
     """
     layer = LAYERS[projector.layer]
-    maxima, positions = activations[f"{layer}_max"], activations[f"{layer}_position"]
-    fires, filter_ = image.ravel() >= 0, np.repeat(np.arange(len(image)), image.shape[1])
-    units = strongest_of(maxima, positions, image.ravel(), filter_)  # -1, none, takes the last image for now
-    doing = f"{layer}, {image.shape[1]} images a filter"
-    projections, origins = project_windows(projector, images, units, doing, dtype)
-    windows = zip(units.image, origins, strict=True)
     size = projector.field.size
-    patches = np.stack([crop(images[n], top, left, size, 0) for n, (top, left) in windows])
-    arrays: Arrays = {"value": units.value, "position": np.stack(units[2:4], axis=1).astype(np.int16)}
-    arrays |= {"origin": origins, "projection": projections, "patch": patches}
-    for values in arrays.values():
-        values[~fires] = 0
-    # (units, ...) -> (filters, examples, ...)
-    return {"image": image} | {name: of.reshape(*image.shape, *of.shape[1:]) for name, of in arrays.items()}
+    exists = image >= 0
+    filter_index, _ = np.nonzero(exists)
+    peaks = activations[f"{layer}_max"]
+    units = strongest_of(peaks, activations[f"{layer}_position"], image[exists], filter_index)
+    desc = f"{layer}, {image.shape[1]} images a filter"
+    projections, origins = project_windows(projector, images, units, desc, dtype)
+    patches = np.zeros((len(origins), 3, size, size), np.uint8)
+    for patch, number, (top, left) in zip(patches, units.image, origins, strict=True):
+        patch[:] = crop(images[number], top, left, size, 0)
+
+    def spread(values: Array) -> Array:
+        """(existing examples, ...) -> (filters, examples, ...)."""
+        spread_values = np.zeros((*image.shape, *values.shape[1:]), values.dtype)
+        spread_values[exists] = values
+        return spread_values
+
+    return Examples(
+        image=image,
+        value=spread(units.value),
+        position=spread(np.stack([units.row, units.column], axis=1).astype(np.int16)),
+        origin=spread(origins),
+        projection=spread(projections),
+        patch=spread(patches),
+    )
 
 
 def project_top(images: Array, net: CNN, activations: Arrays, n_top: int, batch_size: int) -> Arrays:
-    """Project every filter's strongest activations in `n_top` different images (Figure 2), and weaker ones.
+    """Project every filter in its `n_top` top images (Figure 2) and in its percentile images.
 
-    Returns for k = 1 to 4 what `project_examples` returns, as conv{k}_image and so on, and the same of the
-    `percentile_images`, as conv{k}_level_image and so on; their projections are float16, to save memory.
+    Returns:
+        For k = 1 to 4 the fields of `Examples`: conv{k}_image and so on for the `top_images`,
+        conv{k}_level_image and so on for the `percentile_images`. The projections of these are float16, to
+        save memory.
     """
     arrays: Arrays = {}
     for k, layer in enumerate(LAYERS):
-        projector, maxima = Projector(net, k, batch_size), activations[f"{layer}_max"]
-        top = top_images(maxima, n_top)
-        levels = percentile_images(maxima, top)
-        for prefix, image, dtype in ((f"{layer}_level", levels, np.float16), (layer, top, np.float32)):
-            examples = project_examples(projector, images, image, activations, dtype)
-            arrays |= {f"{prefix}_{name}": values for name, values in examples.items()}
+        projector = Projector(net, k, batch_size)
+        top = top_images(activations[f"{layer}_max"], n_top)
+        levels = percentile_images(activations[f"{layer}_max"], top)
+
+        examples = project_examples(projector, images, levels, activations, np.float16)
+        arrays |= {f"{layer}_level_{name}": values for name, values in examples._asdict().items()}
+        examples = project_examples(projector, images, top, activations, np.float32)
+        arrays |= {f"{layer}_{name}": values for name, values in examples._asdict().items()}
     return arrays
 
 
-def describe_filters(maxima: Array, labels: Array, names: Sequence[str]) -> list[str]:
-    """Say of each filter which class it prefers, how selectively, and how strong it gets."""
-    means = by_class(np.mean, maxima, labels, len(names))
-    preferred, selectivity = means.argmax(axis=0), class_selectivity(means).max(axis=0)
-    texts = []
-    for f, top in enumerate(maxima.max(axis=0)):
-        about = f"{names[preferred[f]]}, selectivity {selectivity[f]:.2f}, activation {top:.2f}"
-        texts.append(f"filter {f}: {about if top else 'dead'}")
-    return texts
+# ---------------------------------------------------------------- pages of filters (Figure 2)
 
 
-def draw_page(top: Arrays, layer: str, filters: Sequence[int], texts: Sequence[str], heading: str) -> Figure:
-    """Draw the layout of the paper's Figure 2: projections of each filter, beside them the image patches.
+def title_filters(top: Arrays, layer: str, labels: Array, names: Sequence[str]) -> list[str]:
+    """Return a title for each filter of a layer: `filter 42: 7 of 9 car, peak 3.21`.
 
-    Of conv1, whose projections are the filter times the activation, one stands for all. Of projections grey
-    is zero, with one scale for each filter; of patches white lies beyond the image. `top` is what
-    `project_top` returned; `texts` are written above the filters of the layer, by number.
+    The class is the most frequent one among the filter's top images, and the peak is its activation in the
+    first of them. `top` is what `project_top` returned, `labels` are the classes of the images.
     """
-    names = "patch", "projection", "origin"
-    patches, projections, origins = (top[f"{layer}_{name}"][filters] for name in names)
-    once, side, size = layer == LAYERS[0], math.ceil(patches.shape[1] ** 0.5), patches.shape[-1]
-    columns, height = (6, 1.05) if once else (2, 2.6)  # of a page, and inches of a row
-    rows, frame = math.ceil(len(filters) / columns), np.ones((1, IMAGE_SIZE, IMAGE_SIZE))
-    layout: dict[str, Any] = {"figsize": (10, 0.6 + height * rows), "layout": "constrained"}
-    fig: Figure
-    fig, axes = plt.subplots(rows, columns, squeeze=False, **layout)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])  # hidden ticks would be placed all the same, a quarter of the time
-        ax.axis("off")
-    for k, (ax, number) in enumerate(zip(axes.flat, filters, strict=False)):
-        inside = [crop(frame, top_row, left, size, 0) for top_row, left in origins[k]]
-        pictures = np.where(inside, patches[k] / 255, 1)  # (images, 3, rows, columns)
-        right_half, shown = tile(np.moveaxis(pictures, 1, 3), side, 1), displayed(projections[k])
-        left_half = tile(shown, side, 1)
-        if once:  # as large as the patches together; one that the border does not cut, if there is one
-            factor, whole = len(right_half) // (size + 1), int(np.all(inside, axis=(1, 2, 3)).argmax())
-            large = shown[whole].repeat(factor, axis=0).repeat(factor, axis=1)
-            left_half = np.pad(large, ((1, factor), (1, factor), (0, 0)), constant_values=1)
-        gap = np.ones((len(left_half), max(2, len(left_half) // 20), 3))
-        ax.imshow(np.concatenate([left_half, gap, right_half], axis=1), interpolation="nearest")
-        text = "\n".join(texts[number].split(", ")[:2]) if once else texts[number]
-        ax.set_title(text, fontsize=8, pad=2)
-    fig.suptitle(heading, fontsize=9)
-    return fig
+    separator = "\n" if layer == LAYERS[0] else ", "  # conv1's panels are narrow
+    titles = []
+    for number, image in enumerate(top[f"{layer}_image"]):
+        firing = image[image >= 0]
+        if not len(firing):
+            titles.append(f"filter {number}: dead")
+            continue
+        counts = np.bincount(labels[firing], minlength=len(names))
+        peak = top[f"{layer}_value"][number, 0]
+        title = f"filter {number}: {counts.max()} of {len(firing)} {names[int(counts.argmax())]}"
+        titles.append(f"{title}{separator}peak {peak:.2f}")
+    return titles
 
 
-def draw_pages(top: Arrays, texts: dict[str, list[str]], heading: str, per_page: int, folder: Path) -> None:
+def draw_pages(top: Arrays, titles: dict[str, list[str]], heading: str, per_page: int, folder: Path) -> None:
     """Draw the top projections of every filter of every layer, `per_page` filters a picture, conv1 in one.
 
-    Earlier pages go first: those of a network with more filters would otherwise stay among the new ones.
+    Earlier pages go first: pages of a network with more filters would otherwise stay among the new ones.
     """
     for page in folder.expanduser().glob("conv*_filters_*.png"):
         page.unlink()
     for layer in LAYERS:
-        count, *_, window = top[f"{layer}_patch"].shape
+        count, *_, size = top[f"{layer}_patch"].shape
         step = count if layer == LAYERS[0] else per_page
         for start in range(0, count, step):
-            last = min(start + step, count) - 1
-            text = f"{layer}, filters {start} to {last}, windows of {window} x {window} pixels\n{heading}"
-            path = folder / f"{layer}_filters_{start:03d}_to_{last:03d}.png"
-            save_figure(path, draw_page(top, layer, range(start, last + 1), texts[layer], text))
+            stop = min(start + step, count)
+            page_heading = (
+                f"{layer}, filters {start} to {stop - 1}, windows of {size} x {size} pixels\n{heading}"
+            )
+            figure = draw_page(top, layer, range(start, stop), titles[layer], page_heading)
+            save_figure(folder / f"{layer}_filters_{start:03d}_to_{stop - 1:03d}.png", figure)
+
+
+def draw_page(top: Arrays, layer: str, filters: Sequence[int], titles: Sequence[str], heading: str) -> Figure:
+    """Draw the layout of the paper's Figure 2: each filter's projections, and beside them the image patches.
+
+    `top` is what `project_top` returned; `titles` has one for each filter of the layer, by number.
+    """
+    is_conv1 = layer == LAYERS[0]
+    columns = 6 if is_conv1 else 2
+    row_height = 1.05 if is_conv1 else 2.6  # inches
+    rows = math.ceil(len(filters) / columns)
+
+    fig: Figure
+    size = (10, 0.6 + row_height * rows)
+    fig, axes = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])  # hidden ticks would be placed all the same, a quarter of the time
+        ax.axis("off")
+
+    for ax, number in zip(axes.flat, filters, strict=False):
+        projections = top[f"{layer}_projection"][number]
+        patches = top[f"{layer}_patch"][number]
+        inside = mark_inside(top[f"{layer}_origin"][number], patches.shape[-1])
+        ax.imshow(lay_out_filter(projections, patches, inside, is_conv1), interpolation="nearest")
+        ax.set_title(titles[number], fontsize=8, pad=2)
+    fig.suptitle(heading, fontsize=9)
+    return fig
+
+
+def mark_inside(origins: Array, size: int) -> Array:
+    """Return which pixels of each window lie inside the image, bool (windows, size, size)."""
+    pixels = origins[:, :, None] + np.arange(size)  # (windows, 2, size), rows and columns in the image
+    inside = (pixels >= 0) & (pixels < IMAGE_SIZE)
+    return inside[:, 0, :, None] & inside[:, 1, None, :]
+
+
+def lay_out_filter(projections: Array, patches: Array, inside: Array, only_one: bool) -> Array:
+    """Lay out a filter's projections in a grid, and its patches in a grid beside it.
+
+    Grey is zero in the projections, with one scale for all; white lies beyond the border of an image.
+
+    Args:
+        projections: Signed, (examples, 3, size, size).
+        patches: uint8, likewise.
+        inside: What `mark_inside` returned for the windows.
+        only_one: Show one projection as high as the grid, as for conv1, whose projections are the filter
+            times the activation and so differ in their contrast alone.
+
+    Returns:
+        A picture (rows, columns, 3) from 0 to 1.
+    """
+    columns = math.ceil(len(patches) ** 0.5)
+    panels = displayed(projections)  # (examples, size, size, 3)
+    whitened = np.where(inside[:, None], patches / 255, 1)
+    patch_grid = tile(np.moveaxis(whitened, 1, 3), columns, 1)
+
+    if only_one:
+        whole = int(inside.all(axis=(1, 2)).argmax())  # one that the border does not cut, if there is one
+        scale = math.ceil(len(patches) / columns)
+        large = panels[whole].repeat(scale, axis=0).repeat(scale, axis=1)
+        projection_grid = np.pad(large, ((1, scale), (1, scale), (0, 0)), constant_values=1)
+    else:
+        projection_grid = tile(panels, columns, 1)
+
+    rows = len(patch_grid)
+    gap = np.ones((rows, max(2, rows // 20), 3))
+    return np.concatenate([projection_grid, gap, patch_grid], axis=1)
 
 
 # ---------------------------------------------------------------- evolution of features (Figure 4)
@@ -502,41 +746,49 @@ def draw_pages(top: Arrays, texts: dict[str, list[str]], heading: str, per_page:
 
 def read_snapshots(folder: Path, checkpoint: Checkpoint) -> list[Checkpoint]:
     """Return the network after some epochs of the training that ended in `checkpoint`, itself last."""
+    device = checkpoint.net.mean.device
     paths = sorted(folder.expanduser().glob("epoch_*.pth"))
-    snapshots = [load_checkpoint(path, checkpoint.net.mean.device) for path in paths]
+    snapshots = [load_checkpoint(path, device) for path in paths]
     same_training = [s for s in snapshots if s.settings == checkpoint.settings]
     earlier = [s for s in same_training if 0 < s.epochs < checkpoint.epochs]
     return [*sorted(earlier, key=lambda s: s.epochs), checkpoint]
 
 
 class Evolution(NamedTuple):
-    """The strongest activation of some filters of a layer after each of several epochs."""
+    """The strongest unit of some filters of a layer after each of several epochs."""
 
     filters: Array  # their numbers
-    image: Array  # in which image it was, (filters, epochs)
+    image: Array  # in which image the unit is, (filters, epochs)
     projections: Array  # (filters, epochs, 3, rows, columns)
 
 
 def project_evolution(
     images: Array, snapshots: Sequence[Checkpoint], count: int, batch_size: int
 ) -> dict[str, Evolution]:
-    """Project the strongest activations of `count` filters of each layer, evenly spaced by number."""
-    widths = snapshots[-1].net.config["filters"]
-    numbers = [np.unique(np.linspace(0, width - 1, count).astype(np.int64)) for width in widths]
-    columns: list[list[tuple[Array, Array]]] = [[] for _ in LAYERS]
-    for snapshot in snapshots:
-        doing = f"epoch {snapshot.epochs}"
-        activations = measure_activations(images, snapshot.net, batch_size, doing)
-        for k, (layer, chosen) in enumerate(zip(LAYERS, numbers, strict=True)):
-            maxima, positions = activations[f"{layer}_max"], activations[f"{layer}_position"]
-            units = strongest_of(maxima, positions, maxima[:, chosen].argmax(axis=0), chosen)
-            projector = Projector(snapshot.net, k, batch_size)
-            projections, _ = project_windows(projector, images, units, f"{doing}, {layer}")
-            columns[k].append((units.image, projections))
+    """Project the strongest unit of `count` filters of each layer, evenly spaced by number.
+
+    The unit is sought in all given images, uint8 (images, 3, 96, 96), after each snapshot anew.
+    """
     evolution = {}
-    for layer, chosen, parts in zip(LAYERS, numbers, columns, strict=True):
-        image, projections = (np.stack(of, axis=1) for of in zip(*parts, strict=True))
-        evolution[layer] = Evolution(chosen, image, projections)
+    filter_counts = snapshots[-1].net.config["filters"]
+    for layer, filter_count in zip(LAYERS, filter_counts, strict=True):
+        filters = np.unique(np.linspace(0, filter_count - 1, count).astype(np.int64))
+        size = receptive_fields(snapshots[-1].net)[LAYERS.index(layer)].size
+        image = np.zeros((len(filters), len(snapshots)), np.int64)
+        projections = np.zeros((*image.shape, 3, size, size), np.float32)
+        evolution[layer] = Evolution(filters, image, projections)
+
+    for epoch_index, snapshot in enumerate(snapshots):
+        desc = f"epoch {snapshot.epochs}"
+        activations = measure_activations(images, snapshot.net, batch_size, desc)
+        for k, (layer, (filters, image, projections)) in enumerate(evolution.items()):
+            peaks = activations[f"{layer}_max"]
+            strongest_image = peaks[:, filters].argmax(axis=0)
+            units = strongest_of(peaks, activations[f"{layer}_position"], strongest_image, filters)
+            projector = Projector(snapshot.net, k, batch_size)
+            windows, _ = project_windows(projector, images, units, f"{desc}, {layer}")
+            image[:, epoch_index] = strongest_image
+            projections[:, epoch_index] = windows
     return evolution
 
 
@@ -547,17 +799,23 @@ def draw_evolution(evolution: dict[str, Evolution], epochs: Sequence[int], headi
     panel whose image is another one than before.
     """
     fig, axes = plt.subplots(2, 2, figsize=(10, 7.3), layout="constrained")
-    for ax, (layer, (numbers, image, projections)) in zip(axes.flat, evolution.items(), strict=True):
+    for ax, (layer, (filters, image, projections)) in zip(axes.flat, evolution.items(), strict=True):
         rows, columns, _, size, _ = projections.shape
         gap = max(1, size // 12)
-        step, middle = size + gap, gap + size / 2 - 0.5
+        step = size + gap  # pixels from one panel to the next
+        middle = gap + size / 2 - 0.5
+
         panels = np.stack([displayed(panel) for panel in projections.reshape(-1, 3, size, size)])
         ax.imshow(tile(panels, columns, gap), interpolation="nearest")
+
+        # an orange line where the image changes
         row, column = np.nonzero(np.diff(image, axis=1))
-        above = row * step + gap - 0.5
-        ax.vlines((column + 1) * step + gap / 2 - 0.5, above, above + size, "C1", linewidth=1.5)
+        x = (column + 1) * step + gap / 2 - 0.5
+        y = row * step + gap - 0.5
+        ax.vlines(x, y, y + size, "C1", linewidth=1.5)
+
         ax.set_xticks(np.arange(columns) * step + middle, [str(epoch) for epoch in epochs])
-        ax.set_yticks(np.arange(rows) * step + middle, [str(number) for number in numbers])
+        ax.set_yticks(np.arange(rows) * step + middle, [str(number) for number in filters])
         ax.set_title(f"{layer}, windows of {size} x {size} pixels")
         sns.despine(ax=ax, left=True, bottom=True)
     fig.supxlabel("epoch", size="medium")
@@ -566,95 +824,131 @@ def draw_evolution(evolution: dict[str, Evolution], epochs: Sequence[int], headi
     return fig
 
 
-# ---------------------------------------------------------------- statistics of all projections of conv4
+# ---------------------------------------------------------------- statistics of conv4's projections
+
+
+def choose_images(labels: Array, per_class: int | None) -> Array:
+    """Return the indices of the first `per_class` images of each class; all for None."""
+    rank = pd.Series(labels).groupby(labels).cumcount()  # of an image among the images of its class
+    return np.flatnonzero(rank < (per_class or len(labels)))
 
 
 def magnitude_statistics(projections: Tensor) -> Tensor:
     """Return nonzero_count, mean, max and variance of each projection's magnitude, float32 (units, 4).
 
-    The magnitude at a pixel is the sum over RGB of the absolute values. The mean is over the non-zero pixels,
-    0 where there are none; the variance is over all pixels of the full frame, zero outside the given part
-    of each window, (units, rows, columns, 3).
+    The magnitude at a pixel is the sum over RGB of the absolute values. The mean is taken over the non-zero
+    pixels, and is 0 where there are none. The variance is taken over all pixels of the full frame, which are
+    zero outside the given part of each window, (units, rows, columns, 3).
     """
     red, green, blue = projections.abs().unbind(dim=3)
     magnitude = (red + green + blue).flatten(1)  # a sum over so short a dimension takes four times as long
+
     # counted as a sum of signs: four times as fast as a comparison, and exact
-    count, total, pixels = magnitude.sign().sum(dim=1), magnitude.sum(dim=1), IMAGE_SIZE**2
-    frame_mean = total / pixels
-    outside = pixels - magnitude.shape[1]
-    # around the mean rather than from the mean of squares, which would lose digits
-    squares = (magnitude - frame_mean[:, None]).square().sum(dim=1) + outside * frame_mean.square()
+    count = magnitude.sign().sum(dim=1)
+    total = magnitude.sum(dim=1)
     mean = total / count.clamp(min=1)
-    return torch.stack([count, mean, magnitude.amax(dim=1), squares / pixels], dim=1)
+
+    # around the mean rather than from the mean of squares, which would lose digits
+    frame_pixels = IMAGE_SIZE**2
+    frame_mean = total / frame_pixels
+    outside = frame_pixels - magnitude.shape[1]
+    squares = (magnitude - frame_mean[:, None]).square().sum(dim=1) + outside * frame_mean.square()
+    return torch.stack([count, mean, magnitude.amax(dim=1), squares / frame_pixels], dim=1)
 
 
 def measure_projections(
     images: Array, chosen: Array, activations: Arrays, net: CNN, batch_size: int
 ) -> Arrays:
-    """Project every filter of conv4 in the `chosen` images from its strongest unit; measure the projections.
+    """Measure the projection of every filter of conv4 in the `chosen` images, from its strongest unit there.
 
-    Returns what `magnitude_statistics` does, by name, float32 (chosen images, filters) each; all 0 where the
-    filter does not fire, which costs no projection.
+    Returns:
+        nonzero_count, mean, max and variance as `magnitude_statistics` defines them, float32 (chosen images,
+        filters) each. All are 0 where the filter does not fire, which costs no projection.
     """
-    maxima, positions = activations["conv4_max"], activations["conv4_position"]
-    measured = np.zeros((len(chosen), maxima.shape[1], 4), np.float32)
+    peaks = activations["conv4_max"]
+    statistics = np.zeros((len(chosen), peaks.shape[1], 4), np.float32)
     projector = Projector(net, len(LAYERS) - 1, batch_size)
     for start in range(0, len(chosen), 1000):  # all at once, millions of units would fill the memory
-        some = chosen[start : start + 1000]
-        entry, filter_ = np.nonzero(maxima[some] > 0)
-        units = strongest_of(maxima, positions, some[entry], filter_)
-        doing = f"projections of {start + len(some):,} of {len(chosen):,} images"
-        for which, _, values in project_units(projector, images, units, doing, magnitude_statistics):
-            measured[start + entry[which], filter_[which]] = values
-    names = "nonzero_count", "mean", "max", "variance"
-    return dict(zip(names, np.moveaxis(measured, 2, 0), strict=True))
+        part = chosen[start : start + 1000]
+        row, filter_index = np.nonzero(peaks[part] > 0)
+        units = strongest_of(peaks, activations["conv4_position"], part[row], filter_index)
+        desc = f"projections of {start + len(part):,} of {len(chosen):,} images"
+        for indices, _, values in project_units(projector, images, units, desc, magnitude_statistics):
+            statistics[start + row[indices], filter_index[indices]] = values
+
+    names = ("nonzero_count", "mean", "max", "variance")
+    return dict(zip(names, np.moveaxis(statistics, 2, 0), strict=True))
 
 
-def main() -> None:
-    """Measure activations, project the top images of every filter, then measure all projections of conv4."""
-    set_style()
-    device = choose_device(DEVICE)
-    checkpoint = load_checkpoint(CHECKPOINT, device)
-    net, title = checkpoint.net, TITLES[checkpoint.dataset]
-    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)  # early: one may be damaged
-    images, labels = load_checkpoint_split(checkpoint, DATA_DIR, "test")
-    count, searched = sum(net.config["filters"]), f"{len(images):,} test images of {title}"
-    print(f"projecting {count} filters over {searched} on {device}, torch {torch.__version__}")
-    activations = measure_activations(images, net, BATCH_SIZE, "activations")
-    save_arrays(OUTPUTS / "activations.npz", checkpoint, labels=labels, **activations)
-    for layer in LAYERS:
-        fires = activations[f"{layer}_max"] > 0  # (images, filters)
-        dead = int((~fires.any(axis=0)).sum())
-        print(f"{layer}: {fires.shape[1]:>3} filters, {dead} dead, firing in {fires.mean():.1%} of images")
-
-    top = project_top(images, net, activations, N_TOP, BATCH_SIZE)
-    save_arrays(OUTPUTS / "projections.npz", checkpoint, **top)
-    heading = f"top {N_TOP} of {searched}; grey is zero; {checkpoint.accuracy()}"
-    # what only the files hold would take memory from here on
-    top = {name: values for name, values in top.items() if "level" not in name}
-    activations = {name: values for name, values in activations.items() if name.endswith(("max", "position"))}
-    names = checkpoint.class_names
-    texts = {layer: describe_filters(activations[f"{layer}_max"], labels, names) for layer in LAYERS}
-    draw_pages(top, texts, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
-    del top  # its memory is needed for what follows
-
-    evolution = project_evolution(images[:EVOLUTION_IMAGES], snapshots, EVOLUTION_FILTERS, BATCH_SIZE)
-    heading = f"strongest activation in {len(images[:EVOLUTION_IMAGES]):,} test images of {title} after each "
-    heading += f"epoch, projected; at the end {checkpoint.accuracy()}\ngrey is zero, each panel has its own "
-    heading += "scale; an orange line: the strongest activation is now in another image"
-    figure = draw_evolution(evolution, [snapshot.epochs for snapshot in snapshots], heading)
-    save_figure(OUTPUTS / "feature_evolution.png", figure)
-
-    place = pd.Series(labels).groupby(labels).cumcount()  # among the images of its class
-    chosen, start = np.flatnonzero(place < (IMAGES_PER_CLASS or len(labels))), time.perf_counter()
-    measure_projections(images, chosen[:64], activations, net, BATCH_SIZE)  # to know how long all will take
-    minutes = (time.perf_counter() - start) * max(1, len(chosen) / 64) / 60
-    print(f"pictures are ready; statistics of all projections of conv4 will take about {minutes:.1f} minutes")
+def measure_with_times(
+    images: Array, chosen: Array, activations: Arrays, net: CNN, batch_size: int
+) -> Arrays:
+    """Return what `measure_projections` does, and print how long it will take and how long it took."""
     start = time.perf_counter()
-    statistics = measure_projections(images, chosen, activations, net, BATCH_SIZE)
+    measure_projections(images, chosen[:64], activations, net, batch_size)
+    minutes = (time.perf_counter() - start) * max(1, len(chosen) / 64) / 60
+    print(f"statistics of all projections of conv4 will take about {minutes:.1f} minutes")
+
+    start = time.perf_counter()
+    statistics = measure_projections(images, chosen, activations, net, batch_size)
     seconds = time.perf_counter() - start
     count = int((statistics["max"] > 0).sum())
     print(f"{count:,} projections of conv4 in {seconds:.0f} s, {1e3 * seconds / max(count, 1):.3f} ms each")
+    return statistics
+
+
+def print_activations(activations: Arrays) -> None:
+    """Print how many filters of each layer are dead, and in what share of images a filter fires."""
+    print(f"{'layer':<7}{'filters':>8}{'dead':>6}{'fires in':>10}")
+    for layer in LAYERS:
+        fires = activations[f"{layer}_max"] > 0  # (images, filters)
+        dead = int((~fires.any(axis=0)).sum())
+        print(f"{layer:<7}{fires.shape[1]:>8}{dead:>6}{100 * fires.mean():>8.1f} % of images, on average")
+
+
+def main() -> None:
+    """Measure activations, project the top images of every filter, then measure conv4's projections."""
+    set_style()
+    device = choose_device(DEVICE)
+    checkpoint = load_checkpoint(CHECKPOINT, device)
+    net = checkpoint.net
+    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)  # early: one may be damaged
+    images, labels = load_checkpoint_split(checkpoint, DATA_DIR, "test")
+    title = TITLES[checkpoint.dataset]
+    searched = f"{len(images):,} test images of {title}"
+    filter_count = sum(net.config["filters"])
+    print(f"projecting {filter_count} filters over {searched} on {device}, torch {torch.__version__}")
+
+    # the map of each filter in each image
+    activations = measure_activations(images, net, BATCH_SIZE, "activations")
+    save_arrays(OUTPUTS / "activations.npz", checkpoint, labels=labels, **activations)
+    print_activations(activations)
+
+    # each filter's top images and percentile examples, projected
+    top = project_top(images, net, activations, N_TOP, BATCH_SIZE)
+    save_arrays(OUTPUTS / "projections.npz", checkpoint, **top)
+    # what only the files hold would take memory from here on
+    top = {name: values for name, values in top.items() if "level" not in name}
+    activations = {name: values for name, values in activations.items() if name.endswith(("max", "position"))}
+    titles = {layer: title_filters(top, layer, labels, checkpoint.class_names) for layer in LAYERS}
+    heading = f"top {N_TOP} of {searched}; grey is zero; {checkpoint.accuracy()}"
+    draw_pages(top, titles, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
+    del top  # its memory is needed for what follows
+
+    # some filters' strongest unit after each epoch that was kept
+    evolution = project_evolution(images[:EVOLUTION_IMAGES], snapshots, EVOLUTION_FILTERS, BATCH_SIZE)
+    heading = (
+        f"strongest unit in {len(images[:EVOLUTION_IMAGES]):,} test images of {title} after each epoch, "
+        f"projected; at the end {checkpoint.accuracy()}\ngrey is zero, each panel has its own scale; "
+        "an orange line: the strongest unit is now in another image"
+    )
+    figure = draw_evolution(evolution, [snapshot.epochs for snapshot in snapshots], heading)
+    save_figure(OUTPUTS / "feature_evolution.png", figure)
+
+    # all projections of conv4 in some images of each class
+    chosen = choose_images(labels, IMAGES_PER_CLASS)
+    print("pictures are ready")
+    statistics = measure_with_times(images, chosen, activations, net, BATCH_SIZE)
     path = OUTPUTS / "projection_statistics.npz"
     save_arrays(path, checkpoint, labels=labels[chosen], image=chosen, **statistics)
     print("next: uv run analyse_projections.py")

@@ -22,6 +22,7 @@ from CNN import CNN, LAYERS, receptive_fields
 from deconv_full import (
     Projector,
     Units,
+    UnitTensors,
     magnitude_statistics,
     measure_activations,
     project_units,
@@ -148,13 +149,13 @@ def test_a_gpu_has_all_the_operators_and_no_tensor_is_left_on_the_cpu() -> None:
             net = CNN().eval().requires_grad_(False)
         features = net.features(net.normalise(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)))
         projector = Projector(net, 3)
-        units = [
-            numbers(0, 1, 1),
-            numbers(0, 1, 255),
-            torch.ones(3, device="cuda"),
-            numbers(5, 5, 5),
-            numbers(4, 4, 4),
-        ]
+        units = UnitTensors(
+            image=numbers(0, 1, 1),
+            filter=numbers(0, 1, 255),
+            value=torch.ones(3, device="cuda"),
+            row=numbers(5, 5, 5),
+            column=numbers(4, 4, 4),
+        )
         windows = projector.project(projector.masks(features), units, 5, 4)
         measured = magnitude_statistics(windows)
         devices = {of.device for of in (windows, measured, net.classify(features[-1][0]))}
@@ -284,7 +285,7 @@ def test_of_conv1_one_projection_stands_for_nine() -> None:
     top: dict[str, Array] = {"conv1_projection": projection, "conv1_origin": np.full((1, 9, 2), 40)}
     top["conv1_origin"][0, :2] = -1  # the border cuts the first two
     top["conv1_patch"] = rng.integers(0, 256, (1, 9, 3, 2, 2), np.uint8)
-    figure = deconv_full.draw_page(top, "conv1", [0], ["filter 0: this, that, more"], "heading")
+    figure = deconv_full.draw_page(top, "conv1", [0], ["filter 0: this\nthat"], "heading")
     plt.close(figure)
     shown, expected = np.asarray(figure.axes[0].images[0].get_array()), deconv.displayed(projection[0])[2]
     assert shown.shape == (10, 10 + 2 + 10, 3) and figure.axes[0].get_title() == "filter 0: this\nthat"
@@ -293,13 +294,22 @@ def test_of_conv1_one_projection_stands_for_nine() -> None:
         assert (block == expected[row, column].astype(np.float32)).all()
 
 
-def test_filters_are_described_by_their_preferred_class() -> None:
-    maxima = np.array([[3.0, 0, 0], [1, 0, 2], [1, 0, 4]])  # filter 1 is dead
-    assert deconv_full.describe_filters(maxima, np.array([0, 1, 1]), ["ant", "bee"]) == [
-        "filter 0: ant, selectivity 0.50, activation 3.00",
+def test_titles_count_the_most_frequent_class_of_the_top_images() -> None:
+    labels = np.array([0, 1, 1, 1])
+    top: dict[str, Array] = {
+        "conv2_image": np.array([[0, 3, 2], [-1, -1, -1], [0, 1, -1]]),
+        "conv2_value": np.array([[3.0, 2, 1], [0, 0, 0], [4, 2, 0]]),
+    }
+    assert deconv_full.title_filters(top, "conv2", labels, ["ant", "bee"]) == [
+        "filter 0: 2 of 3 bee, peak 3.00",
         "filter 1: dead",
-        "filter 2: bee, selectivity 1.00, activation 4.00",
+        "filter 2: 1 of 2 ant, peak 4.00",  # a tie goes to the class that is first
     ]
+    top = {name.replace("2", "1"): values for name, values in top.items()}
+    assert (
+        deconv_full.title_filters(top, "conv1", labels, ["ant", "bee"])[0]
+        == "filter 0: 2 of 3 bee\npeak 3.00"
+    )
 
 
 def test_pages_of_an_earlier_network_go(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +425,7 @@ def test_main_of_a_network_whose_last_layer_is_dead(
     deconv_full.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("projecting 26 filters over 30 test images of STL-10 on cpu, torch ")
-    assert "conv4:   8 filters, 8 dead, firing in 0.0% of images" in lines
+    assert "conv4 8 8 0.0 % of images, on average" in [" ".join(line.split()) for line in lines]
     assert any(line.startswith("0 projections of conv4 in ") for line in lines)
     assert lines[-1] == "next: uv run analyse_projections.py"
     with np.load("outputs/projections.npz") as top:

@@ -80,10 +80,10 @@ def multiply_adds(projector: Projector, origins: Array) -> float:
     """Mean number of multiply-adds a unit needs in its window: every unpooled input x kernel x outputs."""
     total = 0
     for row, column in (origins - projector.field.start) // projector.field.jump:
-        below = reversed(range(projector.layer))
-        for k, r, c in zip(below, projector.windows[row], projector.windows[column], strict=False):
-            block, pixels = projector.blocks[k], (r.stop - r.start) * (c.stop - c.start)
-            total += pixels * block.pool_size**2 * block.conv.weight.numel()
+        for k in range(projector.layer):
+            block = projector.blocks[k]
+            pooled = projector.windows[row][k + 1].size() * projector.windows[column][k + 1].size()
+            total += pooled * block.pool_size**2 * block.conv.weight.numel()
     return total / len(origins)
 
 
