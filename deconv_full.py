@@ -237,6 +237,10 @@ class Projector:
             numbers.append(patterns.index(cuts))
         return np.array(numbers)
 
+    def before_pooling(self, origins: Array) -> Array:
+        """Return the position before pooling of units whose windows have these origins, int64 (units, 2)."""
+        return (origins.astype(np.int64) - self.field.start) // self.field.jump
+
     def masks(self, features: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Return 1 where a maximum was, else 0, (images, rows, columns, filters), for each layer below.
 
@@ -274,8 +278,8 @@ class Projector:
             step *= conv_geometry(self.blocks[k + 1]).stride * pool
 
             # Unpool and rectify: a pooled value stands where the mask of its pooling region is 1.
-            map_rows = before_pooling(rows[k + 1], pool, down * step)
-            map_columns = before_pooling(columns[k + 1], pool, right * step)
+            map_rows = window_rows(rows[k + 1], pool, down * step)
+            map_columns = window_rows(columns[k + 1], pool, right * step)
             unpooled = gather(masks[k], units.image, map_rows, map_columns)
             # in place, as (units, pooled rows, rows of region, pooled columns, columns of region, filters)
             _, height, width, filter_count = signal.shape
@@ -291,18 +295,24 @@ class Projector:
         return signal
 
     def project_batch(
-        self, images: Array, units: Units, reduce: Callable[[Tensor], Tensor]
+        self, images: Array, units: Units, before_pooling: Array | None, reduce: Callable[[Tensor], Tensor]
     ) -> list[ProjectedBatch]:
-        """Project units of a few images, after one forward pass, in groups that the border cuts alike."""
+        """Project units of a few images, after one forward pass, in groups that the border cuts alike.
+
+        The arguments are described in `project_units`.
+        """
         device = self.net.mean.device
         needed, image = np.unique(units.image, return_inverse=True)
         features = self.net.features(self.net.normalise(torch.from_numpy(images[needed])))
         masks = self.masks(features)
 
         # the positions before pooling, and with them the windows
-        pooled_position = (image, units.filter, units.row, units.column)
-        switches = features[self.layer][1][tuple(map(torch.from_numpy, pooled_position))]
-        row, column = np.divmod(switches.cpu().numpy(), self.map_sizes[self.layer])
+        if before_pooling is None:
+            pooled_position = (image, units.filter, units.row, units.column)
+            switches = features[self.layer][1][tuple(map(torch.from_numpy, pooled_position))]
+            row, column = np.divmod(switches.cpu().numpy(), self.map_sizes[self.layer])
+        else:
+            row, column = before_pooling.T
         origins = np.stack([row, column], axis=1) * self.field.jump + self.field.start
 
         # units in the order of their patterns, so that each group is a slice
@@ -329,7 +339,7 @@ def group_equal(values: Array, limit: int) -> Iterator[tuple[int, int]]:
             yield piece, min(piece + limit, stop)
 
 
-def before_pooling(span: Span, pool: int, shift: Tensor) -> Tensor:
+def window_rows(span: Span, pool: int, shift: Tensor) -> Tensor:
     """Return the rows of each unit's window in the map before pooling, (units, rows).
 
     `span` is the window of one unit in the pooled map, `shift` is how far each unit's window lies below it,
@@ -356,8 +366,13 @@ def project_units(
     units: Units,
     desc: str,
     reduce: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
+    before_pooling: Array | None = None,
 ) -> Iterator[ProjectedBatch]:
     """Project units of many images; on a CPU each thread takes whole batches of images.
+
+    A unit's window is where its switch lies. To project another filter or another network in the window of a
+    given unit, say in `before_pooling` where that unit lies (`Projector.before_pooling` finds it). This
+    position then stands for the switch in the units' own layer; the layers below use their own switches.
 
     Args:
         projector: The `Projector` of the units' layer.
@@ -366,6 +381,8 @@ def project_units(
         desc: Label of the progress bar.
         reduce: Turns projections (units, rows, columns, 3) into what is kept of them, (units, ...); by
             default everything is kept.
+        before_pooling: Row and column of each unit in its map before pooling, int64 (units, 2); by default
+            where its switch points.
 
     Yields:
         Some of the units at a time, in an order of the engine's own: their indices in `units`, the origins of
@@ -376,7 +393,8 @@ def project_units(
     batches = split_by_image(units.image, projector.batch_size)
 
     def work(batch: Array) -> list[ProjectedBatch]:
-        return projector.project_batch(images, units.select(batch), reduce)
+        forced = None if before_pooling is None else before_pooling[batch]
+        return projector.project_batch(images, units.select(batch), forced, reduce)
 
     pool = ThreadPoolExecutor(threads)
     try:
@@ -401,7 +419,12 @@ def split_by_image(image: Array, batch_size: int) -> list[Array]:
 
 
 def project_windows(
-    projector: Projector, images: Array, units: Units, desc: str, dtype: type = np.float32
+    projector: Projector,
+    images: Array,
+    units: Units,
+    desc: str,
+    dtype: type = np.float32,
+    before_pooling: Array | None = None,
 ) -> tuple[Array, Array]:
     """Project units of many images and keep their whole windows.
 
@@ -411,6 +434,7 @@ def project_windows(
         units: What is projected, in any order.
         desc: Label of the progress bar.
         dtype: In which type the projections are stored.
+        before_pooling: As for `project_units`.
 
     Returns:
         The projections in the order of the units, (units, 3, size, size), zero outside the image. Beside them
@@ -419,7 +443,8 @@ def project_windows(
     size = projector.field.size
     projections: Array = np.zeros((len(units.image), 3, size, size), dtype)
     all_origins = np.zeros((len(units.image), 2), np.int16)
-    for indices, origins, windows in project_units(projector, images, units, desc):
+    batches = project_units(projector, images, units, desc, before_pooling=before_pooling)
+    for indices, origins, windows in batches:
         all_origins[indices] = origins
         for index, origin, window in zip(indices, origins, windows, strict=True):
             top, left = np.maximum(-origin, 0)  # rows and columns outside the image

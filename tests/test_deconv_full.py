@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import deconv
 import deconv_full
 import load_data
-from CNN import CNN, LAYERS, receptive_fields
+from CNN import CNN, LAYERS, frame_sizes, receptive_fields
 from deconv_full import (
     Projector,
     Units,
@@ -117,6 +117,51 @@ def test_what_is_kept_of_each_projection_comes_with_its_place(make_net: MakeNet)
         assert (origins == all_origins[which]).all()
         places += which.tolist()
     assert sorted(places) == list(range(len(units.image)))
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_place_before_pooling_that_is_the_own_switch_changes_nothing(make_net: MakeNet, layer: int) -> None:
+    projector = Projector(make_net(), layer, 2)
+    units = active_units(projector.net, layer, [3, 8, 0], 6)
+    windows, origins = project_windows(projector, IMAGES, units, "")
+    own = projector.before_pooling(origins)
+    forced_windows, forced_origins = project_windows(projector, IMAGES, units, "", before_pooling=own)
+    assert (forced_windows == windows).all() and (forced_origins == origins).all()
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("other_network", [False, True])
+def test_another_filter_or_network_is_projected_in_the_window_of_a_given_unit(
+    make_net: MakeNet, layer: int, other_network: bool
+) -> None:
+    projector = Projector(make_net(), layer, 2)
+    units = active_units(projector.net, layer, [3, 8], 8)
+    _, origins = project_windows(projector, IMAGES, units, "")
+
+    # the next filter of this network, or of another one, at the place of the given unit
+    net = make_net(seed=9) if other_network else projector.net
+    positions = projector.before_pooling(origins)
+    filters = (units.filter + 1) % net.config["filters"][layer]
+    values = np.arange(1, len(filters) + 1, dtype=np.float32)
+    others = units._replace(filter=filters, value=values)
+    windows, other_origins = project_windows(
+        Projector(net, layer, 2), IMAGES, others, "", before_pooling=positions
+    )
+    assert (other_origins == origins).all()
+
+    moved = 0
+    for n, (image, filter_index, row, column) in enumerate(zip(*others[:4], strict=True)):
+        features = features_of(net, image)
+        switches = [layer_switches.clone() for _, layer_switches in features]
+        map_size = frame_sizes(net, 96).outputs[layer]
+        switch = int(positions[n] @ [map_size, 1])
+        moved += int(switches[layer][0, filter_index, row, column] != switch)
+        switches[layer][0, filter_index, row, column] = switch
+        only = torch.zeros_like(features[layer][0])
+        only[0, filter_index, row, column] = float(values[n])
+        expected = deconv.project(net, layer, only, switches, (96, 96))[0]
+        assert_equal(in_frame(windows[n], origins[n]), expected.numpy())
+    assert moved > len(filters) // 4  # the filter's own switch was another one
 
 
 def test_results_of_a_stride_are_put_side_by_side() -> None:
