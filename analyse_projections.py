@@ -8,9 +8,10 @@ Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/filter_me
         outputs/ablation.csv, outputs/ablation_summary.csv, outputs/ablation.png,
         outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
 
-An activation is the strongest value of a filter in an image. Classes are compared by activations: a
-projection's non-zero pixels mostly measure the size of the receptive field and how much the border cuts off.
-Four experiments then ask how far this can be trusted; each has a section below.
+Classes are compared by peak activations: the largest value of a filter's map in an image. The non-zero pixels
+of a projection mostly measure the size of the receptive field and how much of it the border cuts off.
+
+Four experiments follow, each in a section of its own: its numbers, its table, its figure.
 """
 
 import copy
@@ -35,16 +36,7 @@ from tqdm import tqdm
 
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
 from deconv import backpropagate, crop
-from deconv_full import (
-    Arrays,
-    Projector,
-    Units,
-    by_class,
-    class_selectivity,
-    measure_activations,
-    project_windows,
-    top_images,
-)
+from deconv_full import Arrays, Projector, Units, measure_activations, project_windows, top_images
 from load_data import (
     TITLES,
     Array,
@@ -63,25 +55,29 @@ DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 
 # how the experiments are done
 RESAMPLINGS = 1000  # bootstrap samples behind an interval
-SEED = 0  # of all that is drawn at random here
-KEPT_SHARE = 0.25  # of a window's pixels: those that are kept, or deleted, to see what an activation needs
-RANDOM_DRAWS = 3  # networks with random weights
+SEED = 0  # decides everything that is drawn at random here
+NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
 NORM_IMAGES = 1_000  # training images that give batch norm of new weights its means and variances
 PROBE_INPUTS = 1_024  # at most so many numbers of each of conv1 to conv3 go into its linear probe
 PROBE_DECAYS = (0.001, 0.01, 0.1)  # weight decays to choose from
-STATISTICS: dict[str, Callable[..., Any]] = dict.fromkeys(("nonzero_count", "mean", "variance"), np.mean)
-STATISTICS["max"] = np.max  # how a projection's statistics are put together over images
-NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
+KEPT_SHARE = 0.25  # share of a window's pixels that is kept, or removed, to see what an activation needs
+RANDOM_DRAWS = 3  # networks with random weights
 BLUR = 2.0  # pixels, standard deviation of the Gaussian that blurs the edges
+STATISTICS: dict[str, Callable[..., Any]] = {  # of projections, and how each is reduced over images
+    "nonzero_count": np.mean,
+    "mean": np.mean,
+    "variance": np.mean,
+    "max": np.max,
+}
 
 
 class Run(NamedTuple):
-    """The network and its images; `source` is what titles say of them."""
+    """The trained network, its images, and where results go."""
 
     checkpoint: Checkpoint
     train: Split
     test: Split
-    source: str
+    source: str  # what figures say of the data set, the images and the accuracy
     outputs: Path
 
     @property
@@ -91,7 +87,7 @@ class Run(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of the classes."""
+        """Names of the classes 0, 1, ..."""
         return self.checkpoint.class_names
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
@@ -104,204 +100,335 @@ class Run(NamedTuple):
         save_figure(self.outputs / f"{name}.png", figure, quiet=True)
 
 
-Interval = tuple[float, float, float]  # value, lower and upper limit
+# ---------------------------------------------------------------- intervals, correlation, classes
 
 
-def bootstrap(statistic: Callable[[Array], Any], items: int) -> Interval:
-    """Return statistic(indices) of all items, and its 95 % percentile interval over items drawn anew."""
+class Interval(NamedTuple):
+    """A value with the limits of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(statistic: Callable[[Array], Any], count: int) -> Interval:
+    """Return statistic(indices) of all `count` items, with its 95 % percentile interval over resamplings."""
     rng = np.random.default_rng(SEED)
-    drawn = [statistic(rng.integers(items, size=items)) for _ in range(RESAMPLINGS)]
-    low, high = np.nanpercentile(drawn, (2.5, 97.5))
-    return float(statistic(np.arange(items))), float(low), float(high)
+    samples = [statistic(rng.integers(count, size=count)) for _ in range(RESAMPLINGS)]
+    low, high = np.nanpercentile(samples, (2.5, 97.5))
+    return Interval(float(statistic(np.arange(count))), float(low), float(high))
 
 
 def median(values: Array) -> Interval:
-    """Return the median of the values that are numbers with its interval."""
+    """Return the median of the values that are not nan, with its bootstrap interval."""
     known = values[~np.isnan(values)]
-    return bootstrap(lambda which: np.median(known[which]), len(known))
+    return bootstrap(lambda indices: np.median(known[indices]), len(known))
 
 
-def draw_intervals(ax: Axes, table: pd.DataFrame, x: str, series: str, line: str = "none") -> None:
-    """Draw the columns median, low and high, one place for each value of `x`, one marker for each series."""
-    places = {name: place for place, name in enumerate(table[x].unique())}
-    groups = list(table.groupby(series, sort=False))
-    for number, (name, rows) in enumerate(groups):
-        at = rows[x].map(places) + 0.14 * (number - (len(groups) - 1) / 2)
-        reach = [rows["median"] - rows["low"], rows["high"] - rows["median"]]
-        style: dict[str, Any] = {"linestyle": line, "marker": "osD^"[number], "markersize": 4, "capsize": 2}
-        ax.errorbar(at, rows["median"], reach, label=str(name), linewidth=1.2, **style)
-    ax.set_xticks(range(len(places)), list(places))
-    sns.despine(ax=ax)
+def bootstrap_means(values: Array, labels: Array) -> Array:
+    """Resample the images of each class and return the class means of each sample.
+
+    `values` are (images, filters), the result is (samples, classes, filters).
+    """
+    rng = np.random.default_rng(SEED)
+    means = []
+    for label in np.unique(labels):
+        members = values[labels == label].astype(np.float64)
+        count = len(members)
+        # how often each image is drawn, (samples, images)
+        draws = rng.multinomial(count, np.full(count, 1 / count), RESAMPLINGS)
+        means.append(draws @ members / count)
+    return np.stack(means, axis=1)
 
 
 def rank_correlation(x: Array, y: Array) -> float:
     """Return Spearman's rank correlation of two arrays of one shape; pairs with a nan are left out."""
-    both = pd.DataFrame({"x": x.ravel(), "y": y.ravel()})
-    return float(both.corr("spearman").to_numpy()[0, 1])
+    pairs = pd.DataFrame({"x": x.ravel(), "y": y.ravel()})
+    return float(pairs.corr("spearman").to_numpy()[0, 1])
+
+
+def reduce_by_class(reduce: Callable[..., Any], values: Array, labels: Array, class_count: int) -> Array:
+    """Reduce (images, filters) to (classes, filters) by np.mean or np.max."""
+    groups = [values[labels == label].astype(np.float64) for label in range(class_count)]
+    return np.stack([reduce(group, axis=0) for group in groups])
+
+
+def class_selectivity(means: Array) -> Array:
+    """Return the selectivity of each filter for each class: (mu - mu_rest) / (mu + mu_rest).
+
+    mu is a filter's mean activation on the class, mu_rest the mean of mu over the other classes. The result
+    lies between -1 and 1: 0 if the filter fires alike on all classes, 1 if it fires on this class only; nan
+    if it never fires. For the preferred class this is the index of Morcos et al. 2018 ("On the importance of
+    single directions for generalization"), who average a map over space; here its largest value counts.
+
+    `means` are mu, (..., classes, filters); the result has the same shape.
+    """
+    others = means.shape[-2] - 1
+    rest = (means.sum(axis=-2, keepdims=True) - means) / others
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is promised
+        return np.asarray((means - rest) / (means + rest))
+
+
+def draw_intervals(ax: Axes, table: pd.DataFrame, x: str, series: str, line: str = "none") -> None:
+    """Draw the columns median, low and high: a position for each value of `x`, a marker for each series."""
+    positions = {name: position for position, name in enumerate(table[x].unique())}
+    groups = list(table.groupby(series, sort=False))
+    for number, (name, rows) in enumerate(groups):
+        shift = 0.14 * (number - (len(groups) - 1) / 2)  # side by side
+        ax.errorbar(
+            x=rows[x].map(positions) + shift,
+            y=rows["median"],
+            yerr=[rows["median"] - rows["low"], rows["high"] - rows["median"]],
+            label=str(name),
+            linestyle=line,
+            linewidth=1.2,
+            marker="osD^"[number],
+            markersize=4,
+            capsize=2,
+        )
+    ax.set_xticks(range(len(positions)), list(positions))
+    sns.despine(ax=ax)
 
 
 # ---------------------------------------------------------------- how filters are used
 
 
-def bootstrap_means(values: Array, labels: Array) -> Array:
-    """Return class means (samples, classes, filters) over images drawn with replacement within each class."""
-    rng, means = np.random.default_rng(SEED), []
-    for label in np.unique(labels):
-        members = values[labels == label].astype(np.float64)
-        n = len(members)
-        means.append(rng.multinomial(n, np.full(n, 1 / n), RESAMPLINGS) @ members / n)
-    return np.stack(means, axis=1)
+class Tables(NamedTuple):
+    """One row a filter, and one row a filter and class."""
+
+    filters: pd.DataFrame
+    classes: pd.DataFrame
 
 
-def area_under_roc(values: Array, members: Array) -> Array:
+def area_under_roc(values: Array, is_member: Array) -> Array:
     """Return how probably each filter fires more on an image of its class than on one of another class.
 
-    Area under the receiver operating characteristic, from ranks (Mann-Whitney); a tie counts half. Gale et
-    al. 2020 (arXiv 2007.01062) ask for it beside the index, which one strong image can carry. `values` and
-    `members`, whether an image is of the filter's class, are (images, filters).
+    This is the area under the receiver operating characteristic, from ranks (Mann-Whitney); a tie counts
+    half. Gale et al. 2020 (arXiv 2007.01062) ask for it beside selectivity, which one strong image can carry.
+    `values` and `is_member`, whether an image is of the filter's class, are (images, filters).
     """
-    ranks, inside = pd.DataFrame(values).rank().to_numpy(), members.sum(axis=0)
-    above = (ranks * members).sum(axis=0) - inside * (inside + 1) / 2
-    return np.asarray(above / (inside * (len(values) - inside)))
+    ranks = pd.DataFrame(values).rank().to_numpy()
+    inside = is_member.sum(axis=0)
+    outside = len(values) - inside
+    pairs_won = (ranks * is_member).sum(axis=0) - inside * (inside + 1) / 2
+    return np.asarray(pairs_won / (inside * outside))
 
 
-def tabulate(
-    activations: Mapping[str, Array], statistics: Mapping[str, Array], projected_labels: Array, run: Run
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return filter_metrics.csv, one row a filter, and class_metrics.csv, one row a filter and class.
+def count_classes(images: Array, labels: Array, class_count: int) -> Array:
+    """Count the classes among each filter's images, (filters, n), -1 for none; return (classes, filters)."""
+    votes = np.zeros((class_count, len(images)))
+    filters, _ = np.nonzero(images >= 0)
+    np.add.at(votes, (labels[images[images >= 0]], filters), 1)
+    return votes
 
-    activation_*: mean, population variance and share above zero of the filter's activations over the images,
-    with 95 % bootstrap intervals over images. Of conv4's projections means over the projected images (max:
-    the largest). preferred_class has the largest mean activation, runner_up the second largest; the former
-    comes first in preferred_share of the bootstrap samples. selectivity and auc are for the preferred class.
-    top_class: the most frequent class of the nine strongest images. Dead filters have none.
 
-    `activations` are those of `measure_activations`; `statistics` of the projections are (images, filters),
-    of images with `projected_labels`.
+def tabulate_filters(layer: str, peaks: Array, samples: Array, run: Run) -> pd.DataFrame:
+    """Return one layer's rows of filter_metrics.csv from its peak activations, see `tabulate`.
+
+    `peaks` are (images, filters), `samples` is what `bootstrap_means` makes of them.
     """
-    filter_tables, class_tables = [], []
-    labels, names = run.test.labels, np.array(run.names)
+    names = np.array(run.names)
+    labels = run.test.labels
+    numbers = np.arange(peaks.shape[1])
+    dead = (peaks == 0).all(axis=0)
+
+    means = reduce_by_class(np.mean, peaks, labels, len(names))  # (classes, filters)
+    preferred, runner_up = np.argsort(-means, axis=0, kind="stable")[:2]
+    votes = count_classes(top_images(peaks, 9), labels, len(names))
+    votes[preferred, numbers] += 0.5  # a tie goes to the preferred class
+    selectivity = class_selectivity(means).max(axis=0)
+    resampled = class_selectivity(samples)[:, preferred, numbers]  # (samples, filters)
+    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+
+    table = pd.DataFrame(
+        {
+            "layer": layer,
+            "filter": numbers,
+            "dead": dead,
+            "activation_mean": peaks.mean(axis=0),
+            "activation_variance": peaks.var(axis=0),
+            "activation_nonzero": (peaks > 0).mean(axis=0),
+            "preferred_class": names[preferred],
+            "runner_up": names[runner_up],
+            "top_class": names[votes.argmax(axis=0)],
+            "preferred_share": (samples.argmax(axis=1) == preferred).mean(axis=0),
+            "selectivity": selectivity,
+            "selectivity_low": low,
+            "selectivity_high": high,
+            "auc": area_under_roc(peaks, labels[:, None] == preferred),
+        }
+    )
+    table.loc[dead, "preferred_class":] = np.nan
+    return table
+
+
+def tabulate_classes(layer: str, peaks: Array, samples: Array, run: Run) -> pd.DataFrame:
+    """Return one layer's rows of class_metrics.csv, see `tabulate`; arguments as for `tabulate_filters`."""
+    means = reduce_by_class(np.mean, peaks, run.test.labels, len(run.names))  # (classes, filters)
+    low, high = np.percentile(samples, (2.5, 97.5), axis=0)
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "filter": np.arange(peaks.shape[1]).repeat(len(run.names)),
+            "class": run.names * peaks.shape[1],
+            "activation_mean": means.T.ravel(),
+            "activation_low": low.T.ravel(),
+            "activation_high": high.T.ravel(),
+        }
+    )
+
+
+def tabulate(peaks: Mapping[str, Array], run: Run) -> Tables:
+    """Describe every filter of every layer by its peak activations in the test images.
+
+    Args:
+        peaks: Peak activations (images, filters) of conv1 to conv4, by layer.
+        run: Names the classes and labels the images.
+
+    Returns:
+        The tables filter_metrics.csv and class_metrics.csv without the columns of `tabulate_projections`.
+
+        One row a filter; of a dead filter the columns from preferred_class on are empty:
+            layer, filter: conv1 to conv4, and the filter's number in its layer.
+            dead: Whether it fires on no image.
+            activation_mean: Mean of its peak activations over the images.
+            activation_variance: Population variance of the same.
+            activation_nonzero: Share of the images on which it fires.
+            preferred_class: The class of the largest mean peak activation.
+            runner_up: The class of the second largest.
+            top_class: The most frequent class of its top-9 examples; a tie goes to the preferred class.
+            preferred_share: Share of bootstrap samples in which the preferred class comes first.
+            selectivity: See `class_selectivity`, for the preferred class.
+            selectivity_low, selectivity_high: Limits of its 95 % bootstrap interval over images.
+            auc: See `area_under_roc`, for the preferred class.
+
+        One row a filter and class:
+            layer, filter, class: The filter, and the name of the class.
+            activation_mean: Mean of the filter's peak activations over the images of the class.
+            activation_low, activation_high: Limits of its 95 % bootstrap interval over images.
+    """
+    filter_tables = []
+    class_tables = []
     for layer in LAYERS:
-        maxima = activations[f"{layer}_max"].astype(np.float64)
-        numbers, dead = np.arange(maxima.shape[1]), (maxima == 0).all(axis=0)
-        means, drawn = by_class(np.mean, maxima, labels, len(names)), bootstrap_means(maxima, labels)
-        preferred, runner_up = np.argsort(-means, axis=0, kind="stable")[:2]
-        top = [
-            np.bincount(labels[which[which >= 0]], minlength=len(names)) for which in top_images(maxima, 9)
-        ]
-        top_class = (np.array(top).T + 0.5 * (np.arange(len(names))[:, None] == preferred)).argmax(axis=0)
-        limits = np.percentile(class_selectivity(drawn)[:, preferred, numbers], (2.5, 97.5), axis=0)
-        columns: dict[str, Any] = {"layer": layer, "filter": numbers, "dead": dead}
-        columns["activation_mean"] = maxima.mean(axis=0)
-        columns["activation_variance"] = maxima.var(axis=0)
-        columns["activation_nonzero"] = (maxima > 0).mean(axis=0)
-        for name, values in statistics.items():
-            of_filter = STATISTICS[name](values.astype(np.float64), axis=0)
-            columns[name] = of_filter if layer == "conv4" else np.nan
-        columns |= {"preferred_class": names[preferred], "runner_up": names[runner_up]}
-        columns["top_class"] = names[top_class]
-        columns["preferred_share"] = (drawn.argmax(axis=1) == preferred).mean(axis=0)
-        columns["selectivity"] = class_selectivity(means).max(axis=0)
-        columns["selectivity_low"], columns["selectivity_high"] = limits
-        columns["auc"] = area_under_roc(maxima, labels[:, None] == preferred)
-        filter_tables.append(pd.DataFrame(columns))
-        filter_tables[-1].loc[dead, "preferred_class":] = np.nan
+        values = peaks[layer].astype(np.float64)
+        samples = bootstrap_means(values, run.test.labels)
+        filter_tables.append(tabulate_filters(layer, values, samples, run))
+        class_tables.append(tabulate_classes(layer, values, samples, run))
+    return Tables(pd.concat(filter_tables, ignore_index=True), pd.concat(class_tables, ignore_index=True))
 
-        low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
-        by_name = {"activation_mean": means, "activation_low": low, "activation_high": high}
-        for name, values in statistics.items() if layer == "conv4" else ():
-            by_name[name] = by_class(STATISTICS[name], values, projected_labels, len(names))
-        columns = {"layer": layer, "filter": numbers.repeat(len(names)), "class": run.names * len(numbers)}
-        columns |= {name: values.T.ravel() for name, values in by_name.items()}  # (classes, filters) ->
-        class_tables.append(pd.DataFrame(columns))
-    return pd.concat(filter_tables, ignore_index=True), pd.concat(class_tables, ignore_index=True)
+
+def tabulate_projections(statistics: Mapping[str, Array], labels: Array, names: Sequence[str]) -> Tables:
+    """Reduce the statistics of conv4's projections, (images, filters) each, to filters and to classes.
+
+    `labels` are those of the projected images. Each of `STATISTICS` has a column of its name: the mean over
+    the images of the mean, the variance and the count of non-zero pixels; of the maximum the largest.
+    """
+    filter_count = statistics["mean"].shape[1]
+    by_filter: dict[str, Any] = {"layer": "conv4", "filter": np.arange(filter_count)}
+    by_class: dict[str, Any] = {
+        "layer": "conv4",
+        "filter": np.arange(filter_count).repeat(len(names)),
+        "class": list(names) * filter_count,
+    }
+    for name, values in statistics.items():
+        by_filter[name] = STATISTICS[name](values.astype(np.float64), axis=0)
+        by_class[name] = reduce_by_class(STATISTICS[name], values, labels, len(names)).T.ravel()
+    return Tables(pd.DataFrame(by_filter), pd.DataFrame(by_class))
 
 
 def class_means(classes: pd.DataFrame) -> Array:
-    """Return conv4's mean activations (classes, filters) from class_metrics.csv."""
+    """Return conv4's mean peak activations (classes, filters) from class_metrics.csv."""
     rows = classes[classes["layer"] == "conv4"]
     return rows["activation_mean"].to_numpy().reshape(-1, rows["class"].nunique()).T
 
 
 def describe_layers(filters: pd.DataFrame) -> str:
-    """Return dead filters of each layer, medians over the active ones, and how sure preferences are."""
+    """Return a table of the layers: dead filters, medians over the active ones, how sure preferences are."""
     active = filters[~filters["dead"]]
-    table = active.groupby("layer")[["activation_nonzero", "selectivity", "auc"]].median()
-    table.insert(0, "dead", filters.groupby("layer")["dead"].sum())
-    conv4 = active[active["layer"] == "conv4"]
-    uncertain = (conv4["preferred_share"] < 0.9).sum()
-    other = (conv4["preferred_class"] != conv4["top_class"]).sum()
+    by_layer = active.groupby("layer")
+    uncertain = active["preferred_share"] < 0.9
+    disagrees = active["preferred_class"] != active["top_class"]
+    table = pd.DataFrame(
+        {
+            "filters": filters.groupby("layer").size(),
+            "dead": filters.groupby("layer")["dead"].sum(),
+            "fires on": by_layer["activation_nonzero"].median(),
+            "selectivity": by_layer["selectivity"].median(),
+            "AUC": by_layer["auc"].median(),
+            "uncertain": uncertain.groupby(active["layer"]).sum(),
+            "top-9 differ": disagrees.groupby(active["layer"]).sum(),
+        }
+    )
     return (
-        f"{table.round(3).to_string()}\npreferred class: of {len(conv4)} active filters of conv4 {uncertain} "
-        f"prefer another in more than 10 % of samples;\n  of {other} the most frequent class among the nine "
-        "strongest images is another"
+        f"{table.round(3).rename_axis(None).to_string()}\n"
+        "fires on: share of the test images; it, selectivity and AUC are medians over active filters\n"
+        "uncertain: filters that prefer another class in more than 10 % of the bootstrap samples\n"
+        "top-9 differ: filters whose top-9 examples are most often of another class than the preferred one"
     )
 
 
 # ---------------------------------------------------------------- how much of the specialisation was learned
 
 
-def recalibrate_batch_norm(net: CNN, first: int, images: Array) -> CNN:
-    """Give block `first` (0 for conv1) and all above batch norm's means and variances of training images.
+def load_start(path: Path, checkpoint: Checkpoint) -> CNN:
+    """Read the network before its first step of training, beside the checkpoint at `path`.
 
-    With those of other weights activations would be off scale. They are averages over batches of 100.
+    Raises:
+        SystemExit: If it is missing or of another training.
+    """
+    snapshot = path.parent / "snapshots/epoch_000.pth"
+    start = load_checkpoint(snapshot, checkpoint.net.mean.device)
+    if start.settings != checkpoint.settings:
+        raise SystemExit(f"{snapshot} is of another training: run `uv run train_CNN.py` again")
+    return start.net
+
+
+def recalibrate_batch_norm(net: CNN, first: int, images: Array) -> CNN:
+    """Measure batch norm's means and variances anew, in block `first` (0 for conv1) and all blocks above.
+
+    Batch norm of a trained network holds the statistics of its own maps. With other weights in the blocks
+    below they would not fit, and activations would be off scale. Each is the average over batches of 100 of
+    the training `images`.
     """
     for block in net.blocks[first:]:
         block.train()
-        block.bn.momentum = None  # the average of all batches counts, not the last ones most
+        block.bn.momentum = None  # average all batches alike; by default the last ones count most
     for batch in torch.from_numpy(images).split(100):
         net.features(net.normalise(batch))
     return net.eval()
 
 
-def pool_features(net: CNN, images: Array, doing: str) -> dict[str, Tensor]:
-    """Average a network's pooled maps over regions, by layer (images, inputs).
+def compare_networks(trained: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
+    """Return specialisation.csv: medians over the active filters of both networks, and of what was learned.
 
-    conv4 as the classifier sees it, the others over side x side regions, with the largest side that divides
-    the map and gives at most PROBE_INPUTS inputs.
-    """
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    for batch in tqdm(torch.from_numpy(images).split(50), doing, unit=" batches", disable=None):
-        for layer, (pooled, _) in zip(LAYERS, net.features(net.normalise(batch)), strict=True):
-            filters, height = pooled.shape[1:3]
-            sides = (s for s in range(2, height + 1) if height % s == 0 and s**2 * filters <= PROBE_INPUTS)
-            side = max(sides, default=1)
-            regions = net.average(pooled) if layer == "conv4" else F.adaptive_avg_pool2d(pooled, side)
-            parts[layer].append(regions.flatten(1))
-    return {layer: torch.cat(of_layer) for layer, of_layer in parts.items()}
-
-
-def compare_networks(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return specialisation.csv: medians over the active filters of the networks, and of what was learned.
-
-    "learned" is the difference trained - untrained of filters that are active in both. The untrained network
-    is no blank: edges and colours of random filters differ between classes, too. The largest of 576 values in
-    conv1 and of 9 in conv4 are different quantities.
+    The tables are filter_metrics.csv of the networks. "learned" is the difference trained - untrained of the
+    filters that are active in both. The untrained network is no blank: edges and colours that its random
+    filters see differ between classes, too. Layers are not to be compared with each other, since the largest
+    of 576 values in conv1 and of 9 in conv4 are different quantities.
     """
     rows = []
     for metric in ("selectivity", "auc"):
+        values = pd.DataFrame({"trained": trained[metric], "untrained": untrained[metric]}, dtype=np.float64)
+        values["learned"] = values["trained"] - values["untrained"]
         for layer in LAYERS:
-            of_layer = {name: table[table["layer"] == layer] for name, table in tables.items()}
-            values = {name: table[metric].to_numpy(np.float64) for name, table in of_layer.items()}
-            values["learned"] = values["trained"] - values["untrained"]
-            rows += [(metric, layer, name, *median(some)) for name, some in values.items()]
+            layer_values = values[trained["layer"] == layer]
+            rows += [(metric, layer, name, *median(layer_values[name].to_numpy())) for name in values]
     return pd.DataFrame(rows, columns=["metric", "layer", "network", "median", "low", "high"])
 
 
 def draw_specialisation(table: pd.DataFrame) -> Figure:
     """Draw `compare_networks`, layer by layer: both networks above, what was learned below."""
     fig, axes = plt.subplots(2, 2, figsize=(6, 4.4), sharex=True, layout="constrained")
-    texts = {
-        "selectivity": "selectivity of the\nstrongest activation",
-        "auc": "area under the ROC curve\nof the strongest activation",
-    }
-    for (above, below), (metric, text) in zip(axes.T, texts.items(), strict=True):
+    titles = {"selectivity": "selectivity", "auc": "area under the ROC curve"}
+    for column, (metric, title) in enumerate(titles.items()):
         rows = table[table["metric"] == metric]
-        draw_intervals(above, rows[rows["network"] != "learned"], "layer", "network")
-        draw_intervals(below, rows[rows["network"] == "learned"], "layer", "network")
-        below.axhline(0, color="0.5", linestyle=":", linewidth=1)
-        above.set_title(text, fontsize=9)
-    axes[0, 0].set_ylim(0, 1.1 * table.loc[table["metric"] != "auc", "high"].max())
+        is_difference = rows["network"] == "learned"
+        draw_intervals(axes[0, column], rows[~is_difference], "layer", "network")
+        draw_intervals(axes[1, column], rows[is_difference], "layer", "network")
+        axes[0, column].set_title(title, fontsize=9)
+        axes[1, column].axhline(0, color="0.5", linestyle=":", linewidth=1)
+
+    axes[0, 0].set_ylim(0, 1.1 * table.loc[table["metric"] == "selectivity", "high"].max())
     axes[0, 1].set_ylim(0.5, None)  # chance
     axes[0, 0].set_ylabel("median over filters")
     axes[1, 0].set_ylabel("trained - untrained,\nmedian over filters")
@@ -309,122 +436,296 @@ def draw_specialisation(table: pd.DataFrame) -> Figure:
     return fig
 
 
+# ---------------------------------------------------------------- linear probes (Table 7 of the paper)
+
+
+def pool_features(net: CNN, images: Array, desc: str) -> dict[str, Tensor]:
+    """Average the pooled maps of a network over regions; return the probes' inputs (images, inputs) by layer.
+
+    conv4 is averaged as the classifier sees it. The other layers are averaged over side x side regions, with
+    the largest side that divides the map and gives at most PROBE_INPUTS inputs.
+    """
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for batch in tqdm(torch.from_numpy(images).split(50), desc, unit=" batches", disable=None):
+        for layer, (pooled, _) in zip(LAYERS, net.features(net.normalise(batch)), strict=True):
+            regions = net.average(pooled) if layer == "conv4" else average_regions(pooled)
+            parts[layer].append(regions.flatten(1))
+    return {layer: torch.cat(batches) for layer, batches in parts.items()}
+
+
+def average_regions(pooled: Tensor) -> Tensor:
+    """Average maps (images, filters, rows, columns) over as many regions as PROBE_INPUTS allows."""
+    filters, height = pooled.shape[1:3]
+    sides = [side for side in range(1, height + 1) if height % side == 0]
+    allowed = [side for side in sides if side**2 * filters <= PROBE_INPUTS]
+    return F.adaptive_avg_pool2d(pooled, max(allowed, default=1))
+
+
+def probe(fit: Tensor, labels: Tensor, decay: float, on: Tensor) -> Tensor:
+    """Fit a logistic regression to the features `fit` of labelled images; return its classes for `on`.
+
+    Features are (images, inputs), standardised by the mean and deviation of `fit`. The loss is the mean
+    cross-entropy plus decay / 2 times the sum of squared weights: a convex problem, which L-BFGS solves from
+    zero.
+    """
+    centre = fit.mean(dim=0)
+    deviation = fit.std(dim=0, correction=0)
+    scale = deviation.where(deviation > 0, 1)
+    fit = (fit - centre) / scale
+    on = (on - centre) / scale
+
+    weights = fit.new_zeros(fit.shape[1], int(labels.max()) + 1, requires_grad=True)
+    bias = fit.new_zeros(weights.shape[1], requires_grad=True)
+    # fewer than 100 steps leave the smaller decays short of their optimum
+    optimiser = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(fit @ weights + bias, labels) + decay / 2 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return (on @ weights + bias).argmax(dim=1)
+
+
+def choose_decay(features: Tensor, labels: Tensor) -> float:
+    """Return the decay whose probe is right most often on a fifth of the training images, held out for it."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))
+    held_out = order[: len(order) // 5]
+    rest = order[len(order) // 5 :]
+    correct = []
+    for decay in PROBE_DECAYS:
+        predicted = probe(features[rest], labels[rest], decay, features[held_out])
+        correct.append((predicted == labels[held_out]).sum().item())
+    return PROBE_DECAYS[int(np.argmax(correct))]
+
+
+def probe_layers(run: Run, network: str, features: Sequence[Mapping[str, Tensor]]) -> pd.DataFrame:
+    """Return rows of probes.csv, one a layer, from `pool_features` of the training and of the test images.
+
+    The decay is chosen on the training images alone, and the probe is then fitted to all of them.
+    """
+    device = run.net.mean.device
+    train_labels = torch.from_numpy(run.train.labels).to(device)
+    test_labels = torch.from_numpy(run.test.labels).to(device)
+    rows = []
+    for layer in tqdm(LAYERS, f"probes, {network} network", unit=" layers", disable=None):
+        train, test = (split_features[layer] for split_features in features)
+        decay = choose_decay(train, train_labels)
+        correct = (probe(train, train_labels, decay, test) == test_labels).cpu().numpy()
+        accuracy = correct.mean()
+        error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))  # normal interval
+        rows.append((layer, network, accuracy, accuracy - error, accuracy + error, train.shape[1], decay))
+    return pd.DataFrame(rows, columns=["layer", "network", "accuracy", "low", "high", "inputs", "decay"])
+
+
+def describe_probes(probes: pd.DataFrame, accuracy: float) -> str:
+    """Return a table of the probes' accuracies; `accuracy` is that of the network itself."""
+    table = probes.pivot(index="network", columns="layer", values="accuracy").rename_axis(None)
+    table.loc["trained", "classifier"] = accuracy
+    shown = table.rename_axis(None, axis=1).to_string(float_format="{:.1%}".format, na_rep="")
+    return f"test accuracy of linear probes, beside the network's own classifier\n{shown}"
+
+
+def draw_probes(probes: pd.DataFrame, accuracy: float, chance: float) -> Figure:
+    """Draw the accuracy of the probes of each layer, trained and untrained, with 95 % intervals.
+
+    `accuracy` is the network's own, `chance` that of guessing.
+    """
+    fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    percent = 100 * probes[["accuracy", "low", "high"]].rename(columns={"accuracy": "median"})
+    draw_intervals(ax, probes[["layer", "network"]].join(percent), "layer", "network", "-")
+    for label, share in (("the network itself", accuracy), ("chance", chance)):
+        ax.axhline(100 * share, color="0.3", linestyle=":", linewidth=1)
+        ax.annotate(label, (0, 100 * share), xytext=(-12, 3), textcoords="offset points", fontsize=8)
+
+    inputs = probes["inputs"][: len(LAYERS)]
+    ax.set_xticks(
+        range(4), [f"{layer}\n{count:,} inputs" for layer, count in zip(LAYERS, inputs, strict=True)]
+    )
+    ax.set(ylabel="test accuracy of a\nlogistic regression (%)", ylim=(0, 100))
+    ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
+    return fig
+
+
 # ---------------------------------------------------------------- ablation: what filters are needed for
 
 
-def linear_parts(net: CNN, inputs: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Split logits into parts (filters, images, classes) and a base (classes,): logits = parts.sum(0) + base.
+class LogitParts(NamedTuple):
+    """Logits split into what each filter of conv4 says of an image, and a base that is alike for all images.
 
-    Behind conv4 come an average and a linear layer, nothing else, so this is exact: ablating a filter takes
-    its part away. `inputs` (images, filters * regions) is what the classifier sees, `level` (filters *
-    regions,) what ablated filters are set to. Set to zero, a filter also takes away its mean, which shifts
-    all logits; set to its mean over the training images, it takes away only what it says of this image.
+    Behind conv4 come an average and a linear layer, nothing else, so logits = parts.sum(0) + base is exact,
+    and ablating a filter takes its part away.
+    """
+
+    parts: Tensor  # (filters, images, classes)
+    base: Tensor  # (classes,)
+
+
+def split_logits(net: CNN, inputs: Tensor, means: Tensor) -> LogitParts:
+    """Split the logits by filters of conv4.
+
+    `inputs` (images, filters * regions) is what the classifier sees, `means` (filters * regions,) its mean
+    over the training images. A part holds what a filter says beyond its mean: mean ablation leaves the mean.
     """
     # (classes, filters * regions) -> (classes, filters, regions)
     weights = net.classifier.weight.unflatten(1, (net.config["filters"][-1], -1))
-    parts = torch.einsum("nfr,cfr->fnc", (inputs - level).unflatten(1, weights.shape[1:]), weights)
-    return parts, net.classifier(level)
+    deviations = (inputs - means).unflatten(1, weights.shape[1:])  # (images, filters, regions)
+    parts = torch.einsum("nfr,cfr->fnc", deviations, weights)
+    return LogitParts(parts, net.classifier(means))
 
 
-def ablate_each(parts: Tensor, base: Tensor, labels: Tensor) -> Array:
-    """Return how far each image's cross-entropy rises without each filter, in nats, (images, filters).
+def measure_loss_increase(logits: LogitParts, labels: Tensor) -> Array:
+    """Return the rise of each image's cross-entropy by the ablation of each filter, (images, filters), nats.
 
-    Accuracy is too coarse for a single filter: it counts the few images that tip over.
+    Accuracy would be too coarse for a single filter: it counts the few images that tip over.
     """
-    whole = parts.sum(dim=0) + base
-    before, *after = (F.cross_entropy(whole - part, labels, reduction="none") for part in (0 * whole, *parts))
-    return np.asarray((torch.stack(after, dim=1) - before[:, None]).cpu().numpy())
+    intact = logits.parts.sum(dim=0) + logits.base
+    loss = F.cross_entropy(intact, labels, reduction="none")
+    loss_without = [F.cross_entropy(intact - part, labels, reduction="none") for part in logits.parts]
+    increase = torch.stack(loss_without, dim=1) - loss[:, None]
+    return np.asarray(increase.cpu().numpy())
 
 
-def summarise_damage(
-    damage: Array, of_class: Mapping[str, Array], of_all: Mapping[str, Array], labels: Array
-) -> dict[str, Interval]:
-    """Return ablation_summary.csv's quantities of damage (images, filters), value and 95 % interval.
+def measure_contributions(logits: LogitParts, labels: Tensor) -> Array:
+    """Return each filter's part in the logit of each image's own class, (images, filters)."""
+    images = torch.arange(len(labels))
+    return np.asarray(logits.parts[:, images, labels].T.cpu().numpy())
 
-    The interval is over images for mean damage, over filters for the rest, nan for none. Predictors
-    `of_class` (classes, filters) predict the damage to a class, `of_all` (filters,) that to all images. A
-    filter's preferred class stands apart, or ranks would mix what the filter drives with what it avoids.
+
+def tabulate_ablation(increase: Array, contributions: Array, selectivity: Array, run: Run) -> pd.DataFrame:
+    """Return ablation.csv: a row a filter and class, and after the classes a row for all of them together.
+
+    filter, class: The filter of conv4; the name of the class, or "all".
+    selectivity: See `class_selectivity`; empty for a dead filter, and for all classes.
+    contribution: Mean of the filter's part in the logit of the class, over the class's test images.
+    loss_increase: Mean rise of the cross-entropy by mean ablation, over the class's (or all) test images.
+
+    `increase` and `contributions` are (images, filters), `selectivity` is (classes, filters).
     """
-    known, count = ~np.isnan(of_class["selectivity"]).any(axis=0), labels.max() + 1  # none of dead filters
-    damage, of_class = damage[:, known], {name: x[:, known] for name, x in of_class.items()}
-    means, samples = by_class(np.mean, damage, labels, count), bootstrap_means(damage, labels)
-    preferred, found = of_class["selectivity"].argmax(axis=0), dict[str, Interval]()
-    own = np.arange(count)[:, None] == preferred
-
-    def correlation(x: Array, y: Array) -> Interval:
-        return bootstrap(lambda which: rank_correlation(x[..., which], y[..., which]), x.shape[-1])
-
-    for text, where in (("its preferred class", own), ("each other class", ~own)):
-        low, high = np.percentile(samples[:, where].mean(axis=1), (2.5, 97.5))
-        found[text] = means[where].mean(), low, high
-        for name, x in of_class.items():
-            found[f"{text}: rank correlation with {name}"] = correlation(np.where(where, x, np.nan), means)
-    most = means.argmax(axis=0) == preferred
-    share = bootstrap(lambda which: most[which].mean(), len(most))
-    found["share of filters that cost their preferred class most"] = share
-    for name, x in of_all.items():
-        found[f"all classes: rank correlation with {name}"] = correlation(x[known], means.mean(axis=0))
-    return found
+    numbers = np.arange(increase.shape[1])
+    classes = len(run.names)
+    class_rows = pd.DataFrame(
+        {
+            "filter": numbers.repeat(classes),
+            "class": run.names * len(numbers),
+            "selectivity": selectivity.T.ravel(),
+            "contribution": reduce_by_class(np.mean, contributions, run.test.labels, classes).T.ravel(),
+            "loss_increase": reduce_by_class(np.mean, increase, run.test.labels, classes).T.ravel(),
+        }
+    )
+    overall_rows = pd.DataFrame({"filter": numbers, "class": "all", "loss_increase": increase.mean(axis=0)})
+    return pd.concat([class_rows, overall_rows]).sort_values("filter", kind="stable", ignore_index=True)
 
 
-def draw_ablation(damage: Array, index: Array, names: Sequence[str]) -> Figure:
-    """Draw the rise of each class's loss without each filter.
+def summarise_ablation(
+    increase: Array,
+    class_predictors: Mapping[str, Array],
+    overall_predictors: Mapping[str, Array],
+    labels: Array,
+) -> pd.DataFrame:
+    """Return ablation_summary.csv: mean loss increases and what predicts them, value and 95 % interval.
 
-    damage and selectivity `index` are (classes, filters), filters without index are left out.
+    The interval is over images for a mean loss increase, over filters for the rest. `class_predictors`
+    (classes, filters) predict the loss increase of a class, `overall_predictors` (filters,) the mean over all
+    images. A filter's preferred class is kept apart from the others, or ranks would mix what the filter
+    drives with what it avoids. `increase` is (images, filters).
     """
-    known = np.flatnonzero(~np.isnan(index).any(axis=0))
-    preferred = index[:, known].argmax(axis=0)
-    rise = damage[:, known[np.lexsort((-index[:, known].max(axis=0), preferred))]]
+    class_count = labels.max() + 1
+    active = ~np.isnan(class_predictors["selectivity"]).any(axis=0)
+    increase = increase[:, active]
+    means = reduce_by_class(np.mean, increase, labels, class_count)  # (classes, filters)
+    samples = bootstrap_means(increase, labels)
+    preferred = class_predictors["selectivity"][:, active].argmax(axis=0)
+    is_preferred = np.arange(class_count)[:, None] == preferred
+    rows: dict[str, Interval] = {}
+
+    def correlate(x: Array, y: Array) -> Interval:
+        return bootstrap(lambda filters: rank_correlation(x[..., filters], y[..., filters]), x.shape[-1])
+
+    for target, mask in (("its preferred class", is_preferred), ("each other class", ~is_preferred)):
+        low, high = np.percentile(samples[:, mask].mean(axis=1), (2.5, 97.5))
+        rows[target] = Interval(means[mask].mean(), low, high)
+        for name, predictor in class_predictors.items():
+            masked = np.where(mask, predictor[:, active], np.nan)
+            rows[f"{target}: rank correlation with {name}"] = correlate(masked, means)
+
+    hits_preferred = means.argmax(axis=0) == preferred
+    share = bootstrap(lambda filters: hits_preferred[filters].mean(), len(hits_preferred))
+    rows["share of filters that cost their preferred class most"] = share
+    for name, predictor in overall_predictors.items():
+        rows[f"all classes: rank correlation with {name}"] = correlate(predictor[active], means.mean(axis=0))
+    return pd.DataFrame.from_dict(rows, "index", columns=Interval._fields).reset_index(names="quantity")
+
+
+def draw_ablation(ablation: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Draw the loss increase of each class by the ablation of each active filter, from ablation.csv."""
+    rows = ablation[ablation["class"] != "all"]
+    # (classes, filters)
+    selectivity = rows["selectivity"].to_numpy().reshape(-1, len(names)).T
+    increase = rows["loss_increase"].to_numpy().reshape(-1, len(names)).T
+
+    # filters side by side that prefer the same class, the most selective first
+    active = np.flatnonzero(~np.isnan(selectivity).any(axis=0))
+    preferred = selectivity[:, active].argmax(axis=0)
+    order = np.lexsort((-selectivity[:, active].max(axis=0), preferred))
+    shown = increase[:, active[order]]
+
     fig, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
-    top = float(np.percentile(np.abs(rise), 99)) or 1
-    options: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -top, "vmax": top, "interpolation": "nearest"}
-    drawn = ax.imshow(rise, aspect="auto", extent=(0, len(known), len(names), 0), **options)
-    fig.colorbar(drawn, ax=ax, pad=0.01, extend="both", label="loss increase (nats)")
+    limit = float(np.percentile(np.abs(shown), 99)) or 1
+    picture = ax.imshow(
+        shown,
+        aspect="auto",
+        extent=(0, len(active), len(names), 0),
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        interpolation="nearest",
+    )
+    fig.colorbar(picture, ax=ax, pad=0.01, extend="both", label="loss increase (nats)")
+
     widths = np.bincount(preferred, minlength=len(names))
-    for row, (end, width) in enumerate(zip(widths.cumsum(), widths, strict=True)):
-        ax.add_patch(Rectangle((end - width, row), width, 1, fill=False, edgecolor="0.2", linewidth=0.9))
+    for row, (right, width) in enumerate(zip(widths.cumsum(), widths, strict=True)):
+        ax.add_patch(Rectangle((right - width, row), width, 1, fill=False, edgecolor="0.2", linewidth=0.9))
     ax.set_yticks(np.arange(len(names)) + 0.5, list(names))
     ax.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
     return fig
 
 
-def run_ablation(
-    run: Run, learned: Tensor, seen: Tensor, filters: pd.DataFrame, classes: pd.DataFrame
-) -> str:
-    """Ablate filters of conv4, one at a time; write tables and figure, return a finding.
+def describe_ablation(summary: pd.DataFrame) -> str:
+    """Return a table of the findings of mean ablation."""
+    shown = summary.set_index("quantity").rename_axis(None).to_string(float_format="{:.4f}".format)
+    return f"mean ablation of one filter of conv4: loss increase in nats, with 95 % interval\n{shown}"
 
-    `learned` and `seen` are what the classifier sees of the training and of the test images.
+
+def run_ablation(
+    run: Run, train_inputs: Tensor, test_inputs: Tensor, filters: pd.DataFrame, classes: pd.DataFrame
+) -> str:
+    """Ablate each filter of conv4; write tables and figure, return the findings.
+
+    `train_inputs` and `test_inputs` are what the classifier sees, `filters` and `classes` the tables.
     """
-    index, labels, names = class_selectivity(class_means(classes)), run.test.labels, run.names
-    truth = torch.from_numpy(labels).to(seen.device)
-    strength = filters.loc[filters["layer"] == "conv4", "activation_mean"].to_numpy()
-    parts, base = linear_parts(run.net, seen, learned.mean(dim=0))
-    own = parts[:, torch.arange(len(labels)), truth].T.cpu().numpy()  # in the logit of an image's class
-    contribution, damage = by_class(np.mean, own, labels, len(names)), ablate_each(parts, base, truth)
-    of_class = {"selectivity": index, "contribution to the logit": contribution}
-    of_all = {"largest selectivity": index.max(axis=0), "mean activation": strength}
-    entries = summarise_damage(damage, of_class, of_all, labels)
-    rises = by_class(np.mean, damage, labels, len(names))
-    missing = np.full((1, len(strength)), np.nan)
-    rows = [*names, "all"]  # of these only what was lost
-    columns: dict[str, Any] = {"filter": np.arange(len(strength)).repeat(len(rows))}
-    columns["class"] = rows * len(strength)
-    columns["selectivity"] = np.vstack([index, missing]).T.ravel()
-    columns["contribution"] = np.vstack([contribution, missing]).T.ravel()
-    columns["loss_increase"] = np.vstack([rises, damage.mean(axis=0)]).T.ravel()
-    run.save_table("ablation", pd.DataFrame(columns))
-    summary = [(name, *entry) for name, entry in entries.items()]
-    table = pd.DataFrame(summary, columns=["quantity", "value", "low", "high"])
-    run.save_table("ablation_summary", table)
-    run.save_figure("ablation", draw_ablation(rises, index, names), "What ablating a filter of conv4 costs")
-    value = table.set_index("quantity")["value"]
-    most = value["share of filters that cost their preferred class most"]
-    correlation = value["its preferred class: rank correlation with selectivity"]
-    return (
-        f"ablation: set to its mean, a filter adds {value['its preferred class']:.4f} nats to the loss of "
-        f"its preferred class,\n  {value['each other class']:.4f} to each other; {most:.0%} of the filters "
-        f"cost it most;\n  rank correlation of this cost with the selectivity {correlation:.2f}"
+    logits = split_logits(run.net, test_inputs, train_inputs.mean(dim=0))
+    labels = torch.from_numpy(run.test.labels).to(test_inputs.device)
+    increase = measure_loss_increase(logits, labels)
+    contributions = measure_contributions(logits, labels)
+
+    selectivity = class_selectivity(class_means(classes))
+    mean_activation = filters.loc[filters["layer"] == "conv4", "activation_mean"].to_numpy()
+    ablation = tabulate_ablation(increase, contributions, selectivity, run)
+    contribution = reduce_by_class(np.mean, contributions, run.test.labels, len(run.names))
+    summary = summarise_ablation(
+        increase,
+        {"selectivity": selectivity, "contribution to the logit": contribution},
+        {"largest selectivity": selectivity.max(axis=0), "mean activation": mean_activation},
+        run.test.labels,
     )
+    run.save_table("ablation", ablation)
+    run.save_table("ablation_summary", summary)
+    figure = draw_ablation(ablation, run.names)
+    run.save_figure("ablation", figure, "What mean ablation of a filter of conv4 costs each class")
+    return describe_ablation(summary)
 
 
 # ---------------------------------------------------------------- trust: what a projection shows
@@ -658,122 +959,53 @@ def run_trust(run: Run, top: Projected, images: Array) -> str:
     )
 
 
-# ---------------------------------------------------------------- linear probes (Table 7 of the paper)
-
-
-def probe(fit: Tensor, labels: Tensor, decay: float, on: Tensor) -> Tensor:
-    """Return the classes `on` some features by a logistic regression that was fitted to others.
-
-    Features (images, inputs) are standardised as those of the fit. The loss is the mean cross-entropy plus
-    decay / 2 times the sum of squared weights: a convex problem for L-BFGS, started at zero.
-    """
-    centre, scale = fit.mean(dim=0), fit.std(dim=0, correction=0)
-    fit, on = ((part - centre) / scale.where(scale > 0, 1) for part in (fit, on))
-    weights = fit.new_zeros(fit.shape[1], int(labels.max()) + 1, requires_grad=True)
-    bias = fit.new_zeros(weights.shape[1], requires_grad=True)
-    # fewer than 100 steps leave the smaller decays short of their optimum
-    optimiser = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        value = F.cross_entropy(fit @ weights + bias, labels) + decay / 2 * weights.square().sum()
-        value.backward()
-        return value
-
-    optimiser.step(loss)
-    return (on @ weights + bias).argmax(dim=1)
-
-
-def probe_layers(run: Run, network: str, features: Sequence[Mapping[str, Tensor]]) -> list[tuple[Any, ...]]:
-    """Return rows of probes.csv, one a layer, of `pool_features` of the training and of the test images.
-
-    The decay is chosen on a fifth of the training images, drawn by the seed; then all of them are used.
-    """
-    labels, truth = (torch.from_numpy(of.labels).to(run.net.mean.device) for of in (run.train, run.test))
-    rows = []
-    for layer in tqdm(LAYERS, f"probes, {network} network", unit=" layers", disable=None):
-        train, test = (of[layer] for of in features)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SEED))
-        held, rest = order[: len(order) // 5], order[len(order) // 5 :]
-        guesses = [probe(train[rest], labels[rest], decay, train[held]) for decay in PROBE_DECAYS]
-        decay = PROBE_DECAYS[int(np.argmax([(guess == labels[held]).sum().item() for guess in guesses]))]
-        right = (probe(train, labels, decay, test) == truth).cpu().numpy()
-        accuracy = right.mean()
-        error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))  # normal interval
-        entry = accuracy, accuracy - error, accuracy + error, train.shape[1], decay
-        rows.append((layer, network, *entry))
-    return rows
-
-
-def describe_probes(probes: pd.DataFrame, own: float) -> str:
-    """Say what the probes read; `own` is the accuracy of the network itself."""
-    learned, raw = (" ".join(f"{share:.1%}" for share in probes["accuracy"][k : k + 4]) for k in (0, 4))
-    return f"probes of conv1 to conv4: {learned}, untrained {raw};\n  the network itself {own:.1%}"
-
-
-def draw_probes(probes: pd.DataFrame, run: Run) -> Figure:
-    """Draw the accuracy of the probes of each layer, trained and untrained, with 95 % intervals."""
-    fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    percent = 100 * probes[["accuracy", "low", "high"]].rename(columns={"accuracy": "median"})
-    draw_intervals(ax, probes[["layer", "network"]].join(percent), "layer", "network", "-")
-    levels = {"the network itself": run.checkpoint.metrics["accuracy"], "chance": 1 / len(run.names)}
-    for text, share in levels.items():
-        ax.axhline(100 * share, color="0.3", linestyle=":", linewidth=1)
-        ax.annotate(text, (0, 100 * share), xytext=(-12, 3), textcoords="offset points", fontsize=8)
-    inputs = probes["inputs"][: len(LAYERS)]
-    ax.set_xticks(range(4), [f"{layer}\n{n:,} inputs" for layer, n in zip(LAYERS, inputs, strict=True)])
-    ax.set(ylabel="test accuracy of a\nlogistic regression (%)", ylim=(0, 100))
-    ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
-    return fig
-
-
 def main() -> None:
     """Write the tables and figures, and say what they show and how far they can be trusted."""
     set_style()
     checkpoint = load_checkpoint(CHECKPOINT, choose_device(DEVICE))
     keys = [f"{layer}_max" for layer in LAYERS]
-    stored = load_arrays(OUTPUTS / "activations.npz", checkpoint, *keys)
-    activations = dict(zip(keys, stored, strict=True))
+    peaks = dict(zip(LAYERS, load_arrays(OUTPUTS / "activations.npz", checkpoint, *keys), strict=True))
     path = OUTPUTS / "projection_statistics.npz"
     projected_labels, *stored = load_arrays(path, checkpoint, "labels", *STATISTICS)
     statistics = dict(zip(STATISTICS, stored, strict=True))
     top = read_top_units(OUTPUTS / "projections.npz", checkpoint)
-    train, test = (load_checkpoint_split(checkpoint, DATA_DIR, split) for split in ("train", "test"))
+    train = load_checkpoint_split(checkpoint, DATA_DIR, "train")
+    test = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
     run = Run(checkpoint, train, test, source, OUTPUTS)
     print(f"{source}, projections of {len(projected_labels):,}, torch {torch.__version__}")
-    path, some = CHECKPOINT.parent / "snapshots/epoch_000.pth", train.images[:NORM_IMAGES]
-    start = load_checkpoint(path, checkpoint.net.mean.device)
-    if start.settings != checkpoint.settings:
-        raise SystemExit(f"{path} is of another training: run `uv run train_CNN.py` again")
-    untrained = recalibrate_batch_norm(start.net, 0, some)
+    norm_images = train.images[:NORM_IMAGES]
+    untrained = recalibrate_batch_norm(load_start(CHECKPOINT, checkpoint), 0, norm_images)
 
-    filters, classes = tabulate(activations, statistics, projected_labels, run)
+    filters, classes = tabulate(peaks, run)
+    projections = tabulate_projections(statistics, projected_labels, run.names)
+    filters = filters.merge(projections.filters, how="left", on=["layer", "filter"])
+    classes = classes.merge(projections.classes, how="left", on=["layer", "filter", "class"])
     activations = measure_activations(test.images, untrained, 50, "activations, untrained network")
-    before, _ = tabulate(activations, {}, projected_labels, run)
-    specialisation = compare_networks({"trained": filters, "untrained": before})
+    untrained_filters = tabulate({layer: activations[f"{layer}_max"] for layer in LAYERS}, run).filters
     run.save_table("filter_metrics", filters)
     run.save_table("class_metrics", classes)
-    run.save_table("filter_metrics_untrained", before)
+    run.save_table("filter_metrics_untrained", untrained_filters)
+
+    specialisation = compare_networks(filters, untrained_filters)
     run.save_table("specialisation", specialisation)
     title = "How much of the specialisation was learned"
     run.save_figure("specialisation", draw_specialisation(specialisation), title)
 
-    features = [pool_features(run.net, of.images, "trained network") for of in (train, test)]
-    learned, seen = (of["conv4"] for of in features)  # what the classifier sees
-    own = run.net.classifier(seen).argmax(dim=1).cpu().numpy() == test.labels
-    rows = probe_layers(run, "trained", features)
-    features = [pool_features(untrained, of.images, "untrained network") for of in (train, test)]
-    rows += probe_layers(run, "untrained", features)
-    columns = ["layer", "network", "accuracy", "low", "high", "inputs", "decay"]
-    probes = pd.DataFrame(rows, columns=columns)
+    features = [pool_features(run.net, split.images, "trained network") for split in (train, test)]
+    train_inputs, test_inputs = (split_features["conv4"] for split_features in features)
+    probes = probe_layers(run, "trained", features)
+    features = [pool_features(untrained, split.images, "untrained network") for split in (train, test)]
+    probes = pd.concat([probes, probe_layers(run, "untrained", features)], ignore_index=True)
+    predicted = run.net.classifier(test_inputs).argmax(dim=1).cpu().numpy()
     run.save_table("probes", probes)
-    run.save_figure("probes", draw_probes(probes, run), "What a linear classifier reads from each layer")
+    figure = draw_probes(probes, checkpoint.metrics["accuracy"], 1 / len(run.names))
+    run.save_figure("probes", figure, "What a linear classifier reads from each layer")
 
     print(describe_layers(filters))
-    print(run_ablation(run, learned, seen, filters, classes))
-    print(run_trust(run, top, some))
-    print(describe_probes(probes, own.mean()))
+    print(run_ablation(run, train_inputs, test_inputs, filters, classes))
+    print(run_trust(run, top, norm_images))
+    print(describe_probes(probes, (predicted == test.labels).mean()))
     print(f"wrote filter_metrics, class_metrics, specialisation, ablation, trust and probes to {OUTPUTS}/")
     print("next: uv run heatmap.py")
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import analyse_projections as ap
 from CNN import CNN, LAYERS, Checkpoint, load_checkpoint
 from deconv import project, project_unit
-from deconv_full import Units, class_selectivity, measure_activations, project_top, project_windows
+from deconv_full import Units, measure_activations, project_top, project_windows
 from load_data import Array, Split, load_split, save_arrays
 
 NAMES = ["dog", "cat", "ship"]  # not in alphabetical order
@@ -77,7 +77,7 @@ def test_selectivity_by_hand() -> None:
     means = np.array([[2.0, 1, 0, 6], [0, 1, 0, 1], [0, 1, 0, 3]])  # of three classes: one only, alike, dead
     index = np.array([[1, 0, np.nan, 4 / 8], [-1, 0, np.nan, -3.5 / 5.5], [-1, 0, np.nan, -0.5 / 6.5]])
     stacked = np.stack([means, 3 * means[:, ::-1]])
-    np.testing.assert_allclose(class_selectivity(stacked), np.stack([index, index[:, ::-1]]))
+    np.testing.assert_allclose(ap.class_selectivity(stacked), np.stack([index, index[:, ::-1]]))
 
 
 def test_area_under_the_roc_curve_counts_pairs_and_half_of_ties() -> None:
@@ -100,17 +100,20 @@ def test_images_are_drawn_within_each_class(monkeypatch: pytest.MonkeyPatch) -> 
 
 LABELS = [0, 1, 1, 1, 2]
 STRENGTH = np.array([[4, 0, 5], [1, 0, 0], [1, 0, 0], [1, 0, 3], [3, 0, 5]], np.float32)  # filter 1 is dead
-ACTIVATIONS = {f"{layer}_{kind}": STRENGTH for layer in LAYERS for kind in ("max",)}
+PEAKS = dict.fromkeys(LAYERS, STRENGTH)
 MEAN, MAX = [[1, 0, 2], [3, 0, 4], [1, 0, 0], [3, 0, 6]], [[1, 0, 7], [5, 0, 2], [8, 0, 3], [2, 0, 1]]
 STATISTICS = {"mean": np.array(MEAN), "max": np.array(MAX)}  # in four images, of classes 0, 1, 2 and 2
 
 
-def tables_of(activations: dict[str, Array], labels: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    return ap.tabulate(activations, STATISTICS, np.array([0, 1, 2, 2]), make_run(labels))
+def tables_of(peaks: dict[str, Array], labels: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    tables = ap.tabulate(peaks, make_run(labels))
+    projections = ap.tabulate_projections(STATISTICS, np.array([0, 1, 2, 2]), NAMES)
+    filters = tables.filters.merge(projections.filters, "left", ["layer", "filter"])
+    return filters, tables.classes.merge(projections.classes, "left", ["layer", "filter", "class"])
 
 
 def test_the_table_of_filters_by_hand() -> None:
-    table, _ = tables_of(ACTIVATIONS, LABELS)
+    table, _ = tables_of(PEAKS, LABELS)
     conv3, conv4 = (table[table["layer"] == layer].reset_index() for layer in LAYERS[2:])
     columns = ["filter", "dead", "activation_mean", "activation_variance", "activation_nonzero"]
     rows: Any = [[0, 0, 2, 1.6, 1, 2, 8], [1, 1, 0, 0, 0, 0, 0], [2, 0, 2.6, 5.04, 0.6, 3, 7]]
@@ -128,7 +131,7 @@ def test_the_table_of_filters_by_hand() -> None:
 
 
 def test_the_table_of_classes_by_hand() -> None:
-    _, table = tables_of(ACTIVATIONS, LABELS)
+    _, table = tables_of(PEAKS, LABELS)
     assert table["class"].tolist() == NAMES * 12
     assert table["filter"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] * 4
     assert table["activation_mean"].tolist() == [4, 1, 3, 0, 0, 0, 5, 1, 5] * 4
@@ -172,7 +175,7 @@ def test_what_was_learned_is_the_median_of_the_differences_over_filters_active_i
     layers, auc = pd.DataFrame({"layer": np.repeat(LAYERS, 5)}), np.tile([0.1, 0.2, 0.6, 0.7, 0.8], 4)
     trained = layers.assign(selectivity=[0.5, 0.7, 0.6, 0.9, np.nan] * 4, auc=auc + 0.2)
     untrained = layers.assign(selectivity=[np.nan, 0.1, 0.3, 0.2, 0.0] * 4, auc=auc)
-    table = ap.compare_networks({"trained": trained, "untrained": untrained})
+    table = ap.compare_networks(trained, untrained)
     found = table.query("layer == 'conv3' and metric == 'selectivity'")[["network", "median"]].to_numpy()
     assert dict(found) == pytest.approx({"trained": 0.65, "untrained": 0.15, "learned": 0.6})  # 0.6, 0.3, 0.7
     np.testing.assert_allclose(table.query("metric == 'auc' and network == 'learned'").iloc[:, 3:], 0.2)
@@ -193,14 +196,13 @@ def logits_without(net: CNN, pooled: Tensor, filters: Any, level: Tensor) -> Ten
     return net.classifier(averages.flatten(1))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("to_mean", [False, True])
-def test_ablation_sets_what_the_classifier_sees_of_a_filter(make_net: MakeNet, to_mean: bool) -> None:
+def test_ablation_sets_what_the_classifier_sees_of_a_filter_to_its_mean(make_net: MakeNet) -> None:
     net, pooled, labels = net_and_maps(make_net)
     inputs = net.average(pooled).flatten(1)
-    level = inputs[:9].mean(dim=0) if to_mean else torch.zeros_like(inputs[0])
-    (parts, base), truth = ap.linear_parts(net, inputs, level), torch.from_numpy(labels)
-    torch.testing.assert_close(parts.sum(dim=0) + base, net.classify(pooled))
-    damage = ap.ablate_each(parts, base, truth)
+    level = inputs[:9].mean(dim=0)
+    logits, truth = ap.split_logits(net, inputs, level), torch.from_numpy(labels)
+    torch.testing.assert_close(logits.parts.sum(dim=0) + logits.base, net.classify(pooled))
+    damage = ap.measure_loss_increase(logits, truth)
     before = net.classify(pooled)
     for filter_ in range(8):
         after = logits_without(net, pooled, [filter_], level.view(8, -1))
@@ -213,13 +215,14 @@ def test_damage_is_summarised_by_hand() -> None:
     dead = np.nan  # the third filter is
     index = np.array([[0.9, 0.1, dead], [0.1, 0.2, dead], [0.3, 0.5, dead]])
     damage = np.array([[1.0, 0, 0], [0, 0, 0], [0, -1, 0], [0, -1, 0], [0, 1, 0], [0, 1, 0]])  # 0 and 2
-    rows = ap.summarise_damage(damage, {"selectivity": index}, {}, np.array([0, 0, 1, 1, 2, 2]))
-    assert rows["its preferred class"][0] == (0.5 + 1) / 2
-    assert rows["each other class"][0] == (0 + 0 + 0 - 1) / 4
-    assert rows["share of filters that cost their preferred class most"][0] == 1
+    table = ap.summarise_ablation(damage, {"selectivity": index}, {}, np.array([0, 0, 1, 1, 2, 2]))
+    rows = table.set_index("quantity")["value"]
+    assert rows["its preferred class"] == (0.5 + 1) / 2
+    assert rows["each other class"] == (0 + 0 + 0 - 1) / 4
+    assert rows["share of filters that cost their preferred class most"] == 1
     # other classes: indices 0.1, 0.3, 0.1, 0.2, damage 0, 0, 0, -1; ranks 1.5, 4, 1.5, 3 and 3, 3, 3, 1
     expected = -0.5 * 2 / ((1 + 1 + 2.25 + 0.25) * 3) ** 0.5
-    assert rows["each other class: rank correlation with selectivity"][0] == pytest.approx(expected)
+    assert rows["each other class: rank correlation with selectivity"] == pytest.approx(expected)
 
 
 def test_tables_are_those_of_the_network_and_the_test_images(pipeline: Path, tiny_stl10: Path) -> None:
@@ -456,7 +459,7 @@ def test_probes_choose_the_decay_on_training_images_alone(monkeypatch: pytest.Mo
     pooled = [torch.arange(20.0)[:, None], torch.arange(60.0, 70)[:, None]]
     features = [dict.fromkeys(LAYERS, of) for of in pooled]
     monkeypatch.setattr(ap, "PROBE_DECAYS", list(right))
-    rows = ap.probe_layers(run, "trained", features)
+    rows = ap.probe_layers(run, "trained", features).itertuples(index=False, name=None)
     for start in range(0, len(calls), 4):
         for fit, _, held in calls[start : start + 3]:
             assert len(held) == 4 and sorted(fit + held) == list(range(20))

@@ -124,7 +124,8 @@ def test_tables_name_their_checkpoint_and_have_their_columns(
     pipeline: Path, name: str, rows: int, columns: str
 ) -> None:
     table = pd.read_csv(pipeline / f"outputs/{name}.csv", dtype={"checkpoint": str})
-    assert list(table.columns) == ["checkpoint", "dataset", *columns.split()]
+    assert list(table.columns[:2]) == ["checkpoint", "dataset"]
+    assert set(table.columns[2:]) == set(columns.split())
     assert len(table) == rows or rows == -1  # as many as classes of which an image is classified correctly
     digest = sha256((pipeline / "outputs/CNN.pth").read_bytes()).hexdigest()
     assert set(table["checkpoint"]) == {digest[:12]} and set(table["dataset"]) == {"stl10"}
