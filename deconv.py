@@ -41,14 +41,14 @@ from CNN import (
 )
 from load_data import TITLES, Array, load_checkpoint_split, read_picture, save_arrays, save_figure, set_style
 
-IMAGE: int | str = 0  # index into the test split, or the path of any picture (cropped and resized to 96 x 96)
+IMAGE: int | str | Path = 0  # index into the test split, or any picture (cropped and resized to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
 SHOW_FILTERS: str | list[int] = "strongest"  # or numbers of filters of the one layer, such as [3, 17]
 N_FILTERS = 6  # how many of a layer's filters are drawn where the strongest are asked for
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
-FIGURE = Path("outputs/deconv_image.png")  # what is written; the arrays go beside it
+FIGURE = Path("outputs/deconv_image.png")  # what is written; the arrays go beside it, as deconv_*.npz
 
 Color = tuple[float, float, float]  # red, green, blue from 0 to 1
 
@@ -71,6 +71,10 @@ def project(
     net: CNN, layer: int, pooled: Tensor, switches: Sequence[Tensor], image_size: Sequence[int]
 ) -> Tensor:
     """Project pooled maps of one layer back to pixels: unpool, rectify and filter, layer by layer.
+
+    Where an image has a single colour, as in the black bars of some STL-10 images, all values of a pooling
+    region are equal, whether pooling or the ReLU comes first. The switch is then the region's first position
+    by convention, and signals that pass there draw stripes.
 
     Args:
         net: In evaluation mode: any object whose `blocks` have conv, bn, pool and relu, run in this order.
@@ -239,7 +243,7 @@ class Picture(NamedTuple):
     class_name: str | None  # of a test image; None for a picture from a file
 
 
-def choose_image(image: int | str, checkpoint: Checkpoint, data_dir: Path) -> Picture:
+def choose_image(image: int | str | Path, checkpoint: Checkpoint, data_dir: Path) -> Picture:
     """Return the test image or the picture file that the setting IMAGE names.
 
     Raises:
@@ -271,6 +275,8 @@ def load_picture(path: str | Path) -> Array:
     if "://" in str(path):
         raise SystemExit(f"{setting}: download the picture first and give the path of the file")
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise SystemExit(f"{setting}, which is a folder: give one of the pictures in it")
     if not file.is_file():
         folder = "" if file.is_absolute() else f" in {Path.cwd()}"
         raise SystemExit(f"{setting}; no such file{folder}: give a picture or an index into the test split")
@@ -358,6 +364,17 @@ def strongest_units(
         )
         units.append(unit)
     return units
+
+
+def arrays_path(figure: str | Path) -> Path:
+    """Return where the arrays behind a figure go: beside it, under a name that starts with "deconv_".
+
+    Other stages write no arrays of such a name, so none of theirs is overwritten, whatever the figure is
+    called.
+    """
+    figure = Path(figure)
+    stem = figure.stem if figure.stem.startswith("deconv_") else f"deconv_{figure.stem}"
+    return figure.with_name(f"{stem}.npz")
 
 
 def as_arrays(layers: dict[str, list[Unit]]) -> dict[str, Array]:
@@ -539,8 +556,8 @@ def main() -> None:
         "lower rows: the image in the same window, white beyond its border"
     )
     field_sizes = [receptive_fields(net)[k].size for k in layers]
-    save_figure(FIGURE, draw(picture.pixels, units, field_sizes, heading))
-    save_arrays(FIGURE.with_suffix(".npz"), checkpoint, image=picture.pixels, **as_arrays(units))
+    save_figure(Path(FIGURE), draw(picture.pixels, units, field_sizes, heading))
+    save_arrays(arrays_path(FIGURE), checkpoint, image=picture.pixels, **as_arrays(units))
     print("next: uv run deconv_full.py")
 
 

@@ -22,7 +22,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +63,7 @@ OUTPUTS = Path("outputs")  # where results go
 
 CPU_GROUP = 32  # units projected at once: on a CPU more would take more memory
 GPU_GROUP = 2048  # a GPU wants many
+GPU_IMAGES = 256  # images at once on a GPU, if BATCH_SIZE is smaller
 LEVELS = (99, 90, 75, 50)  # percentile examples: near these percentiles of a filter's activations above zero
 EXAMPLES = 3  # at each of these levels
 Arrays = dict[str, Array]
@@ -183,14 +183,16 @@ def interleave(phases: Tensor, stride: int, channels: int) -> Tensor:
 class Projector:
     """Projects units of one layer of a network, many at a time, each in its receptive-field window.
 
-    Masks of `batch_size` images are held at once by each thread. Arrays inside have channels last, (units,
-    rows, columns, channels): the masks of a window's row are then one piece of memory, cheap to gather.
+    Masks of `batch_size` images are held at once by each thread, on a GPU of `GPU_IMAGES` at least. Arrays
+    inside have channels last, (units, rows, columns, channels): the masks of a window's row are then one
+    piece of memory, cheap to gather.
     """
 
     def __init__(self, net: CNN, layer: int, batch_size: int = 16):
         self.net = net
         self.layer = layer
-        self.batch_size = batch_size
+        self.device_type = net.mean.device.type
+        self.batch_size = images_at_once(batch_size, self.device_type)
         self.blocks = net.blocks[: layer + 1]
         self.input_sizes, self.map_sizes = frame_sizes(net, IMAGE_SIZE)
         self.field = receptive_fields(net)[layer]
@@ -301,42 +303,65 @@ class Projector:
 
         The arguments are described in `project_units`.
         """
-        device = self.net.mean.device
         needed, image = np.unique(units.image, return_inverse=True)
         features = self.net.features(self.net.normalise(torch.from_numpy(images[needed])))
         masks = self.masks(features)
 
         # the positions before pooling, and with them the windows
         if before_pooling is None:
-            pooled_position = (image, units.filter, units.row, units.column)
-            switches = features[self.layer][1][tuple(map(torch.from_numpy, pooled_position))]
+            pooled_position = self.to_device(image, units.filter, units.row, units.column)
+            switches = features[self.layer][1][tuple(pooled_position)]
             row, column = np.divmod(switches.cpu().numpy(), self.map_sizes[self.layer])
         else:
             row, column = before_pooling.T
         origins = np.stack([row, column], axis=1) * self.field.jump + self.field.start
 
-        # units in the order of their patterns, so that each group is a slice
-        pattern = self.pattern[row] * len(self.pattern) + self.pattern[column]
-        order = np.argsort(pattern, kind="stable")
+        # groups of units whose windows have the same shape; all of them go to the device in one piece
+        groups = group_equal(
+            self.pattern[row] * len(self.pattern) + self.pattern[column],
+            limit=CPU_GROUP if self.device_type == "cpu" else GPU_GROUP,
+        )
+        padded = [pad_to_power_of_two(group) for group in groups] if self.device_type == "mps" else groups
+        order = np.concatenate(padded)
         entries = (image, units.filter, units.value, row, column)
-        tensors = UnitTensors(*(torch.from_numpy(entry[order]).to(device) for entry in entries))
+        tensors = self.to_device(*(entry[order] for entry in entries))
+        lengths = [len(group) for group in padded]
+        pieces = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
 
         results = []
-        for start, stop in group_equal(pattern[order], CPU_GROUP if device.type == "cpu" else GPU_GROUP):
-            indices = order[start:stop]
-            group = UnitTensors(*(entry[start:stop] for entry in tensors))
-            windows = self.project(masks, group, int(row[indices[0]]), int(column[indices[0]]))
-            kept = reduce(windows).cpu().numpy()
+        for indices, piece in zip(groups, pieces, strict=True):
+            windows = self.project(masks, UnitTensors(*piece), int(row[indices[0]]), int(column[indices[0]]))
+            kept = reduce(windows[: len(indices)]).cpu().numpy()
             results.append(ProjectedBatch(indices, origins[indices], kept))
         return results
 
+    def to_device(self, *arrays: Array) -> list[Tensor]:
+        """Return arrays as tensors on the network's device."""
+        return [torch.from_numpy(array).to(self.net.mean.device) for array in arrays]
 
-def group_equal(values: Array, limit: int) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of each run of equal values, in pieces of at most `limit`."""
-    changes = np.flatnonzero(np.diff(values)) + 1
-    for start, stop in pairwise([0, *changes.tolist(), len(values)]):
-        for piece in range(start, stop, limit):
-            yield piece, min(piece + limit, stop)
+
+def images_at_once(batch_size: int, device_type: str) -> int:
+    """Return how many images a forward pass takes: `batch_size`, on a GPU at least `GPU_IMAGES`."""
+    return batch_size if device_type == "cpu" else max(batch_size, GPU_IMAGES)
+
+
+def group_equal(values: Array, limit: int) -> list[Array]:
+    """Return the indices of equal values together, in groups of at most `limit`."""
+    order = np.argsort(values, kind="stable")
+    changes = np.flatnonzero(np.diff(values[order])) + 1
+    groups = []
+    for equal in np.split(order, changes):
+        groups += np.split(equal, range(limit, len(equal), limit))
+    return groups
+
+
+def pad_to_power_of_two(indices: Array) -> Array:
+    """Repeat the last index until their number is a power of two.
+
+    An Apple GPU compiles and keeps a graph for every shape that it meets, so there should be few.
+    """
+    length = 1 << (len(indices) - 1).bit_length()
+    return np.pad(indices, (0, length - len(indices)), mode="edge")
 
 
 def window_rows(span: Span, pool: int, shift: Tensor) -> Tensor:
@@ -388,7 +413,7 @@ def project_units(
         Some of the units at a time, in an order of the engine's own: their indices in `units`, the origins of
         their windows, and what `reduce` made of the part of the windows inside the image.
     """
-    on_cpu = projector.net.mean.device.type == "cpu"
+    on_cpu = projector.device_type == "cpu"
     threads = torch.get_num_threads()
     batches = split_by_image(units.image, projector.batch_size)
 
@@ -443,8 +468,9 @@ def project_windows(
     size = projector.field.size
     projections: Array = np.zeros((len(units.image), 3, size, size), dtype)
     all_origins = np.zeros((len(units.image), 2), np.int16)
-    batches = project_units(projector, images, units, desc, before_pooling=before_pooling)
-    for indices, origins, windows in batches:
+    for indices, origins, windows in project_units(
+        projector, images, units, desc, before_pooling=before_pooling
+    ):
         all_origins[indices] = origins
         for index, origin, window in zip(indices, origins, windows, strict=True):
             top, left = np.maximum(-origin, 0)  # rows and columns outside the image
@@ -462,7 +488,7 @@ def measure_activations(images: Array, net: CNN, batch_size: int, desc: str) -> 
     Args:
         images: uint8 (images, 3, 96, 96).
         net: A network in evaluation mode.
-        batch_size: Images in one forward pass.
+        batch_size: Images in one forward pass; on a GPU `GPU_IMAGES` at least.
         desc: Label of the progress bar.
 
     Returns:
@@ -475,6 +501,7 @@ def measure_activations(images: Array, net: CNN, batch_size: int, desc: str) -> 
         - conv{k}_nonzero: The share of positions above zero, float32 (images, filters).
     """
     arrays: Arrays = {}
+    batch_size = images_at_once(batch_size, net.mean.device.type)
     with tqdm(total=len(images), desc=desc, unit=" images", disable=None) as bar:
         for start in range(0, len(images), batch_size):
             batch = net.normalise(torch.from_numpy(images[start : start + batch_size]))
@@ -769,11 +796,19 @@ def lay_out_filter(projections: Array, patches: Array, inside: Array, only_one: 
 # ---------------------------------------------------------------- evolution of features (Figure 4)
 
 
+def read_snapshot(path: Path, device: torch.device) -> Checkpoint:
+    """Read a snapshot, or raise SystemExit with the advice to delete it, since the others suffice."""
+    try:
+        return load_checkpoint(path, device)
+    except SystemExit:
+        message = f"{path} is damaged or no snapshot of this network: delete it; the other snapshots suffice"
+        raise SystemExit(message) from None
+
+
 def read_snapshots(folder: Path, checkpoint: Checkpoint) -> list[Checkpoint]:
     """Return the network after some epochs of the training that ended in `checkpoint`, itself last."""
-    device = checkpoint.net.mean.device
     paths = sorted(folder.expanduser().glob("epoch_*.pth"))
-    snapshots = [load_checkpoint(path, device) for path in paths]
+    snapshots = [read_snapshot(path, checkpoint.net.mean.device) for path in paths]
     same_training = [s for s in snapshots if s.settings == checkpoint.settings]
     earlier = [s for s in same_training if 0 < s.epochs < checkpoint.epochs]
     return [*sorted(earlier, key=lambda s: s.epochs), checkpoint]
@@ -937,27 +972,28 @@ def main() -> None:
     device = choose_device(DEVICE)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     net = checkpoint.net
-    snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)  # early: one may be damaged
+    snapshots = read_snapshots(Path(CHECKPOINT).parent / "snapshots", checkpoint)  # early: one may be damaged
     images, labels = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     title = TITLES[checkpoint.dataset]
     searched = f"{len(images):,} test images of {title}"
     filter_count = sum(net.config["filters"])
+    outputs = Path(OUTPUTS)
     print(f"projecting {filter_count} filters over {searched} on {device}, torch {torch.__version__}")
 
     # the map of each filter in each image
     activations = measure_activations(images, net, BATCH_SIZE, "activations")
-    save_arrays(OUTPUTS / "activations.npz", checkpoint, labels=labels, **activations)
+    save_arrays(outputs / "activations.npz", checkpoint, labels=labels, **activations)
     print_activations(activations)
 
     # each filter's top images and percentile examples, projected
     top = project_top(images, net, activations, N_TOP, BATCH_SIZE)
-    save_arrays(OUTPUTS / "projections.npz", checkpoint, **top)
+    save_arrays(outputs / "projections.npz", checkpoint, **top)
     # what only the files hold would take memory from here on
     top = {name: values for name, values in top.items() if "level" not in name}
     activations = {name: values for name, values in activations.items() if name.endswith(("max", "position"))}
     titles = {layer: title_filters(top, layer, labels, checkpoint.class_names) for layer in LAYERS}
     heading = f"top {N_TOP} of {searched}; grey is zero; {checkpoint.accuracy()}"
-    draw_pages(top, titles, heading, FILTERS_PER_PAGE, OUTPUTS / "deconv")
+    draw_pages(top, titles, heading, FILTERS_PER_PAGE, outputs / "deconv")
     del top  # its memory is needed for what follows
 
     # some filters' strongest unit after each epoch that was kept
@@ -968,13 +1004,13 @@ def main() -> None:
         "an orange line: the strongest unit is now in another image"
     )
     figure = draw_evolution(evolution, [snapshot.epochs for snapshot in snapshots], heading)
-    save_figure(OUTPUTS / "feature_evolution.png", figure)
+    save_figure(outputs / "feature_evolution.png", figure)
 
     # all projections of conv4 in some images of each class
     chosen = choose_images(labels, IMAGES_PER_CLASS)
     print("pictures are ready")
     statistics = measure_with_times(images, chosen, activations, net, BATCH_SIZE)
-    path = OUTPUTS / "projection_statistics.npz"
+    path = outputs / "projection_statistics.npz"
     save_arrays(path, checkpoint, labels=labels[chosen], image=chosen, **statistics)
     print("next: uv run analyse_projections.py")
 

@@ -35,7 +35,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from CNN import IMAGE_SIZE, Checkpoint, atomic_write
@@ -591,9 +590,17 @@ def set_style() -> None:
 
 
 def tile(pictures: Array, columns: int, gap: int) -> Array:
-    """Lay out pictures (n, rows, columns, 3) from 0 to 1, `columns` a row, on white, `gap` pixels apart."""
-    sheet = make_grid(torch.from_numpy(pictures).permute(0, 3, 1, 2), columns, gap, pad_value=1)
-    return np.asarray(sheet.permute(1, 2, 0).numpy())
+    """Lay out pictures (n, rows, columns, channels), `columns` a row, on ones, `gap` pixels apart."""
+    count, height, width, channels = pictures.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)  # rounded up
+    sheet = np.ones((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), pictures.dtype)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        top = gap + row * (height + gap)
+        left = gap + column * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
 
 
 def draw_samples(data: Split, names: list[str], heading: str) -> Figure:

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 import deconv
-from CNN import CNN, LAYERS, load_checkpoint, receptive_fields
+from CNN import CNN, LAYERS, choose_device, load_checkpoint, receptive_fields
 from load_data import Array, load_split
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CONFIGS: list[dict[str, Any]] = [  # even kernels, strides, rows that pooling or a stride leaves over
     {},
     {"pool_sizes": (2, 2, 1, 4)},
@@ -84,6 +85,20 @@ def wrong_by(net: CNN, image: Tensor, layer: int, way: Callable[..., Tensor] = d
 def test_a_projection_is_value_times_rectified_derivative(make_net: MakeNet, config: Any, layer: int) -> None:
     net = make_net(dtype=torch.float64, **config)
     assert wrong_by(net, torch.randn(1, 3, 96, 96, dtype=torch.float64), layer) < 1e-10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layer", range(4))
+def test_a_projection_in_float32_is_exact_to_rounding_on_every_device(
+    make_net: MakeNet, device: str, layer: int
+) -> None:
+    choose_device(device)  # settles how exactly this device counts
+    exact = make_net().double()
+    net = make_net().to(device)
+    image = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    for unit in units_to_check(exact.features(image)[layer][0]):
+        projection = deconv.project_unit(net, image.float().to(device), layer, *unit).cpu()
+        assert deviation(projection, by_autograd(exact, image, layer, *unit)) < 1e-5
 
 
 @pytest.mark.parametrize("size", [(64, 81), (130, 96)])
@@ -295,12 +310,15 @@ def test_a_picture_is_turned_as_its_camera_says_and_its_centre_is_kept() -> None
     assert (loaded(picture, exif=exif) == np.rot90(pixels[:, 52:148], -1).transpose(2, 0, 1)).all()
 
 
-def test_a_missing_file_and_one_that_is_no_picture_are_refused() -> None:
+def test_a_missing_file_a_folder_and_a_file_that_is_no_picture_are_refused() -> None:
     with pytest.raises(SystemExit, match=f"IMAGE is 'none.png'; no such file in {Path.cwd()}: give"):
         deconv.load_picture("none.png")
     Path("text.png").write_text("no picture")
     with pytest.raises(SystemExit, match=r"IMAGE is 'text.png', which cannot be read as a picture"):
         deconv.load_picture("text.png")
+    Path("folder").mkdir()
+    with pytest.raises(SystemExit, match=r"^IMAGE is 'folder', which is a folder: give one of the pictures"):
+        deconv.load_picture(Path("folder"))
     with pytest.raises(SystemExit, match=r"^IMAGE is 'https://a.org/b.png': download the picture first"):
         deconv.load_picture("https://a.org/b.png")
 
@@ -333,6 +351,7 @@ def figures(make_net: MakeNet, tiny_stl10: Path, monkeypatch: pytest.MonkeyPatch
     [
         (3, ["conv2"], "test image 3 of STL-10, class class 4, predicted class 3 (23 %); "),
         ("my picture.png", LAYERS, "my picture.png, predicted class 3 (23 %); "),
+        (Path("my picture.png"), ["conv1"], "my picture.png, predicted class 3 (23 %); "),
     ],
 )
 def test_main_draws_the_chosen_layers_of_a_test_image_or_a_picture(
@@ -379,6 +398,29 @@ def test_chosen_filters_are_drawn_and_their_arrays_kept(
         monkeypatch.setattr(deconv, "SHOW_FILTERS", chosen)
         with pytest.raises(SystemExit, match=re.escape(message)):
             deconv.main()
+
+
+@pytest.mark.usefixtures("figures")
+def test_the_arrays_overwrite_no_other_stages_whatever_the_figure_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("outputs/projections.npz").write_text("of deconv_full.py")
+    for name, value in (("FIGURE", "outputs/projections.png"), ("CHECKPOINT", "outputs/CNN.pth")):
+        monkeypatch.setattr(deconv, name, value)
+    deconv.main()
+    assert Path("outputs/projections.npz").read_text() == "of deconv_full.py"
+    assert "conv4_value" in np.load("outputs/deconv_projections.npz")
+    assert deconv.arrays_path(Path("outputs/deconv_image.png")) == Path("outputs/deconv_image.npz")
+
+
+def test_a_network_of_which_no_filter_fires_is_drawn(make_net: MakeNet, figures: list[Figure]) -> None:
+    net = make_net()
+    for block in net.blocks:
+        block.bn.weight.zero_()
+        block.bn.bias.fill_(-1)
+    write_checkpoint(net)
+    deconv.main()
+    assert [ax.get_title().split("\n")[1] for ax in figures[0].axes] == ["no filter fires"] * 4
 
 
 @pytest.mark.parametrize(

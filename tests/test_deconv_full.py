@@ -1,4 +1,5 @@
 import hashlib
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +11,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import MakeNet, make_checkpoint, write_checkpoint
+from conftest import MakeNet, WriteSplit, make_checkpoint, write_checkpoint
 from test_deconv import CONFIGS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 import deconv
 import deconv_full
 import load_data
-from CNN import CNN, LAYERS, frame_sizes, receptive_fields
+from CNN import CNN, LAYERS, choose_device, frame_sizes, receptive_fields
 from deconv_full import (
     Projector,
     Units,
@@ -30,6 +32,7 @@ from deconv_full import (
 )
 from load_data import Array
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IMAGES = np.random.default_rng(1).integers(0, 256, (12, 3, 96, 96)).astype(np.uint8)
 
 
@@ -77,6 +80,21 @@ def in_frame(window: Array, origin: Array) -> Array:
 
 def assert_equal(projection: Array, expected: Array, share: float = 1e-5) -> None:
     assert np.abs(projection - expected).max() <= share * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layer", range(4))
+def test_windows_in_float32_equal_the_plain_projection_in_float64_on_every_device(
+    make_net: MakeNet, device: str, layer: int
+) -> None:
+    choose_device(device)  # settles how exactly this device counts
+    units = active_units(make_net(), layer, [3, 8], 20)
+    windows, origins = project_windows(Projector(make_net().to(device), layer), IMAGES, units, "")
+    exact = make_net().double()
+    for n, (image, *unit) in enumerate(zip(*units[:4], strict=True)):
+        batch = torch.from_numpy(IMAGES[[image]]).double() / 255
+        expected = deconv.project_unit(exact, batch, layer, *map(int, unit))
+        assert_equal(in_frame(windows[n], origins[n]), expected.numpy())
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -208,25 +226,90 @@ def test_a_gpu_has_all_the_operators_and_no_tensor_is_left_on_the_cpu() -> None:
         assert windows.shape == (3, 96 - (16 * 5 - 30), 96 - (16 * 4 - 30), 3)  # jumps of 16 pixels from -30
 
 
-@pytest.mark.usefixtures("three_threads")
-@pytest.mark.parametrize("end", ["reached", "failed", "abandoned"])
-def test_torch_has_its_threads_back_at_the_end_and_no_work_goes_on(make_net: MakeNet, end: str) -> None:
-    calls, never = [], threading.Event()
+@pytest.fixture
+def visible_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress bars as in a terminal; pytest hides them otherwise."""
 
-    def reduce(projections: Tensor) -> Tensor:
-        never.wait(0.02)
-        calls.append(projections.shape)
-        return projections[:, 0, 0 if end != "failed" else 99]
+    def make_bar(*args: Any, **options: Any) -> Any:
+        return tqdm(*args, **{**options, "disable": False, "file": io.StringIO()})
 
-    results = project_units(Projector(make_net(), 0, 1), IMAGES, ONE_EACH, "", reduce)
-    with pytest.raises(IndexError) if end == "failed" else nullcontext():
-        for _ in results:
-            if end == "abandoned":
-                break
-    del results
+    monkeypatch.setattr(deconv_full, "tqdm", make_bar)
+
+
+@pytest.mark.usefixtures("three_threads", "visible_bar")
+@pytest.mark.parametrize("end", ["reached", "failed", "abandoned", "interrupted"])
+@pytest.mark.parametrize("whole_windows", [False, True])
+def test_torch_has_its_threads_back_at_the_end_and_no_work_goes_on(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch, end: str, whole_windows: bool
+) -> None:
+    errors = {"failed": IndexError, "abandoned": ValueError, "interrupted": KeyboardInterrupt}
+    calls: list[int] = []
+    project = Projector.project
+
+    def slow(*args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            threading.Event().wait(0.1)
+        if end == "failed":
+            raise IndexError
+        return project(*args)
+
+    def stop(*_: Any) -> Any:
+        raise errors[end]
+
+    monkeypatch.setattr(Projector, "project", slow)
+    if end in ("abandoned", "interrupted"):  # in the loop that takes the results
+        monkeypatch.setattr(np, "maximum", stop)
+
+    def consume() -> None:
+        projector = Projector(make_net(), 0, 1)
+        if whole_windows:
+            project_windows(projector, IMAGES, ONE_EACH, "")
+        else:
+            for _ in project_units(projector, IMAGES, ONE_EACH, ""):
+                np.maximum(0, 0)
+
+    raised = pytest.raises(errors[end]) if end in errors else nullcontext()
+    with raised as error:  # while the error is known, its traceback holds on to the frames of the loop
+        consume()
     with ThreadPoolExecutor(1) as pool:
         assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 3
-    assert len(calls) == 12 if end == "reached" else len(calls) < 12
+    assert (len(calls) == 12) == (end == "reached"), error
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_gpu_works_in_the_calling_thread_on_groups_of_few_different_sizes(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projector = Projector(make_net(), 1, 1)
+    units = active_units(projector.net, 1, [11, 2, 5, 0, 7], 40)
+    windows, origins = project_windows(projector, IMAGES, units, "")
+
+    projector.device_type = "mps"  # this machine's CPU stands for an Apple GPU
+    projector.batch_size = deconv_full.images_at_once(1, "mps")
+    sizes, threads, passes = [], set(), []
+    project = Projector.project
+
+    def spy(self: Projector, masks: Any, group: UnitTensors, row: int, column: int) -> Tensor:
+        sizes.append(len(group.image))
+        threads.add(threading.current_thread())
+        return project(self, masks, group, row, column)
+
+    monkeypatch.setattr(Projector, "project", spy)
+    projector.net.blocks[0].conv.register_forward_hook(lambda _, images, __: passes.append(len(images[0])))
+    gpu_windows, gpu_origins = project_windows(projector, IMAGES, units, "")
+    assert passes == [5] and threads == {threading.main_thread()}
+    assert set(sizes) <= {1, 2, 4, 8, 16, 32, 64, 128, 256} and max(sizes) > deconv_full.CPU_GROUP
+    assert (gpu_origins == origins).all()
+    assert_equal(gpu_windows, windows)
+    assert [deconv_full.images_at_once(16, kind) for kind in ("cpu", "cuda", "mps")] == [16, 256, 256]
+
+
+def test_equal_values_are_grouped_and_groups_filled_up_to_a_power_of_two() -> None:
+    groups = deconv_full.group_equal(np.array([7, 3, 7, 7, 3, 7, 9]), limit=3)
+    assert [group.tolist() for group in groups] == [[1, 4], [0, 2, 3], [5], [6]]
+    padded = [deconv_full.pad_to_power_of_two(group).tolist() for group in groups]
+    assert padded == [[1, 4], [0, 2, 3, 3], [5], [6]]
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -318,10 +401,13 @@ def test_a_page_shows_projections_in_grey_and_patches_white_beyond_the_border() 
     assert (first.get_title(), second.get_title()) == ("filter 0: this", "filter 1: that")
     shown = np.asarray(first.images[0].get_array())
     assert (shown == shown[:, :, :1]).all()
-    grey, white = [0.5, 0.5, 0.5], [1, 1]  # the gap of two
-    expected = [grey + white + [1, 1, 1], grey + white + [0, 0.2, 1], [0, 0.5, 0.5, *white, 0, 0, 1]]
-    assert shown[:, :, 0] == pytest.approx(np.array(expected))
-    assert np.asarray(second.images[0].get_array())[0, 0].tolist() == [1, 0.5, 0.5]  # a scale of its own
+    projections, patches = shown[1:4, 1:4, 0], shown[1:4, 8:11, 0]
+    assert projections.tolist() == [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 0.5, 0.5]]
+    assert patches == pytest.approx(np.array([[1, 1, 1], [0, 0.2, 1], [0, 0, 1]]))
+    framed = shown.copy()
+    framed[1:4, 1:4], framed[1:4, 8:11] = 1, 1
+    assert (framed == 1).all() and shown.shape == (5, 12, 3)  # white around both, and a gap of two
+    assert np.asarray(second.images[0].get_array())[1, 1].tolist() == [1, 0.5, 0.5]  # a scale of its own
 
 
 def test_of_conv1_one_projection_stands_for_nine() -> None:
@@ -455,6 +541,39 @@ def test_files_of_a_run_agree_with_each_other(pipeline: Path) -> None:
     assert ((statistics["nonzero_count"] > 0) == fires).all() and fires.any() and not fires.all()
     pages = sorted(path.name for path in (outputs / "deconv").iterdir())
     assert len(pages) == 5 and pages[-1] == "conv4_filters_008_to_015.png"
+
+
+def test_a_damaged_snapshot_only_needs_deleting(make_net: MakeNet) -> None:
+    checkpoint = make_checkpoint(make_net())
+    path = Path("outputs/snapshots/epoch_001.pth")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a file")
+    with pytest.raises(SystemExit, match=f"^{path} is damaged .* delete it; the other snapshots suffice$"):
+        deconv_full.read_snapshots(path.parent, checkpoint)
+
+
+@pytest.mark.parametrize("n_top", [1, 4])
+def test_main_with_one_image_a_class_paths_as_text_and_every_filter_dead(
+    make_net: MakeNet, write_split: WriteSplit, monkeypatch: pytest.MonkeyPatch, n_top: int
+) -> None:
+    for split in ("train", "test"):
+        write_split(split, IMAGES[:10], np.arange(10) + 1)
+    net = make_net()
+    if n_top == 4:
+        for block in net.blocks:
+            block.bn.weight.zero_()
+            block.bn.bias.fill_(-1)
+    write_checkpoint(net)
+    settings = {"CHECKPOINT": "outputs/CNN.pth", "OUTPUTS": "outputs", "DATA_DIR": "data", "DEVICE": "cpu"}
+    for name, value in {**settings, "N_TOP": n_top, "EVOLUTION_FILTERS": 2}.items():
+        monkeypatch.setattr(deconv_full, name, value)
+    monkeypatch.setattr(load_data, "DPI", 30)
+    deconv_full.main()
+    with np.load("outputs/projections.npz") as top:
+        for layer, filters in zip(LAYERS, (5, 6, 7, 8), strict=True):
+            assert top[f"{layer}_image"].shape == (filters, n_top)
+            assert (top[f"{layer}_image"] >= 0).any() == top[f"{layer}_projection"].any() == (n_top == 1)
+    assert len(list(Path("outputs/deconv").iterdir())) == 4
 
 
 def test_main_of_a_network_whose_last_layer_is_dead(
