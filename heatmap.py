@@ -12,11 +12,13 @@ Writes: outputs/heatmaps/class_filter_heatmap.png, outputs/heatmaps/class_*.png,
 The projection of a filter in an image starts from the unit with the filter's peak activation there. The
 magnitude of a projection at a pixel is the sum over RGB of its absolute values, in normalised pixels.
 
-Zeiler & Fergus 2014 change images in two ways to see what the network uses. A grey square slides over them
-(section 4.2), and they are translated, scaled and rotated (Figure 5). Both are done here on test images that
-are classified correctly. Grey is the mean colour of the training images, which is 0 in normalised pixels.
+Zeiler & Fergus (arXiv 1311.2901) change images in two ways to see what the network uses. A grey square
+slides over them (Figure 7), and they are translated, scaled and rotated (Figure 5). Both are done here on
+test images that are classified correctly. Grey is the mean colour of the training images, which is 0 in
+normalised pixels.
 """
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -40,7 +42,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import NEARLY_DEAD, class_means, rank_correlation
+from analyse_projections import NEARLY_DEAD, class_means
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, atomic_write, choose_device, load_checkpoint
 from deconv import class_colours, crop, displayed, page_json, robust_scale, text_colour_on
 from deconv_full import (
@@ -86,11 +88,17 @@ OUTPUTS = Path("outputs")  # where results go
 
 VEHICLES = ("airplane", "car", "ship", "truck")  # drawn above the animals
 FILTERS_PER_LINE = 60  # columns of class_filter_heatmap.png
+MOST_CLASSES = 100  # in one figure: with more, figures become too large to be drawn
 TRANSFORMATIONS = {  # arguments of `transform`, and what figures call them
     "shift": "translation down (pixels)",
     "zoom": "scale (factor)",
     "angle": "rotation clockwise (degrees)",
 }
+
+
+def shorten(name: str) -> str:
+    """Return the name of a class as figures show it."""
+    return name if len(name) <= 20 else f"{name[:19]}…"
 
 
 class Inputs(NamedTuple):
@@ -129,6 +137,11 @@ class Inputs(NamedTuple):
         return self.checkpoint.class_names
 
     @property
+    def short_names(self) -> list[str]:
+        """Names of the classes as figures show them, cut where they are long."""
+        return [shorten(name) for name in self.names]
+
+    @property
     def source(self) -> str:
         """What titles say of the images and of the network."""
         data = f"{len(self.test.images):,} test images of {TITLES[self.checkpoint.dataset]}"
@@ -137,6 +150,17 @@ class Inputs(NamedTuple):
     def peak_units(self, image_indices: Array, filter_indices: Array) -> Units:
         """Return the unit with each filter's peak activation in each image, numbers (units,) each."""
         return strongest_of(self.maxima, self.positions, image_indices, filter_indices)
+
+    def leaves_out(self, figure: str, one_class: bool = False) -> bool:
+        """Say in one line why a figure of conv4 cannot be drawn, if it cannot."""
+        reason = ""
+        if not one_class and len(self.names) > MOST_CLASSES:
+            reason = f"{len(self.names):,} classes are too many for one figure"
+        if not self.maxima.any():
+            reason = "no filter of conv4 fires on any test image"
+        if reason:
+            print(f"{figure} is left out: {reason}", flush=True)
+        return bool(reason)
 
     def save_figure(self, name: str, figure: Figure, title: str, caption: str = "") -> None:
         """Write a figure as heatmaps/NAME.png: above it title and source, below it how it is read."""
@@ -165,6 +189,16 @@ def read_inputs(checkpoint: Checkpoint, data_dir: Path, outputs: Path) -> Inputs
         test=load_checkpoint_split(checkpoint, data_dir, "test"),
         outputs=outputs,
     )
+
+
+def remove_old(outputs: Path) -> None:
+    """Remove what an earlier run of this script wrote: it may have had other classes or more filters."""
+    figures = ("class_*.png", "images.png", "occlusion.png", "invariance.png")
+    for pattern in (*(f"heatmaps/{name}" for name in figures), "occlusion.csv", "invariance.csv"):
+        for path in outputs.glob(pattern):
+            path.unlink()
+    for path in [*outputs.glob("explorer/index.html"), *outputs.glob("explorer/**/*.webp")]:
+        path.unlink()
 
 
 def show(ax: Axes, picture: Array, title: str = "", **options: Any) -> AxesImage:
@@ -240,7 +274,7 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
             drawn = draw_group(ax, relative, group, left)
             left += len(group.filters) + 1
         ax.set(xlim=(0, FILTERS_PER_LINE), ylim=(len(names), 0), xticks=[])
-        ax.set_yticks(np.arange(len(names)) + 0.5, [names[label] for label in order], fontsize=7)
+        ax.set_yticks(np.arange(len(names)) + 0.5, [shorten(names[label]) for label in order], fontsize=7)
         sns.despine(ax=ax, left=True, bottom=True)
 
     bar = fig.colorbar(drawn, ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.02, extend="max")
@@ -250,6 +284,8 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
 
 def picture_all_classes(inputs: Inputs) -> None:
     """Write class_filter_heatmap.png: how each filter of conv4 responds to each class."""
+    if inputs.leaves_out("class_filter_heatmap.png"):
+        return
     conv4 = inputs.filters[inputs.filters["layer"] == "conv4"]
     figure = draw_class_filters(class_means(inputs.classes), conv4, inputs.names)
     caption = (
@@ -341,11 +377,11 @@ def describe_ranked(filter_metrics: Any) -> str:
         f"filter {filter_metrics.filter}",
         f"selectivity {filter_metrics.selectivity:.2f}",
         f"mean peak activation {filter_metrics.activation_mean:.2f}",
-        f"prefers {filter_metrics.preferred_class}",
+        f"prefers {shorten(filter_metrics.preferred_class)}",
         f"in {100 * filter_metrics.preferred_share:.0f} % of bootstrap samples",
     ]
     if str(filter_metrics.top_class) != str(filter_metrics.preferred_class):
-        lines.append(f"top-9 images: mostly {filter_metrics.top_class}")
+        lines.append(f"top images: mostly\n{shorten(filter_metrics.top_class)}")
     return "\n".join(lines)
 
 
@@ -370,7 +406,8 @@ def draw_class(ranking: pd.DataFrame, means: Array, images: Array, magnitudes: A
 
     for k, filter_metrics in enumerate(ranking.itertuples()):
         title = "mean over the class" if k == 0 else ""
-        mean = show(axes[k, 0], means[k] / means[k].max(), title, cmap="mako", vmin=0, vmax=1)
+        largest = means[k].max() or 1  # 0 where the filter fires on no image of the class
+        mean = show(axes[k, 0], means[k] / largest, title, cmap="mako", vmin=0, vmax=1)
         axes[k, 0].set_ylabel(describe_ranked(filter_metrics), rotation=0, ha="right", va="center")
         scale = robust_scale(magnitudes[k])
         for i in range(per_filter):
@@ -392,6 +429,8 @@ def draw_class(ranking: pd.DataFrame, means: Array, images: Array, magnitudes: A
 def picture_class(inputs: Inputs, label: int, filter_count: int, image_count: int) -> None:
     """Write class_K_NAME.png: the top filters of a class and their projections in its images."""
     name = inputs.names[label]
+    if inputs.leaves_out(f"the figure of {name}", one_class=True):
+        return
     ranking = rank_filters(inputs.filters, inputs.classes, inputs.names, label).head(filter_count)
     filters = ranking["filter"].to_numpy()
     members = np.flatnonzero(inputs.test.labels == label)
@@ -414,8 +453,10 @@ def picture_class(inputs: Inputs, label: int, filter_count: int, image_count: in
         "class. Right: the images of the class with the filter's highest peak activations. Beside each image "
         "stands the magnitude of its projection, laid over it. Each filter has a scale of its own."
     )
-    file_name = f"class_{label}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
-    inputs.save_figure(file_name, figure, f"{name}: top {len(filters)} filters of conv4", caption)
+    file_name = f"class_{label}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}"
+    inputs.save_figure(
+        file_name, figure, f"{inputs.short_names[label]}: top {len(filters)} filters of conv4", caption
+    )
 
 
 # ---------------------------------------------------------------- in single images
@@ -453,23 +494,26 @@ def draw_images(images: Array, sums: SummedProjections, titles: Sequence[str]) -
 
 def picture_images(inputs: Inputs, filter_count: int) -> None:
     """Write images.png: the first image of each class, and its strongest filters' projections added up."""
+    if inputs.leaves_out("images.png"):
+        return
     first = np.array([np.flatnonzero(inputs.test.labels == label)[0] for label in range(len(inputs.names))])
     maxima = inputs.maxima[first]  # (classes, filters)
     strongest = np.argsort(-maxima, axis=1, kind="stable")[:, :filter_count]
     sums = sum_projections(inputs, first[:, None], strongest, "images")
 
-    rising = np.sort(maxima, axis=1)
-    shares = 100 * rising[:, -filter_count:].sum(axis=1) / rising.sum(axis=1)
+    totals = maxima.sum(axis=1)
+    summed = np.take_along_axis(maxima, strongest, axis=1).sum(axis=1)
+    shares = 100 * summed[totals > 0] / totals[totals > 0]
     caption = (
         f"The projections of the {filter_count} filters of conv4 with the highest peak activations in an "
         f"image are added up. These filters have {shares.min():.0f} to {shares.max():.0f} % of the sum of "
         "all filters' peak activations in the image. In the signed sum grey is zero, with one scale for all."
     )
-    figure = draw_images(inputs.test.images[first], sums, inputs.names)
+    figure = draw_images(inputs.test.images[first], sums, inputs.short_names)
     inputs.save_figure("images", figure, "First image of each class", caption)
 
 
-# ---------------------------------------------------------------- occlusion (section 4.2)
+# ---------------------------------------------------------------- occlusion (section 4.2, Figure 7)
 
 
 def predict(net: CNN, images: Array) -> Array:
@@ -520,7 +564,8 @@ def occlusion_sensitivity(
 ) -> Occlusion:
     """Slide a grey square over an image; measure a filter of conv4, one of its units, and the classes.
 
-    The paper measures the sum over the map; the projection shows one unit.
+    The paper measures the sum over a map (Figure 7), the one with the largest sum in the whole image. Here
+    the filter is the one with the highest peak activation, because a projection shows one unit.
 
     Args:
         image: uint8 (3, 96, 96).
@@ -552,25 +597,23 @@ def occlusion_sensitivity(
 
 
 def describe_mistakes(occlusion: Occlusion, names: Sequence[str]) -> str:
-    """Say which other classes come first, with the share of the positions: `dog 12%, cat 3%`."""
+    """Say which other classes come first, with the share of the positions: `dog 12 %, cat 3 %`."""
     winners = occlusion.probability.argmax(axis=2)
     shares = np.bincount(winners.ravel(), minlength=len(names)) / winners.size
     others = [label for label in np.argsort(-shares, kind="stable") if label != occlusion.label]
-    return ", ".join(f"{names[label]} {shares[label]:.0%}" for label in others if shares[label] >= 0.005)
+    return ", ".join(
+        f"{names[label]} {100 * shares[label]:.0f} %" for label in others if shares[label] >= 0.005
+    )
 
 
-def tabulate_occlusion(
-    occlusions: Sequence[Occlusion], units: Units, under: Array, names: Sequence[str]
-) -> pd.DataFrame:
+def tabulate_occlusion(occlusions: Sequence[Occlusion], units: Units, names: Sequence[str]) -> pd.DataFrame:
     """Return occlusion.csv, one row an image.
 
     Args:
         occlusions: What the square did to each image.
         units: The unit that was measured in each image.
-        under: Magnitude of the unit's projection under the square, (images, down, across).
         names: Names of the classes.
     """
-    correlations = [rank_correlation(1 - occlusions[k].unit, under[k]) for k in range(len(occlusions))]
     columns = {
         "image": units.image,  # index into the test split
         "filter": units.filter,  # the filter of conv4 with the highest peak activation
@@ -578,7 +621,6 @@ def tabulate_occlusion(
         "activation": units.value,  # peak activation without the square
         "activity": [occlusion.activity.min() for occlusion in occlusions],  # lowest share that is left
         "unit": [occlusion.unit.min() for occlusion in occlusions],  # likewise
-        "correlation": correlations,  # over the positions, of the unit's loss with `under` (ranks)
         "taken_for": [describe_mistakes(occlusion, names) for occlusion in occlusions],
     }
     return pd.DataFrame(columns)
@@ -606,7 +648,7 @@ def outline_mistakes(ax: Axes, occlusion: Occlusion, occluder: Occluder) -> None
 def draw_occlusion(
     images: Array, occlusions: Sequence[Occlusion], magnitudes: Array, table: pd.DataFrame, occluder: Occluder
 ) -> Figure:
-    """Draw maps of an occluded image, one image a row (section 4.2 of the paper).
+    """Draw maps of an occluded image, one image a row (Figure 7 of the paper).
 
     Args:
         images: uint8 (images, 3, 96, 96).
@@ -641,7 +683,7 @@ def draw_occlusion(
         ]
         mark_lowest(row[0], occlusion.unit, occluder)
         outline_mistakes(row[4], occlusion, occluder)
-        name = f"{entry.label}\nfilter {entry.filter}\npeak activation\n{entry.activation:.2f}"
+        name = f"{shorten(str(entry.label))}\nfilter {entry.filter}\npeak activation\n{entry.activation:.2f}"
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         row[4].set_xlabel(entry.taken_for, fontsize=7, labelpad=2)
     for ax in axes.flat:
@@ -672,6 +714,12 @@ def run_occlusion(inputs: Inputs, correct: Array, occluder: Occluder) -> None:
 
     `correct` are the indices of the images, each of another class and classified correctly.
     """
+    if inputs.leaves_out("occlusion.png"):
+        return
+    correct = correct[inputs.maxima[correct].any(axis=1)]  # without images in which nothing fires
+    if not len(correct):
+        print("occlusion.png is left out: no image is classified correctly")
+        return
     images = inputs.test.images[correct]
     labels = inputs.test.labels[correct]
     units = inputs.peak_units(correct, inputs.maxima[correct].argmax(axis=1))
@@ -682,8 +730,7 @@ def run_occlusion(inputs: Inputs, correct: Array, occluder: Occluder) -> None:
         occlusions.append(occlusion_sensitivity(images[k], int(labels[k]), unit, inputs.net, covered))
 
     sums = sum_projections(inputs, units.image[:, None], units.filter[:, None], "projections")
-    under = covered @ sums.magnitude @ covered.T  # (images, down, across)
-    table = tabulate_occlusion(occlusions, units, under, inputs.names)
+    table = tabulate_occlusion(occlusions, units, inputs.names)
     save_table(inputs.outputs / "occlusion.csv", inputs.checkpoint, table)
 
     figure = draw_occlusion(images, occlusions, sums.magnitude, table, occluder)
@@ -699,7 +746,7 @@ def run_occlusion(inputs: Inputs, correct: Array, occluder: Occluder) -> None:
 
 # ---------------------------------------------------------------- invariance (Figure 5)
 
-MEASURES = ("distance in conv1", "distance in conv4", "probability of the true class", "accuracy")
+MEASURES = ("distance in conv1", "distance in averaged conv4", "probability of the true class", "accuracy")
 
 
 def transform(images: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -> Tensor:
@@ -727,6 +774,9 @@ def relative_distance(after: Tensor, before: Tensor) -> Tensor:
 def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Sequence[float]) -> pd.DataFrame:
     """Measure how far features of images move when these are transformed (Figure 5 of the paper).
 
+    The paper compares the features of the first layer and of a fully connected one. The only fully connected
+    layer here is the classifier, so the second comparison is of its input: conv4 averaged over regions.
+
     Args:
         net: The network.
         split: Images and labels.
@@ -735,8 +785,8 @@ def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Seq
 
     Returns:
         One row an image and degree: kind, the transformation; degree; image, a number from 0; and `MEASURES`:
-        the distance between the pooled maps of the transformed and of the untransformed image, as a share of
-        the norm of the second map; the probability of the true class; 1 where that class comes first, else 0.
+        the distances between the features of the transformed and of the untransformed image, as shares of the
+        norm of the second; the probability of the true class; 1 where that class comes first, else 0.
     """
     tables = []
     for start in range(0, len(split.images), 50):
@@ -749,7 +799,7 @@ def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Seq
             probabilities = net.classify(after[-1][0]).softmax(dim=1)
             columns = [
                 relative_distance(after[0][0], before[0][0]),
-                relative_distance(after[-1][0], before[-1][0]),
+                relative_distance(net.average(after[-1][0]), net.average(before[-1][0])),
                 probabilities.gather(1, truth[:, None])[:, 0],
                 (probabilities.argmax(dim=1) == truth).float(),
             ]
@@ -759,18 +809,35 @@ def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Seq
     return pd.concat(tables, ignore_index=True).sort_values(["image", "degree"], ignore_index=True)
 
 
-def tabulate_invariance(measured: pd.DataFrame) -> pd.DataFrame:
-    """Return rows of invariance.csv: mean over the images of each measure, with its 95 % interval (normal).
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share after Wilson (1927), which stays between 0 and 1."""
+    z = 1.96
+    share = correct / count
+    centre = share + z**2 / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return (centre - reach) / scale, (centre + reach) / scale
 
-    `measured` is what `measure_invariance` returned.
+
+def tabulate_invariance(measured: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of invariance.csv: mean over the images of each measure, with its 95 % interval.
+
+    `measured` is what `measure_invariance` returned. The accuracy, a share, has an interval after Wilson, the
+    other measures have a normal one. A distance is undefined, and left out, where the norm is 0.
     """
     values = measured.melt(["kind", "degree", "image"], list(MEASURES), var_name="measure")
     groups = values.groupby(["kind", "measure", "degree"], sort=False)["value"]
-    table = pd.DataFrame({"mean": groups.mean(), "n": groups.size()})
+    table = pd.DataFrame({"mean": groups.mean(), "n": groups.count()})
     reach = 1.96 * groups.std(ddof=1) / table["n"] ** 0.5
     table["low"] = table["mean"] - reach
     table["high"] = table["mean"] + reach
-    return table.reset_index()[["kind", "degree", "measure", "mean", "low", "high", "n"]]
+
+    table = table.reset_index()[["kind", "degree", "measure", "mean", "low", "high", "n"]]
+    for row in table.index[table["measure"] == "accuracy"]:
+        count = table.loc[row, "n"]
+        correct = round(table.loc[row, "mean"] * count)
+        table.loc[row, ["low", "high"]] = wilson_interval(correct, count)
+    return table
 
 
 def draw_examples(ax: Axes, net: CNN, images: Array, transformation: str, degrees: Sequence[float]) -> None:
@@ -792,9 +859,7 @@ def draw_examples(ax: Axes, net: CNN, images: Array, transformation: str, degree
         ax.add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=f"C{k}", clip_on=False))
 
 
-def draw_curves(
-    ax: Axes, measure: str, examples: pd.DataFrame, means: pd.DataFrame, names: Sequence[str]
-) -> None:
+def draw_curves(ax: Axes, measure: str, examples: pd.DataFrame, means: pd.DataFrame) -> None:
     """Draw a measure over the degrees of one transformation: of each example, and the mean of many images.
 
     `examples` is what `measure_invariance` returned, `means` has the rows of `tabulate_invariance`. The
@@ -804,10 +869,9 @@ def draw_curves(
         curve = examples[examples["image"] == number]
         style = ("-", "--", "-.", ":")[number % 4]
         options: dict[str, Any] = {"color": f"C{number}", "linestyle": style, "linewidth": 0.9}
-        ax.plot(curve["degree"], curve[measure], label=names[number], **options)
+        ax.plot(curve["degree"], curve[measure], **options)
     rows = means[means["measure"] == measure]
-    label = f"mean of {rows['n'].iloc[0]} images"
-    ax.plot(rows["degree"], rows["mean"], color="black", linewidth=1.6, label=label)
+    ax.plot(rows["degree"], rows["mean"], color="black", linewidth=1.6)
     ax.fill_between(rows["degree"], rows["low"], rows["high"], color="black", alpha=0.25, linewidth=0)
 
 
@@ -838,7 +902,7 @@ def draw_invariance(
         rows = means[means["kind"] == transformation]
         draw_examples(row[0], net, images, transformation, list(curves["degree"].unique()))
         for ax, measure in zip(row[1:], MEASURES, strict=True):
-            draw_curves(ax, measure, curves, rows, names)
+            draw_curves(ax, measure, curves, rows)
         for ax in row:
             ax.set_xlabel(TRANSFORMATIONS[transformation], fontsize=8)
             ax.tick_params(labelsize=7)
@@ -847,8 +911,8 @@ def draw_invariance(
 
     titles = (
         "examples",
-        "distance in conv1\n(share of the norm)",
-        "distance in conv4\n(share of the norm)",
+        "distance in conv1\n",
+        "distance in conv4,\naveraged over regions",
         "probability of\nthe true class",
         "accuracy",
     )
@@ -856,8 +920,9 @@ def draw_invariance(
         ax.set_title(title, fontsize=9)
     for ax in axes[0, 1:]:  # the axes of a column share their limits
         ax.set_ylim(bottom=0)
-    handles, labels = axes[0, 1].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    lines = axes[0, 1].get_lines()  # named here, because matplotlib leaves out labels that begin with _
+    mean = f"mean of {means['n'].max()} images"
+    fig.legend(lines, [*names, mean], loc="outside lower center", ncols=6, frameon=False)
     return fig
 
 
@@ -873,8 +938,11 @@ def run_invariance(
         mean_images: Number of the images behind the means, as many of each class, right or wrong; they are
             transformed by every other degree.
     """
+    if not len(examples):
+        print("invariance.png is left out: no image is classified correctly")
+        return
     number_in_class = pd.Series(inputs.test.labels).groupby(inputs.test.labels).cumcount()
-    many = np.flatnonzero(number_in_class < mean_images // len(inputs.names))
+    many = np.flatnonzero(number_in_class < max(1, mean_images // len(inputs.names)))
     curves = []
     tables = []
     for transformation, amounts in tqdm(degrees.items(), "invariance", disable=None):
@@ -884,13 +952,14 @@ def run_invariance(
     table = pd.concat(tables, ignore_index=True)
     save_table(inputs.outputs / "invariance.csv", inputs.checkpoint, table)
 
-    names = [inputs.names[label] for label in inputs.test.labels[examples]]
+    names = [inputs.short_names[label] for label in inputs.test.labels[examples]]
     figure = draw_invariance(inputs.net, inputs.test.images[examples], pd.concat(curves), table, names)
     title = f"{len(examples)} correctly classified images, translated, scaled and rotated"
     caption = (
-        "Distance: Euclidean, between the pooled maps of the transformed and of the untransformed image, as "
-        f"a share of the norm without the transformation. Black: mean of {len(many)} images, as many of each "
-        "class, classified correctly or not, with its 95 % interval."
+        "Distance: Euclidean distance between the features of the transformed and of the untransformed "
+        "image, as a share of the norm of the second. conv4 is averaged over regions, as the classifier sees "
+        "it, because the paper compares a fully connected layer. Black: mean of "
+        f"{len(many)} images, as many of each class, classified correctly or not, with its 95 % interval."
     )
     inputs.save_figure("invariance", figure, title, caption)
 
@@ -1067,6 +1136,15 @@ def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     return counts
 
 
+def recognised(confusion: Array) -> list[tuple[float, float, float]]:
+    """Return the share of each class's images that are recognised, with its 95 % interval."""
+    shares = []
+    for label, counts in enumerate(confusion):
+        low, high = wilson_interval(counts[label], counts.sum())
+        shares.append((counts[label] / counts.sum(), low, high))
+    return shares
+
+
 def write_layer(folder: Path, layer: str, inputs: Inputs, evolution: Array) -> dict[str, Any]:
     """Write the pictures of a layer and return what the page says of its filters.
 
@@ -1109,9 +1187,6 @@ def write_explorer(
     checkpoint = inputs.checkpoint
     outputs = inputs.outputs.expanduser()
     folder = outputs / "explorer"
-    for old in [*folder.glob("index.html"), *folder.rglob("*.webp")]:  # of a network with more filters
-        old.unlink()
-
     searched = inputs.test.images[:evolution_images]
     widest = max(checkpoint.net.config["filters"])
     evolution = project_evolution(searched, snapshots, widest, 16)
@@ -1119,6 +1194,7 @@ def write_explorer(
 
     colours = class_colours(len(inputs.names))
     figures = sorted(path.relative_to(outputs).as_posix() for path in outputs.rglob("*.png"))
+    confusion = confusion_matrix(inputs.test.labels, predictions, len(inputs.names))
     settings = {"checkpoint": checkpoint.sha256[:12], "epochs": checkpoint.epochs}
     facts = {
         "title": TITLES[checkpoint.dataset],
@@ -1128,13 +1204,15 @@ def write_explorer(
         "colours": colours,  # of each class
         "text_colours": [text_colour_on(colour) for colour in colours],
         "labels": inputs.test.labels,
-        "confusion": confusion_matrix(inputs.test.labels, predictions, len(inputs.names)),
+        "confusion": confusion,
+        "recognised": recognised(confusion),  # of each class: share and interval
         "layers": layers,
         "nearly_dead": NEARLY_DEAD,
         "levels": LEVELS,  # of the percentile examples
         "epochs": [snapshot.epochs for snapshot in snapshots],
         "evolution_images": len(searched),
         "trust": inputs.trust.to_dict("records"),
+        "live_page": (outputs / "deconv_live.html").is_file(),
         "run": settings | checkpoint.metrics | checkpoint.settings,
         "figures": [name for name in figures if not name.startswith("readme")],
     }
@@ -1151,6 +1229,8 @@ def main() -> None:
     snapshots = read_snapshots(CHECKPOINT.parent / "snapshots", checkpoint)
     inputs = read_inputs(checkpoint, DATA_DIR, OUTPUTS)
     print(f"drawing conv4 on {inputs.source} on {device}, torch {torch.__version__}")
+
+    remove_old(OUTPUTS.expanduser())
 
     # what the filters respond to
     picture_all_classes(inputs)
@@ -1191,10 +1271,11 @@ header span { flex-grow: 1; }
 @media (max-width: 700px) { header, main { padding: 10px 14px; } header span { flex-basis: 100%; } }
 
 /* text */
-h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; overflow-wrap: anywhere; }
+h1 { font-size: 26px; line-height: 1.2; margin: 14px 0 4px; }
 h2 { font-size: 16px; margin: 26px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
 h3 { font-size: 13px; margin: 16px 0 6px; }
-p { max-width: 80ch; margin: 6px 0 12px; overflow-wrap: anywhere; }
+p { max-width: 80ch; margin: 6px 0 12px; }
+h1, h2, p, dd, .pair, .files a { overflow-wrap: anywhere; }
 .soft, small, th, dt { color: var(--soft); font-weight: normal; font-size: inherit; }
 .loud { background: #ffd54a; color: #000; font-weight: 600; padding: 8px; text-align: center; }
 a { color: var(--link); }
@@ -1203,12 +1284,12 @@ a[aria-current] { color: inherit; font-weight: 600; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 h1:focus { outline: none; }
 select, label { font: inherit; margin-right: 14px; }
-select { max-width: 100%; }
+select { max-width: calc(100% - 14px); }
 dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px;
   margin: 6px 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
+dd { margin: 0; }
 .files { columns: 250px; }
-.files a { display: block; overflow-wrap: anywhere; }
+.files a { display: block; }
 .chip { padding: 0 7px; border-radius: 9px; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
 
@@ -1229,7 +1310,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .pairs, .panels { display: grid; gap: 10px 20px; font-size: 12px;
   grid-template-columns: repeat(auto-fill, calc(2 * var(--p))); }
 .panels { gap: 10px; grid-template-columns: repeat(auto-fill, var(--p)); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; }
 .pair > :last-child { grid-column: span 2; }
 
 /* the table of classes, with bars */
@@ -1598,6 +1679,9 @@ function layerView(layer) {
 function filterHeading(layer, number) {
   const filter = data.layers[layer].filters[number];
   const place = tilesShown.numbers.indexOf(number);
+  const livePage = element("a", { href: `../deconv_live.html#${layer}/${number}` },
+    "Try your own picture on this filter");
+  const missing = data.live_page ? "" : " (uv run deconv.py writes that page)";
   const neighbour = (step, text) => {
     const other = tilesShown.numbers[place + step];
     return other === undefined ? "" : [link([layer, other], `${text}: ${other}`), " "];
@@ -1605,7 +1689,7 @@ function filterHeading(layer, number) {
   return [
     heading(`${layer} / ${number} `, filter.dead ? "" : chip(filter.preferred_class)),
     note(neighbour(-1, "previous"), neighbour(1, "next"), "(arrow keys) ", link([layer], `all of ${layer}`),
-      " (Escape)"),
+      " (Escape). ", livePage, missing),
   ];
 }
 
@@ -1677,8 +1761,9 @@ function classSentence(index) {
   const mistaken = others.filter(({ count, other }) => count > 0 && other !== index);
   mistaken.sort((a, b) => b.count - a.count);
   const list = mistaken.map(({ name, count }) => `${name} (${count})`).join(", ");
-  return `${withCommas(counts[index])} of ${withCommas(total)} test images are recognised `
-    + `(${percent(counts[index] / total)}).${list ? ` The others are taken for ${list}.` : ""}`;
+  const [share, low, high] = data.recognised[index].map(percent);
+  return `${withCommas(counts[index])} of ${withCommas(total)} test images are recognised (${share}, 95 % `
+    + `interval ${low} to ${high}).${list ? ` The others are taken for ${list}.` : ""}`;
 }
 
 // Numbers of a layer's filters, largest value first; filters whose value is null are left out.
@@ -1708,25 +1793,44 @@ function classView(name) {
   ];
 }
 
-// How a projection is read, and how far it can be trusted, with the numbers of trust.csv.
+// The row of trust.csv for a test and a condition; of several shares of the window, for the largest one.
+function trustRow(test, condition) {
+  const rows = data.trust.filter((row) => row.test === test && row.condition === condition);
+  return rows.sort((a, b) => b.share - a.share)[0];
+}
+
+// How a projection is read, and how far it can be trusted.
 function readingParagraphs() {
-  const median = (test, condition) =>
-    data.trust.find((row) => row.test === test && row.condition === condition).median;
-  const kept = (condition) => percent(median("kept", condition));
-  const correlation = (condition) => twoDecimals(median("random weights, envelope taken out", condition));
+  const reading = "Grey is zero. Light and dark, and opposite colours, are opposite signs. A projection "
+    + "shows what in one image an activation went back to, not what the filter responds to in general: "
+    + "compare all examples. The pictures of this page are compressed, which blurs faint structure; the "
+    + "pictures in deconv/ are not.";
+
+  const kept = (condition) => trustRow("insertion", condition);
+  const alike = (condition) => trustRow("partial rank correlation", condition);
+  const projection = kept("projection");
+  const chance = kept("chance");
+  const edges = kept("edges x envelope");
+  const otherFilter = kept("other filter, same window");
+  const sameImage = alike("other filter, same window");
+  const sameFilter = alike("same filter, other image");
+
+  const isKnown = (row) => row !== undefined && row.median !== null;
+  if (![projection, chance, edges, otherFilter, sameImage, sameFilter].every(isKnown)) {
+    return [reading, "How far a projection can be trusted is not known, because trust.csv lacks a number."];
+  }
+  const showsImage = sameImage.median > sameFilter.median;
   return [
-    "Grey is zero. Light and dark, and opposite colours, are opposite signs. A projection shows what in one "
-    + "image an activation went back to, not what the filter responds to in general: compare all examples. "
-    + "The pictures of this page are compressed, which blurs faint structure; the ones in deconv/ are not.",
-    "A projection points at pixels that matter to its unit. If only the quarter of a window's pixels with "
-    + `the largest magnitude is kept, ${kept("projection")} of an activation of conv4 is left (median). It `
-    + `is ${kept("gradient")} if the gradient chooses the quarter, ${kept("other filter")} if another `
-    + `filter's projection chooses it, and ${kept("random")} by chance. The image's edges, which know no `
-    + `filter, keep ${kept("edges")}: smooth masks keep more.`,
-    "How much of it was learned? Projections through random weights have a partial rank correlation of "
-    + `${correlation("conv4 to conv1")} with the trained ones, given the mean window profile. It is `
-    + `${correlation("other filter, same place")} for other filters at the same place, and `
-    + `${correlation("other filter, other image")} for other filters in other images.`,
+    reading,
+    `If only the ${percent(projection.share)} of a window that the projection ranks highest are kept, `
+    + `${percent(projection.median)} of the unit's activation is left. If chance chooses them, `
+    + `${percent(chance.median)} is left (medians over ${projection.n} units of conv4).`,
+    `If the edges of the image choose them, ${percent(edges.median)} is left. If another filter's projection `
+    + `in the same window does, ${percent(otherFilter.median)} is left.`,
+    "A filter's projection has a partial rank correlation of "
+    + `${twoDecimals(sameImage.median)} with another filter's projection in the same window, and of `
+    + `${twoDecimals(sameFilter.median)} with its own projection in another image: a projection shows the `
+    + (showsImage ? "image first, and the filter second." : "filter first, and the image second."),
   ];
 }
 

@@ -93,6 +93,7 @@ def drawn(pipeline: Path) -> Drawn:
         patch.chdir(pipeline)
         patch.setattr(load_data, "check_file", lambda path: None)  # as if these had been published
         patch.setattr(heatmap, "write_explorer", lambda *_: None)
+        patch.setattr(heatmap, "remove_old", lambda _: None)
         patch.setattr(heatmap, "save_table", lambda *_: None)
         for name, value in {**FAST[heatmap], "DEVICE": "cpu", "save_figure": keep}.items():
             patch.setattr(heatmap, name, value)
@@ -296,14 +297,13 @@ def test_the_figure_of_occlusion_frames_the_square_and_names_the_classes() -> No
     occlusions = [Occlusion(2 * unit, unit, probability, 2)]
     zero = np.array([0])
     units = Units(image=np.array([7]), filter=np.array([5]), row=zero, column=zero, value=np.array([1.5]))
-    under = np.array([[[3.0, 4], [1, 2]]])  # most under the square at the upper right
-    table = heatmap.tabulate_occlusion(occlusions, units, under, ["ant", "bee", "cow"])
-    assert table.to_numpy().tolist() == [[7, 5, "cow", 1.5, 0.5, 0.25, pytest.approx(1), "ant 75%"]]
+    table = heatmap.tabulate_occlusion(occlusions, units, ["ant", "bee", "cow"])
+    assert table.to_numpy().tolist() == [[7, 5, "cow", 1.5, 0.5, 0.25, "ant 75 %"]]
     figure = heatmap.draw_occlusion(some_images(1), occlusions, np.ones((1, 96, 96)), table, Occluder(24, 48))
     assert shown(figure, 1).tolist() == (2 * unit).tolist()
     assert shown(figure, 2).tolist() == unit.tolist()
     assert shown(figure, 4).tolist() == [[0, 0], [0.6, 0]]
-    assert figure.axes[4].get_xlabel() == "ant 75%"
+    assert figure.axes[4].get_xlabel() == "ant 75 %"
     frame: Any = figure.axes[0].patches[0]
     assert frame.get_xy() == (72 - 12, 24 - 12)  # column and row: the upper right square
     plt.close(figure)
@@ -338,11 +338,13 @@ def test_features_move_by_a_share_of_their_norm_and_not_in_an_unchanged_image(ma
     unchanged = measured[measured["degree"] == 0]
     changed = measured[measured["degree"] == 3]
     assert changed["image"].tolist() == list(range(60))
-    for k, name in ((0, "distance in conv1"), (3, "distance in conv4")):
-        norm = before[k][0].flatten(1).norm(dim=1)
-        expected = (after[k][0] - before[k][0]).flatten(1).norm(dim=1) / norm
-        np.testing.assert_allclose(changed[name], expected, rtol=1e-3)
-        assert expected.min() > 0.01 and unchanged[name].max() < 1e-3
+    # the first layer by its map; the last by what the classifier sees, 2 x 2 regions
+    first = [layers[0][0].flatten(1) for layers in (before, after)]
+    last = [F.adaptive_avg_pool2d(layers[3][0], 2).flatten(1) for layers in (before, after)]
+    for (old, new), measure in ((first, "distance in conv1"), (last, "distance in averaged conv4")):
+        expected = (new - old).norm(dim=1) / old.norm(dim=1)
+        np.testing.assert_allclose(changed[measure], expected, rtol=1e-3)
+        assert expected.min() > 0.01 and unchanged[measure].max() < 1e-3
     for rows, images in ((unchanged, batch), (changed, down)):
         probabilities = net(images).softmax(dim=1).numpy()
         truth = probabilities[np.arange(60), split.labels]
@@ -350,7 +352,7 @@ def test_features_move_by_a_share_of_their_norm_and_not_in_an_unchanged_image(ma
         assert (rows["accuracy"] == (probabilities.argmax(axis=1) == split.labels)).all()
     for transformation, degree in (("zoom", 1), ("angle", 0)):
         table = heatmap.measure_invariance(net, split, transformation, [degree])
-        assert table[["distance in conv1", "distance in conv4"]].to_numpy().max() < 1e-3
+        assert table[list(heatmap.MEASURES[:2])].to_numpy().max() < 1e-3
 
 
 def test_examples_are_the_transformed_images_and_means_have_normal_intervals(make_net: MakeNet) -> None:
@@ -360,13 +362,14 @@ def test_examples_are_the_transformed_images_and_means_have_normal_intervals(mak
     degrees = list(range(-40, 50, 10))
     curves = heatmap.measure_invariance(net, Split(images, np.array([0, 2])), "shift", degrees)
     means = heatmap.tabulate_invariance(curves)
-    row = means.query("measure == 'distance in conv4' and degree == 40").iloc[0]
-    first, second = curves.query("degree == 40")["distance in conv4"]
+    row = means.query("measure == 'distance in conv1' and degree == 40").iloc[0]
+    first, second = curves.query("degree == 40")["distance in conv1"]
     reach = 1.96 * abs(first - second) / 2  # deviation of two values over the root of two
     assert row["mean"] == pytest.approx((first + second) / 2)
     assert [row["low"], row["high"]] == pytest.approx([row["mean"] - reach, row["mean"] + reach])
 
-    figure = heatmap.draw_invariance(net, images, curves, means, ["a", "b"])
+    figure = heatmap.draw_invariance(net, images, curves, means, ["_a", "$b$"])
+    assert [text.get_text() for text in figure.legends[0].texts] == ["_a", "$b$", "mean of 2 images"]
     sheet = shown(figure, 0).reshape(2, 96, 5, 96, 3)  # of -40, -20, ... 40
     sheet = sheet.transpose(0, 2, 4, 1, 3).astype(int)  # (images, degrees, 3, rows, columns)
     np.testing.assert_allclose(sheet[:, 2], images, atol=1)
@@ -377,6 +380,106 @@ def test_examples_are_the_transformed_images_and_means_have_normal_intervals(mak
         line: Any = ax.lines[1].get_xydata()
         np.testing.assert_allclose(line, second_image[["degree", measure]])
     plt.close(figure)
+
+
+def test_shares_have_intervals_after_wilson_that_stay_between_0_and_1() -> None:
+    # Newcombe 1998, Table I
+    assert heatmap.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert heatmap.wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    curves = pd.DataFrame({"kind": "shift", "degree": 2, "image": range(20)})
+    for measure in heatmap.MEASURES:
+        curves[measure] = 1.0
+    means = heatmap.tabulate_invariance(curves)
+    row = means[means["measure"] == "accuracy"].iloc[0]
+    assert [row["low"], row["high"]] == pytest.approx([1 - 0.1611, 1], abs=1e-4)
+
+
+# ---------------------------------------------------------------- what cannot be drawn
+
+
+def test_figures_of_images_are_left_out_with_a_line_if_no_image_is_right(
+    make_net: MakeNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = make_inputs(lively(make_net), Split(some_images(3), np.arange(3)))
+    nothing = np.array([], np.int64)
+    heatmap.run_occlusion(inputs, nothing, Occluder(24, 24))
+    heatmap.run_invariance(inputs, nothing, {"shift": [0]}, 3)
+    assert capsys.readouterr().out.splitlines() == [
+        "occlusion.png is left out: no image is classified correctly",
+        "invariance.png is left out: no image is classified correctly",
+    ]
+    assert not list(Path().iterdir())
+
+
+def test_figures_of_conv4_are_left_out_with_a_line_if_none_of_its_filters_fires(
+    make_net: MakeNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = lively(make_net)
+    net.blocks[3].bn.weight.zero_()
+    net.blocks[3].bn.bias.fill_(-1)
+    inputs = make_inputs(net, Split(some_images(3), np.arange(3)))
+    heatmap.picture_all_classes(inputs)
+    heatmap.picture_class(inputs, 0, 4, 3)
+    heatmap.picture_images(inputs, 4)
+    heatmap.run_occlusion(inputs, np.arange(3), Occluder(24, 24))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("no filter of conv4 fires on any test image" in line for line in lines)
+    assert not list(Path().iterdir())
+    heatmap.run_invariance(inputs, np.arange(3), {"shift": [0, 2, 4]}, 3)
+    table = pd.read_csv("outputs/invariance.csv")
+    undefined = table[table["measure"] == "distance in averaged conv4"]
+    assert undefined["n"].eq(0).all() and undefined[["mean", "low", "high"]].isna().to_numpy().all()
+    assert table.loc[table["measure"] == "distance in conv1", "n"].eq(3).all()
+
+
+def test_figures_with_a_row_a_class_are_left_out_with_a_line_if_there_are_too_many(
+    make_net: MakeNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = make_inputs(lively(make_net), Split(some_images(3), np.arange(3)))
+    names = [f"class {k}" for k in range(501)]
+    inputs = inputs._replace(checkpoint=inputs.checkpoint._replace(class_names=names))
+    heatmap.picture_all_classes(inputs)
+    heatmap.picture_images(inputs, 4)
+    heatmap.run_occlusion(inputs, np.arange(3), Occluder(24, 24))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("501 classes" in line for line in lines)
+    heatmap.run_invariance(inputs, np.arange(3), {"shift": [0, 2, 4]}, 100)  # at least one image of each
+    assert pd.read_csv("outputs/invariance.csv")["n"].eq(3).all()
+
+
+def test_a_filter_that_fires_on_no_image_of_a_class_is_drawn_without_a_warning() -> None:
+    ranking = pd.DataFrame(
+        {
+            "filter": [5],
+            "selectivity": -1.0,
+            "activation_mean": 0.0,
+            "preferred_class": "x" * 200,
+            "preferred_share": 0.98,
+            "top_class": "y" * 200,
+        }
+    )
+    zero = np.zeros((1, 96, 96))
+    figure = heatmap.draw_class(ranking, zero, some_images(1)[:, None], zero[:, None], np.zeros((1, 1)))
+    assert not shown(figure, 0).any() and not shown(figure, 2).any()
+    assert max(len(line) for line in figure.axes[0].get_ylabel().splitlines()) < 50  # long names are cut
+    plt.close(figure)
+
+
+def test_what_an_earlier_run_wrote_of_other_classes_and_more_filters_goes() -> None:
+    old = [
+        Path("heatmaps/class_7_zebra.png"),
+        Path("heatmaps/occlusion.png"),
+        Path("occlusion.csv"),
+        Path("explorer/index.html"),
+        Path("explorer/conv4.webp"),
+        Path("explorer/conv4/999.webp"),
+    ]
+    kept = [Path("heatmaps/of_my_own.png"), Path("trust.csv"), Path("deconv/conv4_filters_000_to_015.png")]
+    for path in old + kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    heatmap.remove_old(Path())
+    assert {path for path in Path().rglob("*.*") if path.is_file()} == set(kept)
 
 
 # ---------------------------------------------------------------- the explorer
@@ -450,12 +553,16 @@ def test_the_page_holds_the_values_of_the_tables(drawn: Drawn, layer: str, count
 
 
 def test_the_page_knows_which_images_are_taken_for_which_class(drawn: Drawn) -> None:
-    confusion = np.array(embedded(drawn.inputs.outputs / "explorer/index.html")["confusion"])
+    page = embedded(drawn.inputs.outputs / "explorer/index.html")
+    confusion = np.array(page["confusion"])
     test = drawn.inputs.test
     predictions = heatmap.predict(drawn.inputs.net, test.images)
     assert confusion.sum(axis=1).tolist() == [3] * 10
     assert confusion[2, 5] == np.count_nonzero((test.labels == 2) & (predictions == 5))
     assert np.trace(confusion) == np.count_nonzero(predictions == test.labels)
+    for label, (share, low, high) in enumerate(page["recognised"]):
+        assert share == pytest.approx(confusion[label, label] / 3, abs=1e-4)
+        assert 0 <= low <= share <= high <= 1
 
 
 def test_peak_activations_are_counted_by_hand() -> None:
@@ -476,8 +583,7 @@ def test_similar_filters_fire_on_the_same_images() -> None:
     assert similar[0][0][1] == pytest.approx(1)
 
 
-def test_old_pictures_go_and_a_run_without_snapshots_has_one_epoch(pipeline_copy: Path) -> None:
-    (pipeline_copy / "explorer/conv4/999.webp").touch()  # of a network with more filters
+def test_a_run_without_snapshots_has_one_epoch(pipeline_copy: Path) -> None:
     checkpoint = load_checkpoint(pipeline_copy / "CNN.pth")
     inputs = heatmap.read_inputs(checkpoint, Path("data"), pipeline_copy)
     heatmap.write_explorer(inputs, [checkpoint], heatmap.predict(inputs.net, inputs.test.images), 9)
@@ -505,7 +611,7 @@ def browse(page: Path, *visits: str) -> list[str]:
             else document.body.dispatchEvent(new KeyboardEvent("keydown", { key: visit, bubbles: true }));
             await new Promise((resolve) => setTimeout(resolve, 100));
             shown.push(main.cloneNode(true));
-            if (main.scrollWidth > innerWidth) console.error("too wide");
+            if (main.scrollWidth > innerWidth) console.error(`${visit} is too wide`);
         }
         document.body.replaceChildren(...shown);
     })();</script>"""
@@ -537,9 +643,21 @@ def linked_filters(document: str, layer: str) -> list[int]:
     return [int(number) for number in re.findall(rf'href="#{layer}/(\d+)"', document)]
 
 
-@NEEDS_CHROMIUM
-def test_the_page_works_in_a_browser(pipeline: Path) -> None:
+@pytest.fixture
+def page(pipeline: Path) -> Path:
+    """The pipeline's page with all that it links to, to be changed."""
     shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
+    Path("outputs/deconv_live.html").touch()
+    return Path("outputs/explorer/index.html")
+
+
+def change(page: Path, **facts: Any) -> None:
+    """Write the page again with other facts."""
+    page.write_text(heatmap.EXPLORER.replace("__DATA__", page_json(embedded(page) | facts)))
+
+
+@NEEDS_CHROMIUM
+def test_the_page_works_in_a_browser(page: Path) -> None:
     table = pd.read_csv("outputs/filter_metrics.csv").query("layer == 'conv4'")
     table = table.sort_values("selectivity", ascending=False, kind="stable", na_position="last")
     order = table["filter"].tolist()
@@ -555,7 +673,7 @@ def test_the_page_works_in_a_browser(pipeline: Path) -> None:
         "#class/bird",
         "#run",
     ]
-    documents = browse(Path("outputs/explorer/index.html"), *visits)
+    documents = browse(page, *visits)
     for layer, count, document in zip(LAYERS, FILTERS, documents, strict=False):
         assert linked_filters(document, layer) == list(range(count))
     by_selectivity, second, before, after, back, one_class, bird, run = documents[4:]
@@ -569,15 +687,70 @@ def test_the_page_works_in_a_browser(pipeline: Path) -> None:
 
 
 @NEEDS_CHROMIUM
-def test_names_of_classes_do_no_harm_in_the_page(pipeline: Path) -> None:
-    shutil.copytree(pipeline / "outputs", "outputs", copy_function=shutil.copyfile)
-    page = Path("outputs/explorer/index.html")
-    names = ["</script><b>", "../x", "a&b=c#d?e/f%", "\"'`${1}"]
-    content = page.read_text()
-    for name, evil in zip(STL10_CLASSES, names, strict=False):
-        content = content.replace(f'"{name}"', page_json(evil))
-    page.write_text(content.replace('"generated":false', '"generated":true'))
-    documents = browse(page, *(f"#class/{quote(name, safe='')}" for name in names))
-    for name, document in zip(names, documents, strict=True):
+def test_names_of_classes_do_no_harm_in_the_page(page: Path) -> None:
+    names = ["</script><b>", "../x", "a&b=c#d?e/f%", "\"'`${1}", "$_$ <i>", "x" * 200]
+    new_names = dict(zip(STL10_CLASSES, names, strict=False))
+    layers = embedded(page)["layers"]
+    for layer in layers.values():
+        for shown_filter in layer["filters"]:
+            for key in ("preferred_class", "runner_up", "top_class"):
+                shown_filter[key] = new_names.get(shown_filter[key], shown_filter[key])
+    change(page, classes=[new_names.get(name, name) for name in STL10_CLASSES], layers=layers, generated=True)
+    addresses = [f"#class/{quote(name, safe='')}" for name in names]
+    filters = [f"#conv4/{number}" for number in range(FILTERS[-1])]
+    documents = browse(page, *addresses, *filters, f"#conv4?class={quote(names[-1])}", "#conv3")
+    for name, document in zip(names, documents, strict=False):
         assert f">{html.escape(name, quote=False)}</h1>" in document and "<b>&" not in document
-        assert "Generated shapes, no photographs" in document
+    assert all("Generated shapes, no photographs" in document for document in documents)
+
+
+@NEEDS_CHROMIUM
+def test_figures_are_linked_whatever_their_files_are_called(page: Path) -> None:
+    names = ["deconv/what?.png", "cat #1.png", "50 %.png", "a&b.png"]
+    for name in names:
+        (Path("outputs") / name).touch()
+    change(page, figures=names)
+    (document,) = browse(page, "#run")  # which opens every link
+    assert all(f">{html.escape(name)}</a>" in document for name in names)
+
+
+@NEEDS_CHROMIUM
+def test_a_filter_is_linked_to_the_live_page_and_the_command_that_writes_it(page: Path) -> None:
+    change(page, live_page=True)
+    (with_page,) = browse(page, "#conv3/2")
+    change(page, live_page=False)
+    (without,) = browse(page, "#conv3/2")
+    for document in (with_page, without):
+        assert 'href="../deconv_live.html#conv3/2"' in document
+    assert "uv run deconv.py" in without and "uv run deconv.py" not in with_page
+
+
+@NEEDS_CHROMIUM
+def test_the_page_quotes_the_numbers_of_the_table_of_trust(page: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    medians = {
+        ("insertion", "projection"): 0.594,
+        ("insertion", "chance"): 0.136,
+        ("insertion", "edges x envelope"): 0.582,
+        ("insertion", "other filter, same window"): 0.487,
+        ("partial rank correlation", "other filter, same window"): 0.574,
+        ("partial rank correlation", "same filter, other image"): 0.118,
+    }
+    for (test, condition), value in medians.items():
+        entry = {"test": test, "condition": condition, "n": 251}
+        if test == "insertion":  # of two shares the page quotes the larger one
+            rows.append({**entry, "share": 0.1, "median": value / 2})
+            rows.append({**entry, "share": 0.25, "median": value})
+        else:
+            rows.append({**entry, "share": None, "median": value})
+    change(page, trust=rows)
+    (document,) = browse(page, "#run")
+    paragraphs = [re.findall(r"[\d.]+\d", text) for text in re.findall(r"<p>(.*?)</p>", document)]
+    assert paragraphs[1:4] == [["25", "59", "14", "251"], ["58", "49"], ["0.57", "0.12"]]
+    rows[-1]["median"] = 0.9
+    change(page, trust=rows)
+    (other_way_round,) = browse(page, "#run")
+    assert "image first" in document and "filter first" in other_way_round
+    rows[-1]["median"] = None
+    change(page, trust=rows)
+    assert "lacks a number" in browse(page, "#run")[0]

@@ -110,7 +110,7 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
         ("ablation", 11 * FILTERS[-1], "filter class selectivity contribution loss_increase"),
         ("ablation_summary", 9, "quantity value low high"),
         ("trust", 2 * 13 + 2 * 6 * 3, "test condition median low high n"),
-        ("occlusion", -1, "image filter label activation activity unit correlation taken_for"),
+        ("occlusion", -1, "image filter label activation activity unit taken_for"),
         ("invariance", 4 * (13 + 9 + 18), "kind degree measure mean low high n"),
         ("probes", 8, "layer network accuracy low high inputs decay"),
         (
