@@ -8,9 +8,14 @@ Every later stage imports the network from here. The same file holds the geometr
 checkpoint, the choice of device, and the function that writes a file whole or not at all.
 """
 
+import errno
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +25,16 @@ from torch import Tensor, nn
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
 IMAGE_SIZE = 96  # rows and columns of an image
+WRITE_ERRORS = (  # of a file or folder that cannot be written, whatever is written
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 # ---------------------------------------------------------------- the network
@@ -158,14 +173,16 @@ class CNN(nn.Module):
         """Average the pooled maps of conv4 over head_size x head_size regions.
 
         The regions start at equal steps and are large enough to cover the map, so they overlap where
-        head_size does not divide it. Adaptive pooling would do the same, but fails on Apple GPUs.
+        head_size does not divide it. Where it does, adaptive pooling is the same; where it does not, adaptive
+        pooling fails on Apple GPUs.
         """
         head_size = self.config["head_size"]
         strides = [side // head_size for side in pooled.shape[-2:]]
         kernels = [
             side - (head_size - 1) * stride for side, stride in zip(pooled.shape[-2:], strides, strict=True)
         ]
-        return F.avg_pool2d(pooled, kernels, strides)
+        # contiguous, because on Apple GPUs the gradient of channels-last maps is wrong (PyTorch issue 175190)
+        return F.avg_pool2d(pooled.contiguous(), kernels, strides)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Return logits (images, classes) for the pooled maps of conv4."""
@@ -237,6 +254,10 @@ def frame_sizes(net: CNN, image_size: int) -> FrameSizes:
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" takes CUDA if it is there, then Apple's GPU, then the CPU.
 
+    Every script calls this first, so here NVIDIA's GPUs are kept from computing convolutions in TF32, with 10
+    bits of precision: projections would be off by more than the 1e-5 that they are held to. train_CNN.py
+    allows TF32 while it trains.
+
     Raises:
         SystemExit: If this machine has no such device.
     """
@@ -249,6 +270,7 @@ def choose_device(name: str) -> torch.device:
 
     if name != "auto" and name not in present:
         raise SystemExit(f'DEVICE is {name!r}; this machine has {", ".join(present)} (or "auto")')
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device(present[0] if name == "auto" else name)
 
 
@@ -257,15 +279,57 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a path to write to, which becomes `path` if the block ends well; nothing is left behind otherwise.
 
     In `path` ~ is the home folder. Missing folders are made.
+
+    Raises:
+        SystemExit: If the disk is full, or the file may not be written or is open in another program.
     """
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process has another one
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        partial.replace(path)
+        retry(lambda: partial.replace(path), path)
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        # where the folder should be there is a file or a dead link
+        is_no_folder = error.errno in (errno.EEXIST, errno.ENOTDIR)
+        reason = f"{path.parent} is no folder" if is_no_folder else error.strerror
+        raise SystemExit(f"{path.absolute()} cannot be written: {reason}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the error above says more
+            partial.unlink()
+
+
+def retry(action: Callable[[], object], path: Path) -> None:
+    """Replace or remove `path`, trying for two seconds, because on Windows a viewer may hold it open."""
+    for _ in range(20):
+        try:
+            action()
+            return
+        except PermissionError:
+            time.sleep(0.1)
+    raise SystemExit(f"{path.absolute()} cannot be replaced: close the program that has it open and run again")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(); where it is interrupted, end with one line.
+
+    An interruption is Ctrl-C, or a reader of the output that stops reading, as `| head` does. Letters that
+    the terminal cannot show are replaced, because a class may have any name.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+    except BrokenPipeError:
+        # Python flushes standard output once more at its end, which must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit("nobody reads the output any more: stopped") from None
 
 
 class Checkpoint(NamedTuple):
@@ -301,9 +365,15 @@ def save_checkpoint(path: str | Path, net: CNN, **facts: Any) -> None:
     """
     net = getattr(net, "_orig_mod", getattr(net, "module", net))
     weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
-    content = {"state_dict": weights, "config": net.config, **facts}
+    save_content({"state_dict": weights, "config": net.config, **facts}, path)
+
+
+def save_content(content: dict[str, Any], path: str | Path) -> None:
+    """Write what torch.save makes of `content` to `path`, whole or not at all."""
+    buffer = io.BytesIO()  # in between, because torch hides the error of a full disk behind one of its own
+    torch.save(content, buffer)
     with atomic_write(path) as partial:
-        torch.save(content, partial)
+        partial.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -331,9 +401,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         net.load_state_dict(content["state_dict"])
         facts = {key: content[key] for key in Checkpoint._fields if key not in ("net", "sha256")}
     except Exception as error:  # what torch raises for a damaged file is of nearly any type
+        is_snapshot = path.parent.name == "snapshots"
+        advice = "delete it" if is_snapshot else "move it elsewhere and run `uv run train_CNN.py` again"
         raise SystemExit(
-            f"{path} is damaged or no checkpoint of this network ({type(error).__name__}): "
-            "move it elsewhere and run `uv run train_CNN.py` again"
+            f"{path} is damaged or no checkpoint of this network ({type(error).__name__}): {advice}"
         ) from None
     net = net.eval().requires_grad_(False).to(device)
     return Checkpoint(net=net, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **facts)
@@ -359,4 +430,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -37,7 +37,7 @@ from torchvision.datasets import STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from CNN import IMAGE_SIZE, Checkpoint, atomic_write
+from CNN import IMAGE_SIZE, Checkpoint, atomic_write, run_script
 
 Array = NDArray[Any]  # docstrings say shape and type
 
@@ -58,6 +58,8 @@ FILES = {  # name: (bytes, md5 sum)
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 TITLES = {"stl10": "STL-10", "folders": "your pictures", "shapes": "generated shapes"}  # in figures and logs
 DPI = 200  # of figures
+# Columns of text, whose class names may look like numbers, truth values or nothing: 001, 1e5, True, NA, null
+TEXT_COLUMNS = ("checkpoint", "dataset", "class", "preferred_class", "runner_up", "top_class", "taken_for")
 
 # The generated stand-in. A function returns the signed distance of points to the outline of a shape, negative
 # inside, in units of its radius. x and y are a point's coordinates, r and t its polar ones, t in turns. The
@@ -262,9 +264,9 @@ def read_picture(path: str | Path) -> Array:
     """Read a picture, crop its centre to a square and resize it to 96 x 96 pixels.
 
     Args:
-        path: A file of any format that Pillow reads. The picture is turned as its camera says (EXIF) and put
-            on white where it is transparent. Where a channel has more than 8 bits, the brightest value
-            becomes white.
+        path: A file of any format that Pillow reads, of any size. The picture is turned as its camera says
+            (EXIF) and put on white where it is transparent. Where a channel has more than 8 bits, the
+            brightest value becomes white.
 
     Returns:
         The picture, uint8 (3, 96, 96).
@@ -272,16 +274,35 @@ def read_picture(path: str | Path) -> Array:
     Raises:
         Exception: If the file is no picture or damaged; what Pillow raises then is of nearly any type.
     """
+    Image.MAX_IMAGE_PIXELS = None  # a large photograph of the user's own is no attack
     with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
+        # a large JPEG is decoded at an eighth, a quarter or half of its size, several times as fast
+        file.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
+        try:
+            picture = ImageOps.exif_transpose(file)
+        except Exception:  # where the EXIF data are damaged, of nearly any type; the picture may be sound
+            picture = file
         if picture.mode.startswith(("I", "F")):  # 16 or 32 bits; convert() would cut them off at 255
-            values = np.asarray(picture, np.float64).clip(min=0)
-            picture = Image.fromarray((255 * values / max(values.max(), 1)).astype(np.uint8))
+            picture = Image.fromarray(to_grey_levels(np.asarray(picture, np.float64)))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         square = ImageOps.fit(picture.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))  # (rows, columns, 3) -> (3, ...)
+
+
+def to_grey_levels(values: Array) -> Array:
+    """Scale a picture's values to 0 to 255, so that the largest becomes white and 0 becomes black.
+
+    Where there are negative values, the smallest becomes black instead. What is not a number becomes black,
+    and infinity counts as the largest finite value.
+    """
+    finite = values[np.isfinite(values)]
+    low = min(0.0, finite.min(initial=0))
+    high = finite.max(initial=low)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    levels: Array = 255 * (values - low) / max(high - low, np.finfo(np.float64).tiny)
+    return levels.astype(np.uint8)
 
 
 def read_folders(folder: Path, names: list[str]) -> Split:
@@ -402,13 +423,24 @@ def draw_image(shape: str, rng: np.random.Generator) -> Array:
 
 
 def mean_and_std(images: Array) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each channel of uint8 images, on a scale of 0 to 1, (3,) each."""
-    # a channel's histogram says how often each of the 256 grey levels occurs
-    counts = np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(3)])
+    """Return mean and standard deviation of each channel of uint8 images, on a scale of 0 to 1, (3,) each.
+
+    The standard deviation is at least one grey level, so that a channel that is the same in all pixels can be
+    divided by it.
+    """
+    # a channel's histogram says how often each of the 256 grey levels occurs; bincount takes 8 bytes a pixel,
+    # so it counts some images at a time
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 500):
+        for channel in range(3):
+            pixels = images[start : start + 500, channel].ravel()
+            counts[channel] += np.bincount(pixels, minlength=256)
+
     shares = counts / counts.sum(axis=1, keepdims=True)
     levels = np.arange(256) / 255
     mean = shares @ levels
-    return mean, np.sqrt(shares @ levels**2 - mean**2)
+    variance = shares @ levels**2 - mean**2
+    return mean, np.sqrt(np.maximum(variance, 1 / 255**2))
 
 
 class Augmentation(NamedTuple):
@@ -560,8 +592,9 @@ def load_table(path: str | Path, checkpoint: Checkpoint) -> pd.DataFrame:
     advice = "run `uv run analyse_projections.py`"
     if not path.is_file():
         raise SystemExit(f"{path.absolute()} not found: {advice} first")
-    try:  # the checkpoint is read as text, because 123456789012 would become a number
-        table = pd.read_csv(path, dtype={"checkpoint": str})
+    try:
+        dtypes = dict.fromkeys(TEXT_COLUMNS, str)
+        table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
         matches = (table["checkpoint"] == checkpoint.sha256[:12]).all()
     except (ValueError, KeyError) as error:  # pandas' parser and Unicode errors are ValueErrors
         raise SystemExit(
@@ -586,7 +619,11 @@ def set_style() -> None:
     """Give all figures one look, whatever the user's matplotlib settings are; draw to files only."""
     plt.switch_backend("agg")
     plt.rcdefaults()
-    sns.set_theme(context="paper", style="white", palette="colorblind", rc={"figure.dpi": DPI})
+    style = {
+        "figure.dpi": DPI,
+        "text.parse_math": False,  # the dollars of a class called US$ are no formula
+    }
+    sns.set_theme(context="paper", style="white", palette="colorblind", rc=style)
 
 
 def tile(pictures: Array, columns: int, gap: int) -> Array:
@@ -643,4 +680,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

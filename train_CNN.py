@@ -6,13 +6,15 @@ Reads:  data/stl10_binary/{train,test}_{X,y}.bin, which it downloads if they are
 Writes: outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/training_log.csv,
         outputs/training_curves.png, outputs/confusion_matrix.png, outputs/conv1_filters.png
 
-An interrupted run goes on from the last finished epoch, kept in outputs/training_state_*.pth, when the script
-is started again with the same settings.
+An interrupted run goes on from the last finished epoch when the script is started again with the same
+settings. Until a training ends, outputs/training_state_*.pth keeps its state and the folder
+outputs/training_state_* its snapshots, so that a finished network and its snapshots stay together.
 """
 
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Collection
@@ -30,7 +32,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from CNN import CNN, IMAGE_SIZE, atomic_write, choose_device, load_checkpoint, save_checkpoint
+from CNN import (
+    CNN,
+    IMAGE_SIZE,
+    choose_device,
+    load_checkpoint,
+    retry,
+    run_script,
+    save_checkpoint,
+    save_content,
+)
 from load_data import (
     TITLES,
     Array,
@@ -70,7 +81,7 @@ WARM_UP = 0.15  # share of the training in which the learning rates rise; then t
 WEIGHT_DECAY = 0.05  # of the classifier's weights, not of batch norm
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes
 AUGMENTATION = Augmentation(shift=12, zoom=0.25, rotation=10, colour=0.3, cutout=16)  # load_data.py says what
-MEASURE_EVERY = 5  # epochs between measurements on the test images, also made at snapshots and at the end
+MEASURE_EVERY = 5  # epochs between measurements on the test images; 0: only at snapshots and at the end
 SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # files
@@ -150,10 +161,12 @@ def part_of_training(train: Split, test: Split, train_on: str, folds: Path) -> t
 
 def choose_precision(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the hardware multiplies it, else float32."""
+    fast = False
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -266,7 +279,7 @@ class Trainer:
         precision: Precision of the forward and the backward pass; weights and optimisers stay in float32.
 
     Raises:
-        SystemExit: If there are fewer images than a batch needs, or they do not fit through the network.
+        SystemExit: If there is no epoch or no batch to train on, or images do not fit through the network.
     """
 
     def __init__(self, train: Split, settings: dict[str, Any], device: torch.device, precision: torch.dtype):
@@ -278,6 +291,8 @@ class Trainer:
         self.steps = len(self.images) // self.batch_size  # in an epoch
         self.smoothing = settings["label_smoothing"]
         self.augmentation = Augmentation(**settings["augmentation"])
+        if self.epochs < 1:
+            raise SystemExit(f"EPOCHS is {self.epochs}; a training takes at least 1")
         if self.steps == 0:
             count = len(self.images)
             raise SystemExit(
@@ -294,11 +309,12 @@ class Trainer:
 
         self.optimizers = build_optimizers(self.net, settings)
         self.schedules = []
+        total = self.epochs * self.steps + 1  # the schedule is asked once more after the last step
+        # OneCycleLR divides by zero where the warm-up is exactly one step
+        warm_up = float(settings["warm_up"]) if settings["warm_up"] * total > 1 else 0.0
         for optimizer in self.optimizers:
-            total = self.epochs * self.steps + 1  # the schedule is asked once more after the last step
             rate = optimizer.defaults["lr"]
-            schedule = OneCycleLR(optimizer, rate, total, pct_start=settings["warm_up"], cycle_momentum=False)
-            self.schedules.append(schedule)
+            self.schedules.append(OneCycleLR(optimizer, rate, total, pct_start=warm_up, cycle_momentum=False))
 
     def epoch(self, bar: "tqdm[Any] | None" = None) -> Result:
         """Train on every image once, in random order, the last incomplete batch left out; `bar` counts steps.
@@ -328,7 +344,11 @@ class Trainer:
             losses.append(F.cross_entropy(logits.detach().float(), labels).item())  # what is reported
             predictions.append(logits.argmax(dim=1).cpu())
             if not math.isfinite(losses[-1]):
-                raise SystemExit(f"the loss is {losses[-1]}: lower FILTER_RATE or LEARNING_RATE")
+                is_first = self.schedules[0].last_epoch == 0  # no weight has been changed
+                advice = (
+                    "look at the images in DATA_DIR" if is_first else "lower FILTER_RATE or LEARNING_RATE"
+                )
+                raise SystemExit(f"the loss of a batch is {losses[-1]}: {advice}")
 
             # backward and a step
             self.net.zero_grad()
@@ -349,17 +369,21 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return everything that decides how the training goes on."""
-        return {
+        device = self.net.mean.device
+        state = {
             "net": self.net.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),
         }
+        if device.type != "cpu":  # dropout's numbers are drawn on the device
+            state["device_random"] = getattr(torch, device.type).get_rng_state(device)
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to what `state` returned."""
+        """Go back to what `state` returned; its tensors are on the CPU."""
+        device = self.net.mean.device
         self.net.load_state_dict(state["net"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
@@ -367,7 +391,8 @@ class Trainer:
             schedule.load_state_dict(stored)
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
-        torch.cuda.set_rng_state_all(state["cuda"])
+        if device.type != "cpu":
+            getattr(torch, device.type).set_rng_state(state["device_random"], device)
 
 
 class Files(NamedTuple):
@@ -380,16 +405,37 @@ class Files(NamedTuple):
     def state_path(self) -> Path:
         """Return where an interrupted training is kept; other settings have another file."""
         digest = hashlib.sha256(json.dumps(self.facts["settings"]).encode()).hexdigest()[:8]
-        return self.checkpoint.expanduser().with_name(f"training_state_{digest}.pth")
+        return self.checkpoint.with_name(f"training_state_{digest}.pth")
+
+    def pending_snapshots(self) -> Path:
+        """Return the folder of this training's snapshots until its end, when they replace earlier ones."""
+        return self.state_path().with_suffix("")
 
     def save_network(self, path: Path, net: CNN, epoch: int, **metrics: float) -> None:
         """Write the network after an epoch, with what was measured."""
         save_checkpoint(path, net, epochs=epoch, metrics={"split": self.split, **metrics}, **self.facts)
 
     def save_snapshot(self, net: CNN, epoch: int, accuracy: float) -> None:
-        """Write the network after an epoch into the folder of snapshots."""
-        path = self.checkpoint.parent / "snapshots" / f"epoch_{epoch:03d}.pth"
-        self.save_network(path, net, epoch, accuracy=accuracy)
+        """Write the network after an epoch into the folder of pending snapshots."""
+        self.save_network(self.pending_snapshots() / f"epoch_{epoch:03d}.pth", net, epoch, accuracy=accuracy)
+
+    def publish_snapshots(self) -> None:
+        """Put this training's snapshots in the place of an earlier training's."""
+        if self.pending_snapshots().is_dir():  # else they were published before an interruption
+            folder = self.checkpoint.with_name("snapshots")
+            if folder.exists():
+                shutil.rmtree(folder)
+            self.pending_snapshots().rename(folder)
+
+    def refuse_other_networks(self) -> None:
+        """Raise SystemExit if another network lies in the folder, whose snapshots and log would be lost."""
+        paths = sorted(self.checkpoint.parent.glob("*.pth"))
+        others = [p.name for p in paths if p != self.checkpoint and not p.name.startswith("training_state_")]
+        if others:
+            raise SystemExit(
+                f"{self.checkpoint.parent} holds {others[0]}, another network, whose snapshots, log and "
+                "figures this training would replace: set CHECKPOINT to a file in another folder"
+            )
 
 
 def train(
@@ -401,7 +447,7 @@ def train(
         trainer: The training.
         measured: The images to measure on.
         files: Where snapshots and the state go.
-        measure_every: Epochs between measurements; they are also made at snapshots and after the last epoch.
+        measure_every: Epochs between measurements, 0 for none; snapshots and the end are measured anyway.
         snapshots: Epochs after which the network is kept.
 
     Returns:
@@ -410,19 +456,21 @@ def train(
     Raises:
         SystemExit: If Ctrl-C is pressed; the state of the last finished epoch is kept.
     """
-    # also of a run that goes on, because another training may have been here since
-    files.save_snapshot(trainer.net, 0, accuracy=math.nan)
     rows = resume(files.state_path(), trainer)
+    if not rows:
+        files.save_snapshot(trainer.net, 0, accuracy=math.nan)
     print_head(files.split)
     total = trainer.epochs * trainer.steps
     bar = tqdm(total=total, initial=len(rows) * trainer.steps, unit=" steps", disable=None)
     start = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
+    torch.backends.cudnn.allow_tf32 = True  # faster on NVIDIA's GPUs; `choose_device` says why nowhere else
     try:
         for epoch in range(len(rows) + 1, trainer.epochs + 1):
             trained = trainer.epoch(bar)
 
             # measuring draws no random numbers, so how often it happens does not change the training
-            is_due = epoch % measure_every == 0 or epoch in snapshots or epoch == trainer.epochs
+            is_due = measure_every > 0 and epoch % measure_every == 0
+            is_due = is_due or epoch in snapshots or epoch == trainer.epochs
             tested = evaluate(trainer.net, measured, trainer.precision) if is_due else None
 
             seconds = time.perf_counter() - start
@@ -434,10 +482,11 @@ def train(
 
             if tested and epoch in snapshots:
                 files.save_snapshot(trainer.net, epoch, tested.accuracy)
-            with atomic_write(files.state_path()) as partial:
-                torch.save({"rows": rows, **trainer.state()}, partial)
+            save_content({"rows": rows, **trainer.state()}, files.state_path())
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; run again to go on after epoch {len(rows)}") from None
+    finally:
+        torch.backends.cudnn.allow_tf32 = False
     bar.close()
     return pd.DataFrame(rows)
 
@@ -447,7 +496,7 @@ def resume(path: Path, trainer: Trainer) -> list[Row]:
     if not path.is_file():
         return []
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         trainer.restore(state)
         rows: list[Row] = state["rows"]
     except Exception as error:  # what torch raises for a damaged file is of nearly any type
@@ -585,7 +634,8 @@ def draw_confusion(counts: Array, names: list[str], heading: str) -> Figure:
     """Draw the share of each true class's images that were taken for each class, in per cent."""
     share = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     fig, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    style: dict[str, Any] = {"annot": True, "fmt": ".0f", "cmap": "mako_r", "vmin": 0, "vmax": 100}
+    has_numbers = len(names) <= 15  # more would not fit into the cells
+    style: dict[str, Any] = {"annot": has_numbers, "fmt": ".0f", "cmap": "mako_r", "vmin": 0, "vmax": 100}
     bar = {"label": "share of the true class (%)"}
     sns.heatmap(share, square=True, xticklabels=names, yticklabels=names, cbar_kws=bar, ax=ax, **style)
     ax.tick_params(axis="x", rotation=45)
@@ -613,7 +663,7 @@ def write_figures(files: Files, data: Data, log: pd.DataFrame, net: CNN, counts:
 
 
 def report(counts: Array, names: list[str]) -> None:
-    """Print accuracy of each class, worst confusions, and the accuracy with its 95 % interval (normal)."""
+    """Print accuracy of each class, worst confusions, and the accuracy with its 95 % interval (Wilson)."""
     print(f"{'class':<12}{'accuracy':>10}{'correct':>9}{'images':>8}")
     for name, row, correct in zip(names, counts, counts.diagonal(), strict=True):
         print(f"{name:<12}{percent(correct / max(row.sum(), 1)):>10}{correct:>9}{row.sum():>8}")
@@ -624,11 +674,19 @@ def report(counts: Array, names: list[str]) -> None:
         if count := wrong[true_class, predicted_class]:
             print(f"{count} images of {names[true_class]} were taken for {names[predicted_class]}")
 
-    accuracy = counts.trace() / counts.sum()
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / counts.sum())
-    low = percent(accuracy - half, 2)
-    high = percent(accuracy + half, 2)
-    print(f"accuracy {percent(accuracy, 2)} (95 % interval {low} to {high})")
+    low, high = wilson_interval(counts.trace(), counts.sum())
+    accuracy = percent(counts.trace() / counts.sum(), 2)
+    print(f"accuracy {accuracy} (95 % interval {percent(low, 2)} to {percent(high, 2)})")
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share after Wilson (1927), which stays between 0 and 1."""
+    z = 1.96
+    share = correct / count
+    middle = share + z**2 / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return (middle - half) / scale, (middle + half) / scale
 
 
 def finish(trainer: Trainer, data: Data, files: Files, log: pd.DataFrame) -> None:
@@ -647,12 +705,14 @@ def finish(trainer: Trainer, data: Data, files: Files, log: pd.DataFrame) -> Non
         seconds=seconds,
         accuracy_mirrored=mirrored.accuracy,
     )
+    files.publish_snapshots()
     print(f"wrote {files.checkpoint} and, beside it, snapshots/")
     save_table(files.checkpoint.with_name("training_log.csv"), load_checkpoint(files.checkpoint), log)
     counts = confusion_matrix(data.measured.labels, final.predictions.numpy(), len(data.class_names))
     write_figures(files, data, log, trainer.net, counts)
-    files.state_path().unlink(missing_ok=True)
+    retry(lambda: files.state_path().unlink(missing_ok=True), files.state_path())
 
+    # last, because a terminal that cannot print a class name must not cost the files
     report(counts, data.class_names)
     print(
         f"averaged over each image and its mirror image, at twice the cost: {percent(mirrored.accuracy, 2)}"
@@ -704,11 +764,13 @@ def main() -> None:
 
     trainer = Trainer(data.train, settings, device, precision)
     facts = {"dataset": data.dataset, "class_names": data.class_names, "settings": settings}
-    files = Files(CHECKPOINT, data.split, facts)
-    log = train(trainer, data.measured, files, MEASURE_EVERY, SNAPSHOTS)
+    files = Files(Path(CHECKPOINT).expanduser(), data.split, facts)
+    files.refuse_other_networks()
+    snapshots = np.atleast_1d(SNAPSHOTS).tolist()  # (5) is no tuple but 5
+    log = train(trainer, data.measured, files, MEASURE_EVERY, snapshots)
     finish(trainer, data, files, log)
     print("next: uv run deconv.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

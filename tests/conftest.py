@@ -24,6 +24,12 @@ import train_CNN
 from CNN import CNN, Checkpoint, save_checkpoint
 from load_data import Array
 
+DEVICES = ["cpu"]  # and this machine's GPU
+if torch.cuda.is_available():
+    DEVICES.append("cuda")
+if torch.backends.mps.is_available():
+    DEVICES.append("mps")
+
 STAGES = (train_CNN, deconv, deconv_full, analyse_projections, heatmap)
 FILTERS = (4, 6, 8, 16)  # of the pipeline's network
 FAST: dict[Any, dict[str, Any]] = {  # settings of the pipeline's run

@@ -1,4 +1,7 @@
+import errno
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MakeNet, make_checkpoint, write_checkpoint
+from conftest import DEVICES, MakeNet, make_checkpoint, write_checkpoint
 
 import train_CNN
-from CNN import CNN, choose_device, frame_sizes, load_checkpoint, main, receptive_fields
+from CNN import (
+    CNN,
+    atomic_write,
+    choose_device,
+    frame_sizes,
+    load_checkpoint,
+    main,
+    receptive_fields,
+    retry,
+    save_checkpoint,
+)
 
 PATH = Path("outputs/CNN.pth")
 ROOT = Path(__file__).parent.parent
@@ -48,6 +61,37 @@ def test_each_relu_is_used_once(make_net: MakeNet) -> None:
         block.relu.register_forward_hook(lambda module, *_: calls.append(id(module)))
     net(torch.zeros(2, 3, 96, 96))
     assert len(calls) == len(set(calls)) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("head_size", "rows"), [(1, 6), (2, 6), (3, 6), (2, 5), (3, 7)])
+def test_the_head_averages_as_adaptive_pooling_does(
+    make_net: MakeNet, device: str, head_size: int, rows: int
+) -> None:
+    maps = torch.randn(2, 8, rows, rows).contiguous(memory_format=torch.channels_last).to(device)
+    by_net, by_torch = (maps.clone().requires_grad_(True) for _ in range(2))
+    averages = make_net(head_size=head_size).to(device).average(by_net)
+    expected = F.adaptive_avg_pool2d(by_torch.cpu(), head_size).to(device)
+    torch.testing.assert_close(averages, expected)
+    weights = torch.randn_like(averages)
+    (averages * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(by_net.grad, by_torch.grad)
+
+
+def test_the_head_gives_avg_pool2d_contiguous_maps_only(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Apple GPUs its gradient is wrong for others."""
+    right, layouts = F.avg_pool2d, []
+
+    def avg_pool2d(maps: torch.Tensor, *sizes: Any) -> torch.Tensor:
+        layouts.append(maps.is_contiguous())
+        return right(maps, *sizes)
+
+    monkeypatch.setattr(F, "avg_pool2d", avg_pool2d)
+    make_net().average(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last))
+    assert layouts == [True]
 
 
 def test_features_and_logits_come_from_the_same_pass(make_net: MakeNet) -> None:
@@ -144,6 +188,14 @@ def test_a_path_may_be_a_str(make_net: MakeNet) -> None:
     assert load_checkpoint(str(PATH)).epochs == 3
 
 
+def test_a_damaged_snapshot_needs_deleting_and_no_new_training() -> None:
+    path = Path("outputs/snapshots/epoch_001.pth")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"text")
+    with pytest.raises(SystemExit, match=rf"^{path} is damaged or no checkpoint .*: delete it$"):
+        load_checkpoint(path)
+
+
 def assert_refused(content: bytes | dict[str, Any]) -> None:
     PATH.write_bytes(content) if isinstance(content, bytes) else torch.save(content, PATH)
     with pytest.raises(SystemExit, match=r"^outputs/CNN.pth is damaged or no checkpoint .*elsewhere and run"):
@@ -186,6 +238,12 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
         choose_device(name)
 
 
+def test_convolutions_are_not_computed_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    choose_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_auto_takes_the_fastest_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
@@ -210,3 +268,139 @@ def test_a_wrapped_network_is_saved_without_its_wrapper(make_net: MakeNet) -> No
         write_checkpoint(wrapped)  # type: ignore[arg-type]
         loaded = load_checkpoint(Path("outputs/CNN.pth")).net
         assert all(map(torch.equal, loaded.state_dict().values(), net.state_dict().values()))
+
+
+def files() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing_behind() -> None:
+    path = Path("new/folder/a.txt")
+    with atomic_write(path) as partial:
+        partial.write_text("whole")
+        assert not path.exists()
+    for error in (ValueError("bad"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), atomic_write(path) as partial:
+            partial.write_text("half")
+            raise error
+        assert files() == {str(path): b"whole"}
+
+
+def test_home_is_where_a_tilde_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    with atomic_write("~/a.txt") as partial:
+        partial.write_text("x")
+    assert files() == {"a.txt": b"x"}
+
+
+def test_two_processes_that_write_one_file_do_not_meet() -> None:
+    code = "import sys, CNN\nwith CNN.atomic_write('a') as p: print(p); p.write_text('other'); input()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as other:
+        assert other.stdout is not None
+        theirs = other.stdout.readline().strip()
+        with atomic_write("a") as partial:
+            assert str(partial) != theirs
+            partial.write_text("mine")
+        assert Path("a").read_text() == "mine"
+        other.communicate("\n")
+    assert other.returncode == 0 and files() == {"a": b"other"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_full_disk_and_a_folder_that_may_not_be_written_end_in_one_line(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def write_bytes(path: Path, content: Any) -> None:
+        path.touch()
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(SystemExit) as caught:
+        save_checkpoint("a.pth", make_net())
+    assert caught.value.code == f"{Path('a.pth').absolute()} cannot be written: {os.strerror(number)}"
+    assert files() == {}
+
+
+@pytest.mark.parametrize("kind", ["dead link", "file"])
+def test_a_dead_link_or_a_file_in_the_place_of_the_folder_ends_in_one_line(kind: str) -> None:
+    folder = Path("outputs")
+    folder.symlink_to("nowhere") if kind == "dead link" else folder.touch()
+    expected = f"{Path('outputs/a.txt').absolute()} cannot be written: outputs is no folder"
+    with pytest.raises(SystemExit) as caught, atomic_write("outputs/a.txt"):
+        raise AssertionError
+    assert caught.value.code == expected
+
+
+@pytest.mark.parametrize("refusals", [3, 10**6])
+def test_a_file_held_open_by_a_viewer_is_waited_for_and_then_named(
+    monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    """Windows refuses to replace an open file."""
+    right, waits = Path.replace, [0.0]
+
+    def replace(partial: Path, path: Path) -> Path:
+        if len(waits) <= refusals:
+            raise PermissionError(errno.EACCES, "used by another process")
+        return right(partial, path)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr("time.sleep", waits.append)
+    Path("a.csv").write_text("old")
+    try:
+        with atomic_write("a.csv") as partial:
+            partial.write_text("new")
+    except SystemExit as error:
+        expected = (
+            f"{Path('a.csv').absolute()} cannot be replaced: close the program that has it open and run again"
+        )
+        assert error.code == expected and sum(waits) == pytest.approx(2)
+    assert files() == {"a.csv": b"new" if refusals == 3 else b"old"}
+
+
+def test_a_file_that_is_waited_for_is_removed_in_the_end() -> None:
+    Path("a").touch()
+    retry(Path("a").unlink, Path("a"))
+    assert files() == {}
+
+
+def script(body: str) -> list[str]:
+    """Return a command that runs a script whose main() has this body, as the stages are run."""
+    code = f"import os, signal, sys\nfrom CNN import run_script\ndef main(): {body}\nrun_script(main)"
+    return [sys.executable, "-c", code]
+
+
+def test_ctrl_c_ends_a_script_with_one_line() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = script(f"os.kill(os.getpid(), {int(signal.SIGINT)}); import time; time.sleep(60)")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "interrupted\n")
+
+
+def test_a_reader_that_goes_away_ends_a_script_with_one_line() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        script("[print(line) for line in range(9)]"),
+        env=environment,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nobody reads" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_letters_that_a_terminal_lacks_are_replaced(encoding: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        script(r"print('\u017c\u00f3\u0142w'); print('end')"), env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    first, last = done.stdout.splitlines()
+    assert first.endswith(b"?w") and last == b"end"

@@ -18,10 +18,10 @@ import torch
 from conftest import MakeNet, WriteSplit, make_checkpoint
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
-from PIL import Image
+from PIL import Image, ImageOps
 
 import load_data
-from CNN import Checkpoint, atomic_write
+from CNN import Checkpoint
 from load_data import Augmentation, Split, find_dataset, load_arrays, load_split, load_table
 
 DATA, FOLDER = Path("data"), Path("data/stl10_binary")
@@ -100,6 +100,19 @@ def test_mean_and_std_agree_with_a_second_computation() -> None:
     pixels = images.astype(np.float64) / 255
     assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
     assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-12)
+
+
+def test_mean_and_std_of_more_images_than_are_counted_at_a_time() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1001, 3, 2, 2), np.uint8)
+    assert_allclose(load_data.mean_and_std(images)[0], images.mean((0, 2, 3)) / 255, rtol=1e-12)
+
+
+def test_a_channel_that_is_the_same_everywhere_has_a_deviation_of_one_grey_level() -> None:
+    images = np.full((4, 3, 8, 8), 77, np.uint8)
+    images[::2, 2] = 0
+    mean, std = load_data.mean_and_std(images)
+    assert_allclose(mean, [77 / 255, 77 / 255, 77 / 510], rtol=1e-12)
+    assert_allclose(std, [1 / 255, 1 / 255, 77 / 510], rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -303,18 +316,6 @@ def test_shapes_are_never_mixed_in_where_a_file_of_stl10_is(dead_host: str, name
     assert contents(FOLDER) == {name: b"kept"}
 
 
-def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing_behind() -> None:
-    path = Path("new/folder/a.txt")
-    with atomic_write(path) as partial:
-        partial.write_text("whole")
-        assert not path.exists()
-    for error in (OSError("full"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), atomic_write(path) as partial:
-            partial.write_text("half")
-            raise error
-        assert contents(path.parent) == {"a.txt": b"whole"}
-
-
 @pytest.fixture
 def made(make_net: MakeNet) -> Checkpoint:
     return make_checkpoint(make_net(), dataset="shapes", sha256="123456789012" + "a" * 52)
@@ -342,6 +343,18 @@ def test_arrays_and_tables_come_back_and_say_what_made_them(made: Checkpoint) ->
     assert TABLE.read_text().splitlines()[1] == "123456789012,shapes,0,0.5"
     assert str(np.load(ARRAYS)["checkpoint_sha256"]) == made.sha256
     assert set(contents(Path("outputs"))) == {ARRAYS.name, TABLE.name}
+
+
+NAMES = ["001", "1e5", "True", "NA", "nan", "None", "null", "a, b", 'say "x"', " dog "]
+
+
+def test_class_names_in_tables_come_back_as_the_text_they_are(made: Checkpoint) -> None:
+    table = pd.DataFrame({"filter": range(10), "class": NAMES, "preferred_class": [*NAMES[1:], None]})
+    load_data.save_table(TABLE, made, table)
+    loaded = load_table(TABLE, made)
+    assert loaded["class"].tolist() == NAMES and loaded["preferred_class"].tolist()[:9] == NAMES[1:]
+    assert loaded["preferred_class"].isna().tolist() == [False] * 9 + [True]  # a dead filter has none
+    assert loaded["filter"].dtype == np.int64
 
 
 def test_missing_arrays_and_tables_name_the_command(made: Checkpoint) -> None:
@@ -413,9 +426,6 @@ def test_files_beside_the_folder_and_the_home_folder_are_found(
     for data_dir in (Path("home"), Path("~/home")):
         assert find_dataset("auto", data_dir) == "stl10"
         assert (load_split("stl10", data_dir, "test").images == expected).all()
-    with atomic_write(Path("~/some.txt")) as partial:
-        partial.write_text("x")
-    assert Path("some.txt").is_file() and not Path("~").exists()
 
 
 def test_the_archive_in_the_data_folder_is_unpacked_and_a_damaged_one_is_no_reason_for_shapes(
@@ -485,6 +495,86 @@ def test_folders_that_make_no_data_set_are_refused(folders: Path) -> None:
     assert error_of(load_split, "folders", folders, "train").startswith(
         f"{Path.cwd()}/data/test not found: put"
     )
+
+
+def pixels_of(values: Any, name: str) -> Any:
+    """Save values as a picture of one channel and return what is read of it, one channel (96, 96)."""
+    Image.fromarray(np.asarray(values)).save(name)
+    red, green, blue = load_data.read_picture(name)
+    assert (red == green).all() and (red == blue).all()
+    return red
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.01), (0.0, 1e30), (0.0, 200.0), (-1.0, 1.0), (-3.0, -1.0)])
+def test_floats_of_any_range_are_read_with_the_largest_in_white(low: float, high: float) -> None:
+    values = np.full((96, 96), low, np.float32)
+    values[:, 48:] = high
+    pixels = pixels_of(values, "picture.tif")
+    assert (pixels[:, :48] == 0).all() and (pixels[:, 48:] == 255).all()
+
+
+def test_what_is_no_finite_number_in_a_picture_spoils_nothing_else() -> None:
+    values = np.full((96, 96), 0.5, np.float32)
+    values[:, 48:] = 1
+    values[0, :3] = [np.nan, np.inf, -np.inf]
+    pixels = pixels_of(values, "picture.tif")
+    assert (pixels[1:, :48] == 127).all() and (pixels[1:, 48:] == 255).all()
+    assert pixels[0, :3].tolist() == [0, 255, 0]
+
+
+def test_pictures_of_16_bits_keep_their_grey_levels() -> None:
+    values = np.arange(96 * 96, dtype=np.uint16).reshape(96, 96) * 7
+    expected = (255.0 * values / values.max()).astype(np.uint8)
+    assert (pixels_of(values, "picture.png") == expected).all()
+
+
+def test_black_pictures_are_black() -> None:
+    assert (pixels_of(np.zeros((96, 96), np.float32), "picture.tif") == 0).all()
+
+
+def test_a_picture_with_damaged_exif_is_read_as_it_lies() -> None:
+    grey = np.arange(96 * 96, dtype=np.uint8).reshape(96, 96)
+    exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05\x01\x12"  # cut off in the midst of the first entry
+    Image.fromarray(grey).save("picture.png", exif=exif)
+    with pytest.raises(Exception, match=r".*"), Image.open("picture.png") as file:
+        ImageOps.exif_transpose(file)
+    assert (load_data.read_picture("picture.png") == grey).all()
+
+
+def test_a_photograph_of_200_megapixels_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 200 x 100 is then as large as 180 million
+    Image.new("RGB", (200, 100), "red").save("picture.png")
+    assert load_data.read_picture(Path("picture.png"))[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    right = ImageOps.fit
+
+    def fit(picture: Image.Image, *arguments: Any) -> Image.Image:
+        sizes.append(picture.size)
+        return right(picture, *arguments)
+
+    grid = np.linspace(0, 20, 1600)
+    wave = 127 + 60 * np.sin(grid)[:, None] + 60 * np.cos(grid)
+    picture = Image.fromarray(wave.astype(np.uint8)).convert("RGB")
+    expected = np.asarray(right(picture, (96, 96), Image.Resampling.BILINEAR)).astype(float)
+    picture.save("picture.jpg", quality=95)
+    monkeypatch.setattr(ImageOps, "fit", fit)
+    pixels = load_data.read_picture("picture.jpg").transpose(1, 2, 0)
+    assert sizes == [(400, 400)]
+    assert abs(pixels - expected).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["US$ and A$", "$_$", r"$\frac$"])
+def test_dollars_in_a_name_are_dollars_in_a_figure(name: str) -> None:
+    with mpl.rc_context():
+        load_data.set_style()
+        figure, ax = plt.subplots()
+        ax.set_title(name)
+        assert not ax.title.get_parse_math()
+        load_data.save_figure("figure.png", figure)
+    assert Path("figure.png").is_file()
 
 
 def test_figures_look_the_same_whatever_the_users_settings_are() -> None:

@@ -1,9 +1,11 @@
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MakeNet
+from conftest import DEVICES, MakeNet
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
@@ -56,7 +58,11 @@ def run() -> tuple[dict[str, Tensor], pd.DataFrame]:
 
 
 def state_files() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in OUTPUTS.glob("training_state_*")}
+    return {path.name: path.read_bytes() for path in OUTPUTS.glob("training_state_*.pth")}
+
+
+def snapshots() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (OUTPUTS / "snapshots").iterdir()}
 
 
 def numbered(count: int) -> Split:
@@ -153,28 +159,75 @@ def test_the_figure_of_the_confusions_has_shares_of_the_true_class_in_per_cent()
     plt.close(figure)
 
 
+def test_the_figure_of_many_confusions_has_no_numbers() -> None:
+    for classes, numbers in ((15, 15 * 15), (16, 0)):
+        names = [f"class {number}" for number in range(classes)]
+        figure = train_CNN.draw_confusion(np.eye(classes, dtype=np.int64), names, "heading")
+        assert len(figure.axes[0].texts) == numbers
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+        plt.close(figure)
+
+
+def test_the_interval_of_a_share_stays_between_0_and_1() -> None:
+    lowest = 10 / (10 + 1.96**2)
+    assert train_CNN.wilson_interval(10, 10) == pytest.approx((lowest, 1))
+    assert train_CNN.wilson_interval(0, 10) == pytest.approx((0, 1 - lowest))
+
+
 def test_the_report_gives_accuracies_confusions_and_interval(capsys: pytest.CaptureFixture[str]) -> None:
     train_CNN.report(np.array([[90, 10], [30, 70]]), ["cat", "dog"])
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     assert ["cat", "90.0", "%", "90", "100"] in rows and ["dog", "70.0", "%", "70", "100"] in rows
     assert "30 images of dog were taken for cat" in out
-    # 0.8 +- 1.96 * sqrt(0.8 * 0.2 / 200) = 0.8 +- 0.0554
-    assert "accuracy 80.00 % (95 % interval 74.46 % to 85.54 %)" in out
+    # Wilson's ends are where (share - 0.8)^2 = 1.96^2 share (1 - share) / 200
+    low, high = np.sort(np.roots([1 + 1.96**2 / 200, -(1.6 + 1.96**2 / 200), 0.64]))
+    assert f"accuracy 80.00 % (95 % interval {100 * low:.2f} % to {100 * high:.2f} %)" in out
 
 
 @pytest.fixture
 def make_trainer() -> MakeTrainer:
     """Makes trainers of a small network without dropout and augmentation, for two epochs of one step."""
 
-    def make(**changed: Any) -> Trainer:
+    def make(data: Split | None = None, device: str = "cpu", **changed: Any) -> Trainer:
         settings: dict[str, Any] = {"seed": 0, "label_smoothing": 0.0, "augmentation": {}}
         settings |= {"learning_rate": 1e-2, "filter_rate": 0.1, "warm_up": 0.5, "weight_decay": 0.05}
         settings |= {"batch_size": 8, "epochs": 2}
         settings |= {"network": {"filters": (4, 5, 6, 8), "dropout": 0.0}}
-        return Trainer(patchwork(12), settings | changed, CPU, torch.float32)
+        return Trainer(data or patchwork(12), settings | changed, torch.device(device), torch.float32)
 
     return make
+
+
+def test_a_channel_that_is_the_same_in_all_images_or_black_images_can_be_trained_on(
+    make_trainer: MakeTrainer,
+) -> None:
+    images, labels = patchwork(12)
+    images[:, 1] = 200
+    for data in (Split(images, labels), Split(np.zeros_like(images), labels)):
+        trainer = make_trainer(data)
+        assert all(np.isfinite(trainer.epoch().loss) for _ in range(2))
+
+
+def test_a_loss_that_is_nan_at_once_is_the_fault_of_the_images(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.net.std.fill_(torch.nan)  # whatever it is that would make it so
+    with pytest.raises(SystemExit, match=r"^the loss of a batch is nan: look at the images in DATA_DIR$"):
+        trainer.epoch()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stored_state_goes_on_in_the_same_way(make_trainer: MakeTrainer, device: str) -> None:
+    network = {"filters": (4, 5, 6, 8), "dropout": 0.5}
+    trainer = make_trainer(device=device, network=network)
+    trainer.epoch()
+    torch.save(trainer.state(), "state.pth")
+    expected = trainer.epoch().loss
+    torch.manual_seed(99)
+    again = make_trainer(device=device, network=network)
+    again.restore(torch.load("state.pth", map_location="cpu", weights_only=True))
+    assert again.epoch().loss == expected
+    assert {value.device.type for value in again.net.state_dict().values()} == {device}
 
 
 def test_muon_moves_the_filters_and_the_classifier_alone_is_decayed(make_trainer: MakeTrainer) -> None:
@@ -247,6 +300,25 @@ def test_bfloat16_is_used_only_where_the_processor_multiplies_it(monkeypatch: py
         assert train_CNN.choose_precision(CPU) == expected
 
 
+def test_before_torch_2_11_a_processor_multiplies_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert train_CNN.choose_precision(CPU) == torch.float32
+
+
+def test_the_device_that_is_used_is_asked_for_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    @contextmanager
+    def current_device(device: torch.device) -> Iterator[None]:
+        asked.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current_device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: asked[-1].index == 1)
+    assert train_CNN.choose_precision(torch.device("cuda:1")) == torch.bfloat16
+    assert train_CNN.choose_precision(torch.device("cuda:0")) == torch.float32
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,17 +385,118 @@ def test_a_run_with_other_settings_leaves_the_kept_state_and_the_earlier_results
     assert state_files() == kept  # its own is gone
 
 
-def test_a_run_that_goes_on_after_another_one_has_its_own_first_snapshot(
+def test_a_second_training_that_is_stopped_leaves_the_snapshots_of_a_finished_one_alone(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_CNN.main()
+    before = snapshots()
+    assert set(before) == {"epoch_000.pth", "epoch_001.pth", "epoch_003.pth"}
+    monkeypatch.setattr(train_CNN, "SEED", 7)
+    interrupt(monkeypatch, 3)
+    assert snapshots() == before
+
+
+def test_a_finished_training_has_its_own_snapshots_and_no_other(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(monkeypatch, 3)
-    first = weights("snapshots/epoch_000.pth")
     monkeypatch.setattr(train_CNN, "SEED", 7)
+    monkeypatch.setattr(train_CNN, "SNAPSHOTS", (2,))
     train_CNN.main()
-    assert not same(weights("snapshots/epoch_000.pth"), first)
+    assert set(snapshots()) == {"epoch_000.pth", "epoch_002.pth"}
     monkeypatch.setattr(train_CNN, "SEED", 0)
+    monkeypatch.setattr(train_CNN, "SNAPSHOTS", (1, 3))
+    train_CNN.main()  # goes on
+    seeds = {load_checkpoint(path).settings["seed"] for path in (OUTPUTS / "snapshots").iterdir()}
+    assert set(snapshots()) == {"epoch_000.pth", "epoch_001.pth", "epoch_003.pth"} and seeds == {0}
+    assert not list(OUTPUTS.glob("training_state*"))
+
+
+def test_a_second_network_does_not_take_the_snapshots_of_one_in_the_same_folder(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_CNN.main()
-    assert same(weights("snapshots/epoch_000.pth"), first)
+    before = snapshots()
+    monkeypatch.setattr(train_CNN, "CHECKPOINT", OUTPUTS / "wide.pth")
+    with pytest.raises(SystemExit, match=r"^outputs holds CNN.pth, another network, .*: set CHECKPOINT to"):
+        train_CNN.main()
+    assert snapshots() == before and not (OUTPUTS / "wide.pth").exists()
+
+
+def test_what_a_terminal_refuses_to_print_costs_no_training(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(*_: Any) -> None:
+        raise UnicodeEncodeError("cp1252", "\u017c", 0, 1, "character maps to <undefined>")
+
+    monkeypatch.setattr(train_CNN, "report", report)
+    with pytest.raises(UnicodeEncodeError):
+        train_CNN.main()
+    assert load_checkpoint(CHECKPOINT).epochs == 3 and (OUTPUTS / "training_log.csv").is_file()
+    assert not state_files()
+
+
+def test_a_run_after_a_change_of_the_images_starts_anew(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(monkeypatch, 3)
+    path = Path("data/stl10_binary/train_X.bin")
+    content = path.read_bytes()
+    changed = bytes([content[0] ^ 1]) + content[1:]
+    path.write_bytes(changed)
+    monkeypatch.setitem(load_data.FILES, path.name, (len(changed), hashlib.md5(changed).hexdigest()))
+    train_CNN.main()
+    assert "going on" not in capsys.readouterr().out
+    assert len(state_files()) == 1  # the interrupted training's, of other images
+
+
+def test_convolutions_may_be_rounded_to_tf32_in_training_and_not_in_the_last_measurement(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[tuple[str, bool]] = []
+    epoch = Trainer.epoch
+
+    def train(trainer: Trainer, *arguments: Any) -> Any:
+        allowed.append(("training", torch.backends.cudnn.allow_tf32))
+        return epoch(trainer, *arguments)
+
+    def measure(net: CNN, data: Split, *precision: torch.dtype, **mirrored: bool) -> Any:
+        allowed.append(("measuring", torch.backends.cudnn.allow_tf32))
+        return evaluate(net, data, *precision, **mirrored)
+
+    monkeypatch.setattr(Trainer, "epoch", train)
+    monkeypatch.setattr(train_CNN, "evaluate", measure)
+    train_CNN.main()
+    assert ("training", True) in allowed and ("training", False) not in allowed
+    assert allowed[-2:] == [("measuring", False)] * 2 and not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("warm_up", [0, 0.0, 1, 1.0, 1 / 7, 1e-6, 0.99])
+def test_every_warm_up_from_none_to_the_whole_training_works(
+    quick: None, monkeypatch: pytest.MonkeyPatch, warm_up: float
+) -> None:
+    monkeypatch.setattr(train_CNN, "WARM_UP", warm_up)  # of 3 epochs of 2 steps, and one step more
+    rates = run()[1]["filter_rate"]
+    assert rates.between(0, train_CNN.FILTER_RATE * 1.0001).all() and rates.max() > 0
+
+
+def test_no_epoch_is_measured_but_snapshots_and_the_last_if_none_is_asked_for(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_CNN, "MEASURE_EVERY", 0)
+    _, log = run()
+    assert log.loc[log["measured_loss"].notna(), "epoch"].tolist() == [1, 3]
+
+
+def test_snapshots_may_be_one_number_and_paths_may_be_text(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_CNN, "SNAPSHOTS", (2))
+    monkeypatch.setattr(train_CNN, "CHECKPOINT", "outputs/CNN.pth")
+    monkeypatch.setattr(train_CNN, "DATA_DIR", "data")
+    train_CNN.main()
+    assert set(snapshots()) == {"epoch_000.pth", "epoch_002.pth"}
+    assert load_checkpoint(CHECKPOINT).settings["data"]["folder"] == "data"
 
 
 def test_a_run_in_the_home_folder_goes_on(
@@ -420,7 +593,8 @@ def test_the_pipeline_leaves_a_log_of_a_row_an_epoch_and_both_figures(pipeline: 
         ("TRAIN_ON", "fold 1", "^data/stl10_binary/fold_indices.txt cannot be read"),
         ("DATASET", "cifar", "^DATASET is 'cifar'"),
         ("DEVICE", "abacus", "^DEVICE is 'abacus'"),
-        ("LEARNING_RATE", 1e30, r"^the loss is (nan|inf): lower FILTER_RATE or LEARNING_RATE$"),
+        ("LEARNING_RATE", 1e30, r"^the loss of a batch is (nan|inf): lower FILTER_RATE or LEARNING_RATE$"),
+        ("EPOCHS", 0, "^EPOCHS is 0; a training takes at least 1$"),
     ],
 )
 def test_settings_that_cannot_work_end_in_one_line_and_leave_no_checkpoint(
@@ -433,17 +607,15 @@ def test_settings_that_cannot_work_end_in_one_line_and_leave_no_checkpoint(
 
 
 KILLED = """
-import io, json, os, signal, sys, torch, load_data, train_CNN
+import json, os, pathlib, signal, sys, load_data, train_CNN
 
-def save(content, path):
+def write_bytes(path, content):
     if path.name.startswith("CNN.pth"):
-        stream = io.BytesIO()
-        right(content, stream)
-        path.write_bytes(stream.getvalue()[: stream.tell() // 2])
+        right(path, content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-    right(content, path)
+    right(path, content)
 
-right, torch.save = torch.save, save
+right, pathlib.Path.write_bytes = pathlib.Path.write_bytes, write_bytes
 load_data.SHAPES_IMAGES = {"train": 40, "test": 20}
 for name, value in json.loads(sys.argv[1]).items():
     setattr(train_CNN, name, value)
@@ -461,7 +633,7 @@ def test_a_stage_killed_while_it_writes_leaves_the_earlier_checkpoint_whole_and_
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert CHECKPOINT.read_bytes() == before
-    assert [path.name for path in OUTPUTS.glob("*.partial")] == ["CNN.pth.partial"]
+    assert len(list(OUTPUTS.glob("CNN.pth.*.partial"))) == 1
     monkeypatch.setattr(load_data, "SHAPES_IMAGES", {"train": 40, "test": 20})
     for name, value in settings.items():
         monkeypatch.setattr(train_CNN, name, value)
@@ -470,4 +642,4 @@ def test_a_stage_killed_while_it_writes_leaves_the_earlier_checkpoint_whole_and_
     assert same(weights(), weights("snapshots/epoch_001.pth"))  # nothing was left to train
     checkpoint = load_checkpoint(CHECKPOINT)
     assert (checkpoint.dataset, checkpoint.epochs) == ("shapes", 1)
-    assert not list(OUTPUTS.glob("*.partial")) and not state_files()
+    assert not state_files()
