@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
 IMAGE_SIZE = 96  # rows and columns of an image
+
 WRITE_ERRORS = (  # of a file or folder that cannot be written, whatever is written
     errno.EACCES,
     errno.EDQUOT,
@@ -309,7 +310,7 @@ def retry(action: Callable[[], object], path: Path) -> None:
             return
         except PermissionError:
             time.sleep(0.1)
-    raise SystemExit(f"{path.absolute()} cannot be replaced: close the program that has it open and run again")
+    raise SystemExit(f"{path.absolute()} cannot be replaced: close the program that holds it and run again")
 
 
 def run_script(main: Callable[[], None]) -> None:

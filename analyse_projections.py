@@ -34,7 +34,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint, run_script
 from deconv import backpropagate, crop
 from deconv_full import Arrays, Projector, Units, measure_activations, project_windows, top_images
 from load_data import (
@@ -1011,4 +1011,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -38,6 +38,7 @@ from CNN import (
     frame_sizes,
     load_checkpoint,
     receptive_fields,
+    run_script,
 )
 from load_data import TITLES, Array, load_checkpoint_split, read_picture, save_arrays, save_figure, set_style
 
@@ -562,4 +563,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -46,6 +46,7 @@ from CNN import (
     frame_sizes,
     load_checkpoint,
     receptive_fields,
+    run_script,
 )
 from deconv import crop, displayed, fold_batch_norm
 from load_data import TITLES, Array, load_checkpoint_split, save_arrays, save_figure, set_style, tile
@@ -1016,4 +1017,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

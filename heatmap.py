@@ -43,7 +43,7 @@ from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
 from analyse_projections import NEARLY_DEAD, class_means
-from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, atomic_write, choose_device, load_checkpoint
+from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, atomic_write, choose_device, load_checkpoint, run_script
 from deconv import class_colours, crop, displayed, page_json, robust_scale, text_colour_on
 from deconv_full import (
     EVOLUTION_IMAGES,
@@ -1924,4 +1924,4 @@ show();
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -355,7 +355,7 @@ def test_a_file_held_open_by_a_viewer_is_waited_for_and_then_named(
             partial.write_text("new")
     except SystemExit as error:
         expected = (
-            f"{Path('a.csv').absolute()} cannot be replaced: close the program that has it open and run again"
+            f"{Path('a.csv').absolute()} cannot be replaced: close the program that holds it and run again"
         )
         assert error.code == expected and sum(waits) == pytest.approx(2)
     assert files() == {"a.csv": b"new" if refusals == 3 else b"old"}

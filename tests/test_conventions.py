@@ -1,7 +1,10 @@
 """Hold docstrings, README, METHOD and settings to the code."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +68,11 @@ def test_only_main_reads_settings(script: str) -> None:
             assert not used, f"{script}: {node.name} reads {used}"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_ends_in_one_line_when_it_is_interrupted(script: str) -> None:
+    assert (ROOT / script).read_text().endswith('if __name__ == "__main__":\n    run_script(main)\n')
+
+
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_each_setting_has_a_comment(script: str) -> None:
     for line in (ROOT / script).read_text().splitlines():
@@ -99,6 +107,14 @@ def test_the_commands_of_the_readme_exist_and_name_each_other_in_order() -> None
         assert f"next: uv run {following}" in (ROOT / script).read_text()
     for name in re.findall(r"uv run (?:python )?([\w/]+\.py)", README):
         assert (ROOT / name).is_file(), name
+
+
+def test_the_command_for_notebooks_works_where_a_notebook_sets_mplbackend() -> None:
+    (assignment,) = re.findall(r"`!(\S+) uv run train_CNN.py`", README)
+    command = [sys.executable, "-c", "import load_data; load_data.set_style()"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend"}
+    name, value = assignment.split("=")
+    subprocess.run(command, env=environment | {name: value}, check=True)
 
 
 def test_every_picture_and_page_that_is_linked_is_there() -> None:

@@ -460,9 +460,9 @@ def test_convolutions_may_be_rounded_to_tf32_in_training_and_not_in_the_last_mea
         allowed.append(("training", torch.backends.cudnn.allow_tf32))
         return epoch(trainer, *arguments)
 
-    def measure(net: CNN, data: Split, *precision: torch.dtype, **mirrored: bool) -> Any:
+    def measure(*arguments: Any, **mirrored: Any) -> Any:
         allowed.append(("measuring", torch.backends.cudnn.allow_tf32))
-        return evaluate(net, data, *precision, **mirrored)
+        return evaluate(*arguments, **mirrored)
 
     monkeypatch.setattr(Trainer, "epoch", train)
     monkeypatch.setattr(train_CNN, "evaluate", measure)
