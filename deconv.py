@@ -2,14 +2,18 @@
 
 Run:    uv run deconv.py
 Reads:  outputs/CNN.pth, data/stl10_binary/test_{X,y}.bin or the picture IMAGE
-Writes: outputs/deconv_image.png, outputs/deconv_image.npz
+Writes: outputs/deconv_image.png, outputs/deconv_image.npz, outputs/deconv_live.html
 
 Zeiler & Fergus 2014, section 2.1: to see what a unit responds to, keep its activation, set all others of the
 layer to zero, and go down layer by layer: unpool with the recorded switches, rectify, filter with the
 transposed weights. `project` below is all of it, one full frame at a time; deconv_full.py does the same for
 millions of units.
+
+outputs/deconv_live.html is a page that holds the network and a `project` of its own in JavaScript. It opens
+from disk in a browser, and answers for any picture and any unit.
 """
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +37,7 @@ from CNN import (
     Checkpoint,
     ConvBlock,
     FrameSizes,
+    atomic_write,
     choose_device,
     conv_geometry,
     frame_sizes,
@@ -40,7 +45,16 @@ from CNN import (
     receptive_fields,
     run_script,
 )
-from load_data import TITLES, Array, load_checkpoint_split, read_picture, save_arrays, save_figure, set_style
+from load_data import (
+    TITLES,
+    Array,
+    Split,
+    load_checkpoint_split,
+    read_picture,
+    save_arrays,
+    save_figure,
+    set_style,
+)
 
 IMAGE: int | str | Path = 0  # index into the test split, or any picture (cropped and resized to 96 x 96)
 LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
@@ -50,6 +64,7 @@ CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 FIGURE = Path("outputs/deconv_image.png")  # what is written; the arrays go beside it, as deconv_*.npz
+LIVE_PAGE = Path("outputs/deconv_live.html")  # the page in which any picture and any unit can be tried
 
 Color = tuple[float, float, float]  # red, green, blue from 0 to 1
 
@@ -244,7 +259,22 @@ class Picture(NamedTuple):
     class_name: str | None  # of a test image; None for a picture from a file
 
 
-def choose_image(image: int | str | Path, checkpoint: Checkpoint, data_dir: Path) -> Picture:
+def load_test_split(image: int | str | Path, checkpoint: Checkpoint, data_dir: Path) -> Split:
+    """Return the test split; an empty one, with a notice, if it cannot be read and IMAGE is a picture file.
+
+    Raises:
+        SystemExit: If the split cannot be read and IMAGE is an index into it.
+    """
+    try:
+        return load_checkpoint_split(checkpoint, data_dir, "test")
+    except SystemExit as reason:
+        if isinstance(image, int):
+            raise
+        print(f"the live page is without test images: {reason}")
+        return Split(np.zeros((0, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), np.zeros(0, np.int64))
+
+
+def choose_image(image: int | str | Path, checkpoint: Checkpoint, test: Split) -> Picture:
     """Return the test image or the picture file that the setting IMAGE names.
 
     Raises:
@@ -252,12 +282,10 @@ def choose_image(image: int | str | Path, checkpoint: Checkpoint, data_dir: Path
     """
     if not isinstance(image, int):
         return Picture(load_picture(image), Path(image).name, None)
-
-    split = load_checkpoint_split(checkpoint, data_dir, "test")
-    if not 0 <= image < len(split.images):
-        raise SystemExit(f"IMAGE is {image}; the test split has images 0 to {len(split.images) - 1}")
+    if not 0 <= image < len(test.images):
+        raise SystemExit(f"IMAGE is {image}; the test split has images 0 to {len(test.images) - 1}")
     name = f"test image {image} of {TITLES[checkpoint.dataset]}"
-    return Picture(split.images[image], name, checkpoint.class_names[split.labels[image]])
+    return Picture(test.images[image], name, checkpoint.class_names[test.labels[image]])
 
 
 def load_picture(path: str | Path) -> Array:
@@ -489,7 +517,7 @@ def print_units(layers: dict[str, list[Unit]]) -> None:
         print(f"{layer:<7}{row or 'none fires'}")
 
 
-# ---------------------------------------------------------------- the live page
+# ---------------------------------------------------------------- what the pages share
 
 
 def page_json(content: Any) -> str:
@@ -527,15 +555,114 @@ def text_colour_on(colour: str) -> str:
     return "#000" if luminance > 0.179 else "#fff"
 
 
+# ---------------------------------------------------------------- the live page
+
+
+def encode(values: Array | Tensor, dtype: str = "<f4") -> str:
+    """Return the bytes of an array in base64, by default as float32, which the page computes in."""
+    return base64.b64encode(np.asarray(values, dtype, order="C").tobytes()).decode()
+
+
+def describe_block(net: CNN, layer: int) -> dict[str, Any]:
+    """Return what the page needs to compute a layer: geometry, filters and offsets.
+
+    In evaluation mode batch norm makes gain * x + offset of what a filter gives. The gain is folded into the
+    filters as in `fold_batch_norm`; the offset is bias - mean * gain.
+    """
+    block = net.blocks[layer]
+    geometry = conv_geometry(block)
+    sizes = frame_sizes(net, IMAGE_SIZE)
+
+    bn = block.bn
+    gain = bn.weight / torch.sqrt(cast(Tensor, bn.running_var) + bn.eps)
+    offsets = bn.bias - cast(Tensor, bn.running_mean) * gain
+
+    # (filters, channels, rows, columns) -> (filters, rows, columns, channels)
+    filters = fold_batch_norm(block).permute(0, 2, 3, 1)
+    return {
+        "name": LAYERS[layer],
+        **geometry._asdict(),
+        "filters": filters.shape[0],
+        "channels": filters.shape[3],
+        "input_rows": sizes.inputs[layer],
+        "map_rows": sizes.outputs[layer],
+        "pooled_rows": sizes.outputs[layer] // geometry.pool,
+        "field": receptive_fields(net)[layer]._asdict(),
+        "weights": encode(filters.cpu()),
+        "offsets": encode(offsets.cpu()),
+    }
+
+
+def classifier_weights(net: CNN) -> Tensor:
+    """Return the weight of each unit of conv4 in each logit, (classes, rows, columns, filters).
+
+    Averaging regions and the linear layer are one linear map together, and its derivative is the map itself.
+    """
+    rows = frame_sizes(net, IMAGE_SIZE).outputs[-1] // conv_geometry(net.blocks[-1]).pool
+    pooled = torch.zeros(1, net.config["filters"][-1], rows, rows, device=net.mean.device)
+    # (1, classes, 1, filters, rows, columns)
+    derivative = cast(Tensor, torch.autograd.functional.jacobian(net.classify, pooled))
+    return derivative[0, :, 0].permute(0, 2, 3, 1)
+
+
+def first_of_each_class(checkpoint: Checkpoint, test: Split) -> list[Picture]:
+    """Return the first test image of each class."""
+    _, indices = np.unique(test.labels, return_index=True)
+    return [choose_image(index, checkpoint, test) for index in indices.tolist()]
+
+
+def write_live_page(
+    path: str | Path, checkpoint: Checkpoint, pictures: Sequence[Picture], explorer: str
+) -> None:
+    """Write a page that holds the network and projects any unit in any picture.
+
+    Args:
+        path: The page.
+        checkpoint: Its network and what made it.
+        pictures: The pictures to begin with; the first one is shown.
+        explorer: Where the filter explorer is, as seen from the page.
+    """
+    net = checkpoint.net
+    samples = [
+        # (3, rows, columns) -> (rows, columns, 3)
+        {
+            "name": picture.name,
+            "truth": picture.class_name or "",
+            "pixels": encode(picture.pixels.transpose(1, 2, 0), "u1"),
+        }
+        for picture in pictures
+    ]
+    content = {
+        "title": TITLES[checkpoint.dataset],
+        "generated": checkpoint.dataset == "shapes",
+        "accuracy": checkpoint.accuracy(),
+        "classes": checkpoint.class_names,
+        "colours": class_colours(len(checkpoint.class_names)),
+        "ramp": (255 * np.array(sns.color_palette("mako", 64))).round().astype(int),  # of magnitudes
+        "explorer": explorer,
+        "image_size": IMAGE_SIZE,
+        "samples": samples,
+        "mean": encode(net.mean.cpu()),
+        "std": encode(net.std.cpu()),
+        "blocks": [describe_block(net, layer) for layer in range(len(LAYERS))],
+        "classifier": encode(classifier_weights(net).cpu()),
+        "bias": encode(net.classifier.bias.cpu()),
+    }
+    with atomic_write(path) as partial:
+        partial.write_text(LIVE.replace("__DATA__", page_json(content)), encoding="utf-8")
+    print(f"wrote {path}", flush=True)
+
+
 def main() -> None:
-    """Project one image's strongest units of each layer and draw them."""
+    """Project one image's strongest units of each layer, draw them, and write the live page."""
     set_style()
     device = choose_device(DEVICE)
     layers = choose_layers(LAYER)
     checkpoint = load_checkpoint(CHECKPOINT, device)
     net = checkpoint.net
     filters = choose_filters(SHOW_FILTERS, layers, net.config["filters"])
-    picture = choose_image(IMAGE, checkpoint, DATA_DIR)
+    test = load_test_split(IMAGE, checkpoint, DATA_DIR)
+    picture = choose_image(IMAGE, checkpoint, test)
     title = TITLES[checkpoint.dataset]
     print(f"projecting {picture.name}, network trained on {title}, on {device}, torch {torch.__version__}")
 
@@ -559,7 +686,616 @@ def main() -> None:
     field_sizes = [receptive_fields(net)[k].size for k in layers]
     save_figure(Path(FIGURE), draw(picture.pixels, units, field_sizes, heading))
     save_arrays(arrays_path(FIGURE), checkpoint, image=picture.pixels, **as_arrays(units))
+
+    # the page for any other image and unit
+    samples = [sample for sample in first_of_each_class(checkpoint, test) if sample.name != picture.name]
+    write_live_page(LIVE_PAGE, checkpoint, [picture, *samples], "explorer/index.html")
     print("next: uv run deconv_full.py")
+
+
+# ---------------------------------------------------------------- the template of the live page
+
+LIVE = r"""<!DOCTYPE html><html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<link rel="icon" href="data:,"><title>Live deconvnet</title>
+<style>
+/* colours */
+:root { color-scheme: light dark; --paper: #fbfaf6; --ink: #1d1c1a; --soft: #5c5952; --line: #d8d3c6;
+  --hatch: #e4dfd2; --link: #0b5796; --bar: #a29c8c; }
+@media (prefers-color-scheme: dark) { :root { --paper: #171614; --ink: #e9e6df; --soft: #aaa69b;
+  --line: #3b3933; --hatch: #2d2b27; --link: #8fc4f2; --bar: #77725f; } }
+/* the whole page: the picture on the left, the layers on the right */
+body, body * { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; }
+header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
+header, nav { display: flex; flex-wrap: wrap; gap: 2px 15px; }
+header { border-bottom: 1px solid var(--line); }
+header span { flex-grow: 1; }
+@media (min-width: 1000px) { main { display: grid; grid-template-columns: 318px minmax(0, 1fr); gap: 0 40px; }
+  #left { position: sticky; top: 0; max-height: 100vh; overflow-y: auto; align-self: start; padding: 3px; }
+  .loud { grid-column: span 2; } }
+/* text */
+h1, h3 { font-size: inherit; margin: 0; }
+h2 { font-size: 16px; margin: 22px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
+h2:first-child { margin-top: 4px; padding: 0; border: 0; }
+p { max-width: 80ch; margin: 6px 0 10px; overflow-wrap: anywhere; }
+.soft, figcaption { color: var(--soft); font-size: 13px; }
+.loud { background: #ffd54a; color: #000; font-weight: 600; padding: 8px; text-align: center; }
+a { color: var(--link); }
+[aria-current] { color: inherit; font-weight: 600; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+input, button, label, video { font: inherit; max-width: 100%; margin: 0 8px 4px 0; vertical-align: middle; }
+label { display: inline-block; }
+/* the picture and what may be tried on it */
+canvas { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; background:
+  repeating-linear-gradient(45deg, var(--paper) 0 5px, var(--hatch) 5px 10px); }
+figure { margin: 0; }
+#samples { display: grid; grid-template-columns: repeat(auto-fill, 48px); gap: 4px; margin: 6px 0; }
+#samples button { padding: 1px; margin: 0; border: 2px solid transparent; background: none; }
+#samples [aria-pressed=true] { border-color: var(--link); }
+#picture { position: relative; width: 288px; margin-bottom: 6px; overflow: hidden; cursor: crosshair; }
+#picture.covered { touch-action: none; }
+#picture div { position: absolute; pointer-events: none; }
+#frame { outline: 2px solid #000; outline-offset: -3px; border: 1px solid #fff; }
+/* bars */
+table { border-collapse: collapse; width: 100%; max-width: 420px; font-size: 13px; }
+td { padding: 1px 8px 1px 0; overflow-wrap: anywhere; }
+td:last-child { white-space: nowrap; text-align: right; }
+.dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
+.track { position: relative; min-width: 90px; height: 11px; }
+.track div { height: 100%; }
+.track i { position: absolute; top: -2px; bottom: -2px; width: 3px; background: var(--ink); }
+/* tiles, the panels of a unit, its map, the way down */
+#tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 10px; padding: 5px;
+  max-height: 320px; overflow-y: auto; border: 1px solid var(--line); font-size: 12px; }
+#tiles a:first-child { display: block; color: inherit; text-decoration: none; }
+#tiles span { display: flex; justify-content: space-between; }
+#tiles [aria-current] canvas { outline: 3px solid var(--link); }
+#panels { display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; max-width: 950px; }
+#map { display: grid; gap: 1px; }
+#map button { margin: 0; padding: 0; border: 0; min-width: 0; aspect-ratio: 1; font-size: 10px;
+  color: inherit; overflow: hidden; }
+#map [aria-current] { outline: 2px solid; }
+#way { display: flex; flex-wrap: wrap; gap: 14px 20px; }
+#way div { display: grid; grid-template-columns: repeat(3, 84px); gap: 6px; align-content: start; }
+#way h3 { grid-column: span 3; font-size: 13px; }
+#way figcaption { font-size: 12px; }
+@media (max-width: 700px) { header, main { padding: 10px 14px; } header span { flex-basis: 100%; }
+  #panels { grid-template-columns: 1fr 1fr; } }
+</style><noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
+<header><h1>Live deconvnet</h1><span id="source"></span><a href="#about">About</a>
+  <a id="explorer">Filter explorer</a></header>
+<main><div class="loud" id="generated" hidden>Generated shapes, no photographs: they show that the code works,
+  nothing more</div>
+<section id="left"><h2>Picture</h2><div id="samples"></div>
+  <label class="soft">Or choose, drop or paste one <input type="file" id="file" accept="image/*"></label>
+  <button id="camera" hidden>Camera</button><video id="video" muted playsinline hidden></video>
+  <p id="message" role="alert"></p>
+  <div id="picture" tabindex="0" role="group" aria-label="Picture. Arrow keys move a grey square over it, with
+    Shift by one pixel; Escape takes it away."><canvas id="pixels" role="img"></canvas><div id="frame"></div>
+    <div id="square"></div></div>
+  <label><input type="checkbox" id="cover">Cover with a grey square: drag it, or use the arrow keys</label>
+  <label class="soft">Its side <input type="range" id="side" min="4" max="64" step="4" value="24"></label>
+  <p id="answer" role="status"></p><table id="classes"></table></section>
+<section><h2>One layer at a time</h2><nav id="layers"></nav><p class="soft" id="note"></p>
+  <div id="tiles"></div><h2 id="name"></h2>
+  <p><span id="silent">This unit does not fire here: its projections are empty. </span><a id="more">What else
+    activates this filter</a></p><table id="activation"></table><div id="panels"></div>
+  <p class="soft">The three projections differ in one thing: what a ReLU lets pass on the way down. The
+    deconvnet passes positive signals. The gradient passes the signals of units that fired on the way up.
+    Guided backpropagation passes what satisfies both. Grey is zero; each projection has its own scale.</p>
+  <h2>The map of this filter</h2><p class="soft">Click any unit, or move with the arrow keys.</p>
+  <div id="map"></div>
+  <h2>The way down</h2><p class="soft">This is section 2.1 and Figure 1 of Zeiler &amp; Fergus (2014). The
+    activation of the unit is kept, all others of its layer are set to zero. Then each layer takes three
+    steps. <b>Unpool</b>: each value returns to the position of its region's maximum, where its switch points.
+    <b>Rectify</b>: only signals that the ReLU lets pass go further down. <b>Filter</b>: each value lays down
+    a copy of its filter, scaled by the value. Drawn is the magnitude, summed over the channels; each picture
+    has a scale of its own.</p>
+  <form id="rules"><label><input type="radio" name="rule" value="deconvnet" checked>deconvnet</label>
+    <label><input type="radio" name="rule" value="gradient">gradient</label>
+    <label><input type="radio" name="rule" value="guided">guided backpropagation</label></form>
+  <div id="way"></div>
+  <h2 id="about">About</h2><p>The network was trained on <span id="training"></span>. It knows no other
+    classes, and calls every picture one of them.</p>
+  <p>A projection shows from which pixels of this picture one activation came. Light and dark, and opposite
+    colours, are opposite signs. It does not show what the filter responds to in general: compare other
+    pictures, or its nine strongest images in the explorer. It does not show how much these pixels matter to
+    the network: cover them and see.</p>
+  <p class="soft">A picture is cropped to its centre square and resized to 96 x 96 pixels as deconv.py does
+    it, to about one level of 255. Larger differences are possible above 4 megapixels, because the browser
+    then shrinks the picture first, and in 16-bit pictures. Pictures stay on this computer. The explorer shows
+    what else activates a filter; <code>uv run heatmap.py</code> writes it.</p></section></main>
+<script id="data" type="application/json">__DATA__</script>
+<script>
+const data = JSON.parse(document.getElementById("data").textContent);
+const size = data.image_size;  // rows and columns of a picture
+const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+const numbersOf = (text) => new Float32Array(bytesOf(text).buffer);
+
+// ---- the way up; maps are flat arrays, (rows, columns, channels)
+function windows(kernel, stride, padding, inputRows, outputRows) {  // what each output position reads
+  return Array.from({ length: outputRows ** 2 }, (_, output) => {
+    const reads = [];
+    for (let tap = 0; tap < kernel ** 2; tap++) {
+      const row = Math.floor(output / outputRows) * stride - padding + Math.floor(tap / kernel);
+      const column = (output % outputRows) * stride - padding + (tap % kernel);
+      const inside = Math.min(row, column) >= 0 && Math.max(row, column) < inputRows;
+      if (inside) reads.push({ tap, input: row * inputRows + column });  // the others are padding
+    }
+    return reads;
+  });
+}
+
+const [mean, deviation, bias, classifier] = [data.mean, data.std, data.bias, data.classifier].map(numbersOf);
+const blocks = data.blocks.map((block) => {
+  const { kernel, stride, padding, pool, filters, input_rows, map_rows, pooled_rows } = block;
+  const weights = numbersOf(block.weights);  // (filters, rows, columns, channels), with batch norm's gain
+  const inputs = weights.length / filters;
+  const filtersLast = weights.map((_, k) => weights[(k % filters) * inputs + Math.floor(k / filters)]);
+  const reads = windows(kernel, stride, padding, input_rows, map_rows);
+  const regions = windows(pool, pool, 0, map_rows, pooled_rows);
+  return { ...block, weights, filtersLast, reads, regions, offsets: numbersOf(block.offsets) };
+});
+
+function normalise(pixels) {  // 0 to 255, (rows, columns, 3)
+  return Float32Array.from(pixels, (value, k) => (value / 255 - mean[k % 3]) / deviation[k % 3]);
+}
+
+function cover(image, { top, left, side }) {  // with grey: zero is the mean of the training images
+  const covered = image.slice();
+  const first = Math.max(0, left);
+  const last = Math.min(size, left + side);
+  for (let row = Math.max(0, top); row < Math.min(size, top + side); row++) {
+    covered.fill(0, 3 * (row * size + first), 3 * (row * size + last));
+  }
+  return covered;
+}
+
+function convolve(input, { reads, channels, filters, filtersLast, offsets }) {
+  const map = new Float32Array(reads.length * filters);
+  for (let position = 0; position < reads.length; position++) {
+    const output = position * filters;
+    map.set(offsets, output);
+    for (const read of reads[position]) {
+      for (let channel = 0; channel < channels; channel++) {
+        const value = input[read.input * channels + channel];
+        if (value === 0) continue;  // half of them, after a ReLU
+        const first = (read.tap * channels + channel) * filters;
+        for (let filter = 0; filter < filters; filter++) {
+          map[output + filter] += value * filtersLast[first + filter];
+        }
+      }
+    }
+  }
+  return map;
+}
+
+function pool(map, { regions, filters }) {
+  const pooled = new Float32Array(regions.length * filters);
+  const switches = new Int32Array(pooled.length);  // where in the map the maximum of a region was
+  for (let unit = 0; unit < pooled.length; unit++) {
+    const places = regions[Math.floor(unit / filters)].map((read) => read.input * filters + (unit % filters));
+    switches[unit] = places.reduce((best, place) => (map[place] > map[best] ? place : best));
+    pooled[unit] = Math.max(map[switches[unit]], 0);  // ReLU
+  }
+  return { map, pooled, switches };
+}
+
+function forward(image) {  // normalised
+  const layers = [];
+  let input = image;
+  for (const block of blocks) {
+    layers.push(pool(convolve(input, block), block));
+    input = layers.at(-1).pooled;
+  }
+  const logits = bias.map((value, k) =>
+    input.reduce((sum, activation, unit) => sum + activation * classifier[k * input.length + unit], value));
+  const odds = Array.from(logits, (logit) => Math.exp(logit - Math.max(...logits)));
+  const sum = odds.reduce((total, value) => total + value);
+  return { layers, logits, probabilities: odds.map((value) => value / sum) };
+}
+
+// ---- the way down: `project` of deconv.py, and the other two rules of its `backpropagate`
+function unpool(signal, switches, { map_rows, filters }) {  // each value to its switch, all others are zero
+  const unpooled = new Float32Array(map_rows ** 2 * filters);
+  for (let unit = 0; unit < signal.length; unit++) {
+    if (signal[unit] !== 0) unpooled[switches[unit]] = signal[unit];
+  }
+  return unpooled;
+}
+
+function rectify(signal, map, rule) {
+  const rectified = new Float32Array(signal.length);
+  for (let place = 0; place < signal.length; place++) {
+    const positive = signal[place] > 0 || rule === "gradient";
+    const fired = map[place] > 0 || rule === "deconvnet";
+    if (positive && fired) rectified[place] = signal[place];
+  }
+  return rectified;
+}
+
+function filterDown(signal, { reads, kernel, channels, filters, weights, input_rows }) {  // transposed
+  const result = new Float32Array(input_rows ** 2 * channels);
+  for (let place = 0; place < signal.length; place++) {
+    if (signal[place] === 0) continue;
+    for (const read of reads[Math.floor(place / filters)]) {
+      const first = ((place % filters) * kernel ** 2 + read.tap) * channels;
+      const target = read.input * channels;
+      for (let channel = 0; channel < channels; channel++) {
+        result[target + channel] += signal[place] * weights[first + channel];
+      }
+    }
+  }
+  return result;
+}
+
+function project({ layers }, unit, rule = "deconvnet") {  // returns all steps; the last ends in the pixels
+  const place = placeOf(unit);
+  let signal = new Float32Array(layers[unit.layer].pooled.length);
+  signal[place] = layers[unit.layer].pooled[place];  // this activation is kept, all others are zero
+  const steps = [];
+  for (let layer = unit.layer; layer >= 0; layer--) {
+    const unpooled = unpool(signal, layers[layer].switches, blocks[layer]);
+    const rectified = rectify(unpooled, layers[layer].map, rule);
+    const filtered = filterDown(rectified, blocks[layer]);
+    steps.push({ layer, unpooled, rectified, filtered });
+    signal = filtered;
+  }
+  return steps;
+}
+
+function placeOf({ layer, filter, row, column }) {  // of a unit in the pooled maps
+  return (row * blocks[layer].pooled_rows + column) * blocks[layer].filters + filter;
+}
+
+function strongest({ layers }, layer, filter) {  // unit of a filter
+  const { filters, pooled_rows } = blocks[layer];
+  const map = Array.from({ length: pooled_rows ** 2 }, (_, k) => layers[layer].pooled[k * filters + filter]);
+  const value = Math.max(...map);
+  const position = map.indexOf(value);
+  return { layer, filter, value, row: Math.floor(position / pooled_rows), column: position % pooled_rows };
+}
+
+function windowOf({ layers }, unit) {  // the pixels that a unit sees through its switch
+  const { filters, map_rows, field } = blocks[unit.layer];
+  const position = Math.floor(layers[unit.layer].switches[placeOf(unit)] / filters);
+  const top = Math.floor(position / map_rows) * field.jump + field.start;
+  return { top, left: (position % map_rows) * field.jump + field.start, side: field.size };
+}
+
+// ---- pictures
+function shrink(pixels, rows, columns, start, side) {  // (rows, columns, 4) -> (96, rows, 4), as Pillow does
+  const scale = side / size;
+  const reach = Math.max(scale, 1);
+  return Uint8ClampedArray.from({ length: 4 * size * rows }, (_, k) => {
+    const row = Math.floor(k / 4) % rows;
+    const centre = start + (Math.floor(k / (4 * rows)) + 0.5) * scale;
+    const first = Math.max(0, Math.floor(centre - reach + 0.5));
+    const last = Math.min(columns, Math.floor(centre + reach + 0.5));
+    let sum = 0;
+    let weights = 0;
+    for (let column = first; column < last; column++) {
+      const weight = 1 - Math.abs(column + 0.5 - centre) / reach;
+      weights += weight;
+      sum += weight * pixels[4 * (row * columns + column) + (k % 4)];
+    }
+    return sum / weights;
+  });
+}
+
+function readSquare(source, width, height) {  // the centre square, (96, 96, 3)
+  const smaller = Math.min(1, Math.sqrt(4e6 / (width * height)));  // browsers limit the size of a canvas
+  const [rows, columns] = [height, width].map((side) => Math.max(1, Math.round(side * smaller)));
+  const canvas = el("canvas", { width: columns, height: rows });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "#fff";  // where the picture is transparent
+  context.fillRect(0, 0, columns, rows);
+  context.drawImage(source, 0, 0, columns, rows);
+  const { data: pixels } = context.getImageData(0, 0, columns, rows);
+  const side = Math.min(rows, columns);
+  const narrow = shrink(pixels, rows, columns, (columns - side) / 2, side);
+  return shrink(narrow, size, rows, (rows - side) / 2, side).filter((_, k) => k % 4 < 3);
+}
+
+async function readPicture(file) {
+  const options = { imageOrientation: "from-image", colorSpaceConversion: "none" };  // turned as EXIF says
+  const bitmap = await createImageBitmap(file, options).catch(() => null);
+  page.message.textContent = bitmap ? "" : `${file?.name ?? "This"} is no picture that the browser can read.`;
+  if (bitmap) show({ name: file.name, pixels: readSquare(bitmap, bitmap.width, bitmap.height) });
+}
+
+// ---- drawing; text is never read as HTML
+function el(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
+const two = (value) => value.toFixed(2);
+const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
+const clamp = (value, most) => Math.min(most, Math.max(0, value));
+const picture = (text) => el("canvas", { role: "img", "aria-label": text });
+const figure = (canvas, ...lines) => el("figure", {}, canvas,
+  el("figcaption", {}, ...lines.flatMap((line) => [line, el("br", {})])));
+
+function paint(canvas, rows, colour) {  // colour(k): red, green, blue and alpha of pixel k, 0 to 255
+  const image = new ImageData(rows, rows);
+  for (let k = 0; k < rows ** 2; k++) image.data.set(colour(k), 4 * k);
+  canvas.width = rows;
+  canvas.height = rows;
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return canvas;
+}
+function paintWindow(canvas, { top, left, side }, frame, outside = []) {  // of a frame (rows, columns, 3)
+  return paint(canvas, side, (k) => {
+    const row = top + Math.floor(k / side);
+    const column = left + (k % side);
+    const place = 3 * (row * size + column);
+    const inside = Math.min(row, column) >= 0 && Math.max(row, column) < size;
+    return inside ? [...frame.subarray(place, place + 3), 255] : outside;
+  });
+}
+function robustScale(values) {  // the 99.5th percentile of the magnitudes above zero
+  const magnitudes = values.filter((value) => value !== 0).map(Math.abs).sort();
+  return magnitudes[Math.floor(0.995 * (magnitudes.length - 1))] || 1;
+}
+function paintProjection(canvas, area, projection, scale) {
+  const grey = 127.5;  // zero
+  const levels = projection.map((value) => grey + (grey * value) / scale);
+  return paintWindow(canvas, area, levels, [grey, grey, grey, 255]);
+}
+function paintMagnitude(canvas, rows, signal) {  // summed over the channels
+  const channels = signal.length / rows ** 2;
+  const sums = new Float32Array(rows ** 2);
+  signal.forEach((value, place) => { sums[Math.floor(place / channels)] += Math.abs(value); });
+  const scale = (data.ramp.length - 1) / (Math.max(...sums) || 1);
+  return paint(canvas, rows, (k) => [...data.ramp[Math.round(scale * sums[k])], 255]);
+}
+function bar(name, colour, value, before, text) {  // value and before are 0 to 1
+  const dot = el("span", { class: "dot", style: `background:${colour}` });
+  const level = el("div", { style: `background:${colour};width:${100 * value}%` });
+  const mark = square ? el("i", { style: `left:${99 * before}%` }) : "";
+  return el("tr", {}, el("td", {}, dot, name), el("td", {}, el("div", { class: "track" }, level, mark)),
+    el("td", {}, text));
+}
+function lay(node, { top, left, side }) {  // over the picture
+  const [x, y, width] = [left, top, side].map((value) => `${(100 * value) / size}%`);
+  Object.assign(node.style, { left: x, top: y, width, height: width });
+}
+
+// ---- what is shown
+const names = data.blocks.map((block) => block.name);
+const rules = { deconvnet: "deconvnet", gradient: "gradient", guided: "guided backpropagation" };
+let shown;  // the picture: name, truth and pixels
+let image;  // normalised
+let whole;  // what `forward` finds in it
+let square = null;  // top, left and side
+let now;  // what `forward` finds with the square over the picture
+let order;  // the strongest unit of each filter of the layer, strongest first
+let unit;
+
+function show(chosen) {
+  shown = chosen;
+  image = normalise(shown.pixels);
+  whole = forward(image);
+  order = null;
+  paintWindow(page.pixels, { top: 0, left: 0, side: size }, shown.pixels);
+  page.pixels.setAttribute("aria-label", shown.name);
+  for (const button of page.samples.children) button.setAttribute("aria-pressed", button.sample === shown);
+  choose();
+  look();
+}
+function choose() {  // the unit in the address: #conv4, #conv4/137 or #conv4/137/2/0
+  const [name, ...numbers] = location.hash.slice(1).split("/");
+  const layer = names.includes(name) ? names.indexOf(name) : unit ? unit.layer : names.length - 1;
+  if (order?.[0].layer !== layer) showTiles(layer);
+  const [filter, row, column] = numbers.map(Number);
+  const cells = [...Array(blocks[layer].pooled_rows).keys()];
+  unit = { ...(order.find((peak) => peak.filter === filter) || order[0]) };
+  if (cells.includes(row) && cells.includes(column)) Object.assign(unit, { row, column });
+  for (const tile of page.tiles.querySelectorAll("a:first-child")) {
+    tile.toggleAttribute("aria-current", tile.filter === unit.filter);
+    tile.tabIndex = tile.filter === unit.filter ? 0 : -1;  // one stop for the Tab key; arrow keys lead on
+  }
+}
+function look() {  // at the picture, with the square where there is one
+  now = square ? forward(cover(image, square)) : whole;
+  page.square.hidden = !square;
+  page.cover.checked = Boolean(square);
+  page.picture.classList.toggle("covered", square);
+  const best = now.probabilities.indexOf(Math.max(...now.probabilities));
+  const name = shown.truth ? `${shown.name}, class ${shown.truth}` : shown.name;
+  page.answer.textContent = `${name}: ${data.classes[best]}, ${percent(now.probabilities[best])}`;
+  const ranking = [...data.classes.keys()].sort((a, b) => whole.probabilities[b] - whole.probabilities[a]);
+  page.classes.replaceChildren(...ranking.map((k) => bar(data.classes[k], data.colours[k],
+    now.probabilities[k], whole.probabilities[k], percent(now.probabilities[k]))));
+  showUnit();
+}
+async function showTiles(layer) {
+  const { name, filters, field } = data.blocks[layer];
+  const begun = [...Array(filters).keys()].map((filter) => strongest(whole, layer, filter));
+  order = begun.sort((a, b) => b.value - a.value);
+  const firing = order.filter((peak) => peak.value > 0);
+  page.layers.replaceChildren(...names.map((other) => el("a", { href: `#${other}` }, other)));
+  page.layers.children[layer].setAttribute("aria-current", "page");
+  page.note.textContent = `${filters} filters, strongest in this picture first; `
+    + `${filters - firing.length} do not fire. A tile is the projection of a filter's strongest unit in its `
+    + `window of ${field.size} x ${field.size} pixels, with its number and its activation.`;
+  page.tiles.replaceChildren(...order.map(({ filter, value }) => {
+    const caption = el("span", {}, el("b", {}, filter), two(value));
+    const tile = el("a", { href: `#${name}/${filter}` }, el("canvas", {}), caption);
+    const more = el("a", { href: `${data.explorer}#${name}/${filter}`, tabindex: -1 }, "explorer");
+    return el("div", {}, Object.assign(tile, { filter }), more);
+  }));
+  let paused = performance.now();
+  for (const [k, peak] of firing.entries()) {
+    if (performance.now() > paused + 20) {
+      await new Promise((resolve) => setTimeout(resolve));  // the page stays usable
+      paused = performance.now();
+    }
+    if (order !== begun) return;  // another layer or picture was chosen
+    const projection = project(whole, peak).at(-1).filtered;
+    const canvas = page.tiles.children[k].querySelector("canvas");
+    paintProjection(canvas, windowOf(whole, peak), projection, robustScale(projection));
+  }
+}
+function showUnit() {
+  const { name } = data.blocks[unit.layer];
+  const [value, before] = [now, whole].map((pass) => pass.layers[unit.layer].pooled[placeOf(unit)]);
+  page.name.textContent = `One unit: ${name} / ${unit.filter}, row ${unit.row}, column ${unit.column}`;
+  page.silent.hidden = value > 0;
+  page.more.href = `${data.explorer}#${name}/${unit.filter}`;
+  const most = Math.max(order[0].value, value) || 1;
+  page.activation.replaceChildren(bar("activation", "var(--bar)", value / most, before / most,
+    square ? `${two(value)}, uncovered ${two(before)}` : two(value)));
+  const area = windowOf(now, unit);
+  lay(page.frame, area);
+  unit.scales ??= Object.keys(rules).map((rule) => robustScale(project(whole, unit, rule).at(-1).filtered));
+  const projections = Object.entries(rules).map(([rule, text], k) => {
+    const projection = project(now, unit, rule).at(-1).filtered;
+    return figure(paintProjection(picture(`projection: ${text}`), area, projection, unit.scales[k]), text);
+  });
+  const patch = paintWindow(picture("the picture in the window"), area, shown.pixels);
+  page.panels.replaceChildren(figure(patch, "the picture there"), ...projections);
+  showMap();
+  showWay();
+}
+function showMap() {
+  const rows = blocks[unit.layer].pooled_rows;
+  const most = order.find((peak) => peak.filter === unit.filter).value || 1;
+  const focused = page.map.contains(document.activeElement);
+  page.map.style.gridTemplateColumns = `repeat(${rows}, minmax(0, 44px))`;
+  page.map.replaceChildren(...Array.from({ length: rows ** 2 }, (_, position) => {
+    const cell = { ...unit, row: Math.floor(position / rows), column: position % rows };
+    const value = now.layers[unit.layer].pooled[placeOf(cell)];
+    const title = `row ${cell.row}, column ${cell.column}: ${two(value)}`;
+    const share = 45 * clamp(value / most, 1);  // of the link's colour; the number stays readable
+    const style = `background:color-mix(in srgb, var(--link) ${share}%, var(--paper))`;
+    const button = el("button", { title, style, tabindex: -1 }, rows > 12 ? "" : two(value));
+    button.onclick = () => go(cell);
+    return button;
+  }));
+  const current = page.map.children[unit.row * rows + unit.column];
+  current.setAttribute("aria-current", "true");
+  current.tabIndex = 0;
+  if (focused) current.focus();
+}
+function showWay() {
+  const step = (text, rows, signal) => {
+    const nonzero = signal.filter((value) => value !== 0).length;
+    return figure(paintMagnitude(picture(text), rows, signal), text,
+      `${rows} x ${rows} x ${signal.length / rows ** 2}`, `${nonzero} not 0`);
+  };
+  const steps = project(now, unit, page.rules.elements.rule.value);
+  page.way.replaceChildren(...steps.map(({ layer, unpooled, rectified, filtered }) => {
+    const { name, map_rows, input_rows } = data.blocks[layer];
+    const result = layer ? "filtered" : "filtered: pixels";
+    return el("div", {}, el("h3", {}, name), step("unpooled", map_rows, unpooled),
+      step("rectified", map_rows, rectified), step(result, input_rows, filtered));
+  }));
+}
+
+// ---- addresses, keys, pointer, files
+function go({ layer, filter, row, column }) {
+  location.replace(`#${[names[layer], filter, row, column].filter((part) => part !== undefined).join("/")}`);
+}
+let waiting;
+function moveSquare(row, column) {  // its centre, in pixels of the picture
+  const side = Number(page.side.value);
+  const [top, left] = [row, column].map((centre) => Math.round(clamp(centre, size) - side / 2));
+  square = { top, left, side };
+  lay(page.square, square);
+  cancelAnimationFrame(waiting);
+  waiting = requestAnimationFrame(look);  // of several moves only the last
+}
+function nudge(down, right) {  // without a square, one is laid on the window
+  const { top, left, side } = square || windowOf(now, unit);
+  moveSquare(top + side / 2 + down, left + side / 2 + right);
+}
+function uncover() {
+  square = null;
+  look();
+}
+function pointAt({ clientX, clientY }) {
+  const { top, left, width } = page.picture.getBoundingClientRect();
+  moveSquare((size * (clientY - top)) / width, (size * (clientX - left)) / width);
+}
+const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest?.("input")) return;
+  if (event.key === "Escape") uncover();
+  if (!ARROWS[event.key]) return;
+  const [down, right] = ARROWS[event.key];
+  const next = order[order.findIndex((peak) => peak.filter === unit.filter) + right];
+  if (event.target === page.picture) {
+    const pixels = square ? (event.shiftKey ? 1 : 4) : 0;
+    nudge(pixels * down, pixels * right);
+  } else if (page.map.contains(event.target)) {
+    const last = blocks[unit.layer].pooled_rows - 1;
+    go({ ...unit, row: clamp(unit.row + down, last), column: clamp(unit.column + right, last) });
+  } else if (right && next) {
+    go({ layer: unit.layer, filter: next.filter });
+  } else return;
+  event.preventDefault();
+});
+addEventListener("hashchange", () => {
+  if (location.hash === "#about") return;
+  const focused = page.tiles.contains(document.activeElement);
+  choose();
+  if (focused) page.tiles.querySelector("[aria-current]").focus();
+  showUnit();
+});
+page.picture.onclick = pointAt;
+page.picture.onpointermove = (event) => {
+  if (event.buttons && (square || event.pointerType === "mouse")) pointAt(event);
+};
+page.cover.onchange = () => (page.cover.checked ? nudge(0, 0) : uncover());
+page.side.oninput = () => square && nudge(0, 0);
+page.rules.onchange = showWay;
+page.file.onchange = () => readPicture(page.file.files[0]);
+addEventListener("paste", (event) => readPicture(event.clipboardData.files[0]));
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  readPicture(event.dataTransfer.files[0]);
+});
+page.camera.hidden = !navigator.mediaDevices;
+page.camera.onclick = async () => {
+  const { video, camera, message } = page;
+  if (video.hidden) {
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: true }).catch(() => null);
+    message.textContent = video.srcObject ? "" : "There is no camera that this page may use.";
+    if (!video.srcObject) return;
+    await video.play();
+  } else {
+    show({ name: "camera", pixels: readSquare(video, video.videoWidth, video.videoHeight) });
+    for (const track of video.srcObject.getTracks()) track.stop();
+  }
+  video.hidden = !video.hidden;
+  camera.textContent = video.hidden ? "Camera" : "Take the picture";
+};
+page.generated.hidden = !data.generated;
+page.source.textContent = `${data.title}, ${data.accuracy}`;
+page.training.textContent = page.source.textContent;
+page.explorer.href = data.explorer;
+page.square.style.background = `rgb(${mean.map((value) => 255 * value).join(" ")})`;
+page.samples.append(...data.samples.map(({ name, truth, pixels }) => {
+  const sample = { name, truth, pixels: bytesOf(pixels) };
+  const canvas = paintWindow(picture(`${name}, ${truth}`), { top: 0, left: 0, side: size }, sample.pixels);
+  const button = el("button", {}, canvas);
+  button.onclick = () => show(sample);
+  return Object.assign(button, { sample });
+}));
+show(page.samples.firstChild.sample);
+</script>
+</html>
+"""
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ os.environ["MPLBACKEND"] = "Agg"  # before matplotlib is imported
 
 import hashlib
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,23 +122,24 @@ def pipeline_copy(pipeline: Path, tiny_stl10: Path, monkeypatch: pytest.MonkeyPa
     return Path("outputs")
 
 
+def random_net(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> CNN:
+    """Return a small network in evaluation mode whose batch norms do something, with gains of both signs."""
+    torch.manual_seed(seed)
+    net = CNN(**{"filters": (5, 6, 7, 8), **config}).to(dtype)
+    for block in net.blocks:
+        norm = block.bn
+        assert norm.running_mean is not None and norm.running_var is not None
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        norm.running_mean.normal_(std=0.3)
+        norm.running_var.uniform_(0.3, 2)
+    return net.eval().requires_grad_(False)
+
+
 @pytest.fixture
 def make_net() -> MakeNet:
-    """Builds a small network in evaluation mode whose batch norms do something, with gains of both signs."""
-
-    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> CNN:
-        torch.manual_seed(seed)
-        net = CNN(**{"filters": (5, 6, 7, 8), **config}).to(dtype)
-        for block in net.blocks:
-            norm = block.bn
-            assert norm.running_mean is not None and norm.running_var is not None
-            torch.nn.init.normal_(norm.weight)
-            torch.nn.init.normal_(norm.bias)
-            norm.running_mean.normal_(std=0.3)
-            norm.running_var.uniform_(0.3, 2)
-        return net.eval().requires_grad_(False)
-
-    return make
+    """See `random_net`."""
+    return random_net
 
 
 def describe_data() -> dict[str, str]:
@@ -170,3 +172,33 @@ def write_checkpoint(net: CNN, path: Path = Path("outputs/CNN.pth"), **facts: An
     given = make_checkpoint(net, **facts)._asdict()
     del given["net"], given["sha256"]
     save_checkpoint(path, net, **given)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NEEDS_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+
+
+def run_in_page(page: Path, script: str) -> str:
+    """Open a copy of a page with one more script, which may wait; return what the document then holds.
+
+    Nothing may be written to the console.
+    """
+    copy = page.with_name(f"copy_of_{page.name}")
+    copy.write_text(f"{page.read_text()}<script>(async () => {{{script}}})();</script>")
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        "--window-size=500,800",
+        "--virtual-time-budget=30000",
+        f"--user-data-dir={page.parent / 'profile'}",
+        copy.resolve().as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
