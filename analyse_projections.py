@@ -46,6 +46,7 @@ from load_data import (
     save_figure,
     save_table,
     set_style,
+    shorten,
 )
 
 OUTPUTS = Path("outputs")  # where results go
@@ -688,7 +689,7 @@ def draw_ablation(ablation: pd.DataFrame, names: Sequence[str]) -> Figure:
     widths = np.bincount(preferred, minlength=len(names))
     for row, (right, width) in enumerate(zip(widths.cumsum(), widths, strict=True)):
         ax.add_patch(Rectangle((right - width, row), width, 1, fill=False, edgecolor="0.2", linewidth=0.9))
-    ax.set_yticks(np.arange(len(names)) + 0.5, list(names))
+    ax.set_yticks(np.arange(len(names)) + 0.5, [shorten(name) for name in names])
     ax.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
     return fig
 

@@ -54,6 +54,7 @@ from load_data import (
     save_arrays,
     save_figure,
     set_style,
+    shorten,
 )
 
 IMAGE: int | str | Path = 0  # index into the test split, or any picture (cropped and resized to 96 x 96)
@@ -676,9 +677,9 @@ def main() -> None:
     print_units(units)
 
     # the figure and the arrays behind it
-    truth = f", class {picture.class_name}" if picture.class_name else ""
+    truth = f", class {shorten(picture.class_name)}" if picture.class_name else ""
     heading = (
-        f"{picture.name}{truth}, predicted {checkpoint.class_names[int(prediction)]} "
+        f"{picture.name}{truth}, predicted {shorten(checkpoint.class_names[int(prediction)])} "
         f"({100 * float(probability):.0f} %); network trained on {title}\n"
         "upper rows: projections with filter and activation; grey is zero, each panel has its own scale\n"
         "lower rows: the image in the same window, white beyond its border"

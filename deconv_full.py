@@ -49,7 +49,7 @@ from CNN import (
     run_script,
 )
 from deconv import crop, displayed, fold_batch_norm
-from load_data import TITLES, Array, load_checkpoint_split, save_arrays, save_figure, set_style, tile
+from load_data import TITLES, Array, load_checkpoint_split, save_arrays, save_figure, set_style, shorten, tile
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = 100  # test images of each class in projection_statistics.npz; None: all
@@ -703,7 +703,7 @@ def title_filters(top: Arrays, layer: str, labels: Array, names: Sequence[str]) 
             continue
         counts = np.bincount(labels[firing], minlength=len(names))
         peak = top[f"{layer}_value"][number, 0]
-        title = f"filter {number}: {counts.max()} of {len(firing)} {names[int(counts.argmax())]}"
+        title = f"filter {number}: {counts.max()} of {len(firing)} {shorten(names[int(counts.argmax())])}"
         titles.append(f"{title}{separator}peak {peak:.2f}")
     return titles
 

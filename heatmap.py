@@ -18,7 +18,6 @@ test images that are classified correctly. Grey is the mean colour of the traini
 normalised pixels.
 """
 
-import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -66,7 +65,9 @@ from load_data import (
     save_figure,
     save_table,
     set_style,
+    shorten,
     tile,
+    wilson_interval,
 )
 
 TOP_FILTERS = 4  # filters drawn of each class
@@ -94,11 +95,6 @@ TRANSFORMATIONS = {  # arguments of `transform`, and what figures call them
     "zoom": "scale (factor)",
     "angle": "rotation clockwise (degrees)",
 }
-
-
-def shorten(name: str) -> str:
-    """Return the name of a class as figures show it."""
-    return name if len(name) <= 20 else f"{name[:19]}…"
 
 
 class Inputs(NamedTuple):
@@ -807,16 +803,6 @@ def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Seq
             values = torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
             tables.append(table.join(pd.DataFrame(values, columns=list(MEASURES))))
     return pd.concat(tables, ignore_index=True).sort_values(["image", "degree"], ignore_index=True)
-
-
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share after Wilson (1927), which stays between 0 and 1."""
-    z = 1.96
-    share = correct / count
-    centre = share + z**2 / (2 * count)
-    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    scale = 1 + z**2 / count
-    return (centre - reach) / scale, (centre + reach) / scale
 
 
 def tabulate_invariance(measured: pd.DataFrame) -> pd.DataFrame:

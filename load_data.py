@@ -16,9 +16,13 @@ import hashlib
 import json
 import math
 import tarfile
+import unicodedata
 import urllib.request
+import warnings
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -29,12 +33,12 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import STL10
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from CNN import IMAGE_SIZE, Checkpoint, atomic_write, run_script
@@ -57,7 +61,28 @@ FILES = {  # name: (bytes, md5 sum)
 }
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 TITLES = {"stl10": "STL-10", "folders": "your pictures", "shapes": "generated shapes"}  # in figures and logs
+HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin that file managers and notebooks hide among pictures
 DPI = 200  # of figures
+FONTS = (  # that have Chinese, Japanese or Korean letters, on Linux, Windows and macOS
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans JP",
+    "Noto Sans SC",
+    "Noto Sans KR",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "IPAGothic",
+    "NanumGothic",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Apple SD Gothic Neo",
+    "Arial Unicode MS",
+)
 # Columns of text, whose class names may look like numbers, truth values or nothing: 001, 1e5, True, NA, null
 TEXT_COLUMNS = ("checkpoint", "dataset", "class", "preferred_class", "runner_up", "top_class", "taken_for")
 
@@ -111,10 +136,10 @@ def class_names(dataset: str, data_dir: str | Path) -> list[str]:
     if dataset != "folders":
         return list(STL10_CLASSES if dataset == "stl10" else SHAPES)
 
-    train = list_classes(Path(data_dir).expanduser() / "train")
-    test = list_classes(Path(data_dir).expanduser() / "test")
+    train = list(class_folders(Path(data_dir).expanduser() / "train"))
+    test = list(class_folders(Path(data_dir).expanduser() / "test"))
     if train != test:
-        differing = ", ".join(sorted(set(train) ^ set(test)))
+        differing = ", ".join(map(repr, sorted(set(train) ^ set(test))))
         raise SystemExit(
             f"{data_dir}/train and {data_dir}/test must hold the same classes; they differ in {differing}"
         )
@@ -125,11 +150,49 @@ def class_names(dataset: str, data_dir: str | Path) -> list[str]:
     return train
 
 
-def list_classes(folder: Path) -> list[str]:
-    """Return the names of the folders in `folder`, sorted, or raise SystemExit if it is not there."""
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders in `folder` by the names of the classes, sorted.
+
+    Raises:
+        SystemExit: If `folder` is not there, or two of its folders have the same name but for the encoding.
+    """
     if not folder.is_dir():
         raise SystemExit(f"{folder.absolute()} not found: put pictures into {folder}/CLASS/ for each class")
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    folders: dict[str, Path] = {}
+    for path in list_folder(folder):
+        if path.is_dir():
+            name = composed(path.name)
+            if name in folders:
+                raise SystemExit(f"{folder} holds two folders called {name!r}: merge them")
+            folders[name] = path
+    return folders
+
+
+def composed(name: str) -> str:
+    """Return a name as Unicode's NFC, because macOS and others may store Käse as Ka¨se."""
+    return unicodedata.normalize("NFC", name)
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted by name, without what file managers and notebooks hide there."""
+    try:
+        paths = [path for path in folder.iterdir() if not path.name.startswith(HIDDEN)]
+    except OSError as error:
+        raise SystemExit(f"the folder {folder} cannot be read: {error.strerror}") from None
+    return sorted(paths, key=lambda path: composed(path.name))
+
+
+def walk(folder: Path, entered: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files in a folder and in the folders below it; links to folders are followed.
+
+    `entered` are the folders above; a link back to one of them would have no end and is left out.
+    """
+    entered = (*entered, folder.resolve())
+    for path in list_folder(folder):
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in entered:
+            yield from walk(path, entered)
 
 
 def stl10_folder(data_dir: str | Path) -> Path:
@@ -229,12 +292,16 @@ def load_checkpoint_split(checkpoint: Checkpoint, data_dir: str | Path, split: s
     Raises:
         SystemExit: If the data are missing or damaged, or have changed since the training.
     """
-    data_dir = Path(data_dir)
-    data = load_split(checkpoint.dataset, data_dir, split)
-    names = class_names(checkpoint.dataset, data_dir)
     trained_on = checkpoint.settings["data"]
+    try:
+        names = class_names(checkpoint.dataset, data_dir)
+        data = load_split(checkpoint.dataset, data_dir, split)
+    except SystemExit as error:
+        raise SystemExit(
+            f"{error}; the network was trained with DATA_DIR = {trained_on['folder']!r}"
+        ) from None
     if fingerprint(data, names) != trained_on[split]:
-        here = data_dir.expanduser().absolute()
+        here = Path(data_dir).expanduser().absolute()
         raise SystemExit(
             f"the {split} images in {here} are not those that the network was trained with, which were read "
             f"from DATA_DIR = {trained_on['folder']!r}: set DATA_DIR to that folder as it was, or run "
@@ -306,15 +373,16 @@ def to_grey_levels(values: Array) -> Array:
 
 
 def read_folders(folder: Path, names: list[str]) -> Split:
-    """Read the pictures folder/NAME/*, also in folders below; what cannot be read is named and left out.
+    """Read the pictures in folder/NAME/ and the folders below; say what is left out.
+
+    The pictures are shuffled, always in the same way, so that the first of them are of all classes.
 
     Raises:
         SystemExit: If a class has no picture.
     """
-    pictures = []  # (path, label)
-    for label, name in enumerate(names):
-        paths = sorted((folder / name).rglob("*"))
-        pictures += [(path, label) for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
+    pictures = []
+    for label, path in enumerate(class_folders(folder).values()):
+        pictures += [(picture, label) for picture in find_pictures(path)]
 
     images = []
     labels = []
@@ -327,9 +395,22 @@ def read_folders(folder: Path, names: list[str]) -> Split:
 
     if skipped := len(pictures) - len(images):
         print(f"{skipped} of {len(pictures):,} pictures in {folder} were left out")
-    if empty := ", ".join(name for label, name in enumerate(names) if label not in labels):
+    if empty := ", ".join(repr(name) for label, name in enumerate(names) if label not in labels):
         raise SystemExit(f"{folder} has no picture of {empty}: put some there, or remove the class")
-    return Split(np.stack(images), np.array(labels, np.int64))
+    order = np.random.default_rng(0).permutation(len(images))
+    return Split(np.stack(images), np.array(labels, np.int64)).select(order)
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Return the files that are pictures by their suffix; print one line on the others."""
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = list(walk(folder))
+    pictures = [path for path in paths if path.suffix.lower() in readable]
+    if len(pictures) < len(paths):
+        others = Counter(p.suffix.lower() or "no suffix" for p in paths if p.suffix.lower() not in readable)
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
+        print(f"{folder}: {len(paths) - len(pictures)} other files left out: {kinds}")
+    return pictures
 
 
 # ---------------------------------------------------------------- the download
@@ -607,23 +688,57 @@ def load_table(path: str | Path, checkpoint: Checkpoint) -> pd.DataFrame:
 
 def save_figure(path: str | Path, figure: Figure, quiet: bool = False) -> None:
     """Write a figure as PNG and close it."""
-    with atomic_write(path) as partial:
+    with atomic_write(path) as partial, warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", ".*missing from font")
         figure.savefig(partial, format="png", pil_kwargs={"compress_level": 1})  # half the time, 9 % larger
+    for warning in caught:
+        if "missing from font" in str(warning.message):
+            report_missing_letters()
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     plt.close(figure)
     gc.collect()  # because a figure is part of a reference cycle and its pixels would stay in memory
     if not quiet:
         print(f"wrote {path}", flush=True)
 
 
+@cache  # so that it is said once
+def report_missing_letters() -> None:
+    """Say what to do about letters that no font has, in the place of a warning for each letter and figure."""
+    print("figures show boxes for letters that no font here has: install one that has them, as Noto Sans CJK")
+
+
 def set_style() -> None:
     """Give all figures one look, whatever the user's matplotlib settings are; draw to files only."""
     plt.switch_backend("agg")
     plt.rcdefaults()
+    installed = {font.name for font in font_manager.fontManager.ttflist}
     style = {
         "figure.dpi": DPI,
+        "font.family": ["sans-serif", *(name for name in FONTS if name in installed)],
         "text.parse_math": False,  # the dollars of a class called US$ are no formula
     }
     sns.set_theme(context="paper", style="white", palette="colorblind", rc=style)
+
+
+def shorten(name: str, letters: int = 20) -> str:
+    """Return a class name as figures show it: cut where it is long, and never beginning with _.
+
+    matplotlib leaves labels that begin with _ out of a legend.
+    """
+    name = " ".join(name.split())
+    name = name if len(name) <= letters else f"{name[: letters - 1]}…"
+    return f" {name}" if name.startswith("_") else name
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share after Wilson (1927), which stays between 0 and 1."""
+    z = 1.96
+    share = correct / count
+    centre = share + z**2 / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return (centre - reach) / scale, (centre + reach) / scale
 
 
 def tile(pictures: Array, columns: int, gap: int) -> Array:
@@ -649,7 +764,7 @@ def draw_samples(data: Split, names: list[str], heading: str) -> Figure:
     fig, ax = plt.subplots(figsize=(8, 8), layout="constrained")
     ax.imshow(tile(pictures, columns, 4), interpolation="nearest")
     step = IMAGE_SIZE + 4  # pixels from one image to the next
-    ax.set_yticks(np.arange(len(names)) * step + step / 2, names)
+    ax.set_yticks(np.arange(len(names)) * step + step / 2, [shorten(name) for name in names])
     ax.set(xticks=[], title=heading)
     sns.despine(fig, left=True, bottom=True)
     return fig
@@ -665,14 +780,14 @@ def main() -> None:
     test = load_split(dataset, DATA_DIR, "test")
 
     print(f"{title}: {len(train.images):,} training and {len(test.images):,} test images, 3 x 96 x 96")
-    print(f"{'class':<12}{'training':>10}{'test':>10}")
+    print(f"{'class':<20}{'training':>10}{'test':>10}")
     for label, name in enumerate(names):
-        print(f"{name:<12}{(train.labels == label).sum():>10,}{(test.labels == label).sum():>10,}")
+        print(f"{shorten(name):<20}{(train.labels == label).sum():>10,}{(test.labels == label).sum():>10,}")
     print(
-        f"{'channel':<12}{'red':>10}{'green':>10}{'blue':>10}  of the training images, on a scale of 0 to 1"
+        f"{'channel':<20}{'red':>10}{'green':>10}{'blue':>10}  of the training images, on a scale of 0 to 1"
     )
     for statistic, values in zip(("mean", "std"), mean_and_std(train.images), strict=True):
-        print(f"{statistic:<12}" + "".join(f"{value:10.4f}" for value in values))
+        print(f"{statistic:<20}" + "".join(f"{value:10.4f}" for value in values))
 
     figure = draw_samples(train, names, f"{title}: training images of each class")
     save_figure("outputs/sample_images.png", figure)

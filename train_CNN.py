@@ -56,8 +56,10 @@ from load_data import (
     save_figure,
     save_table,
     set_style,
+    shorten,
     stl10_folder,
     tile,
+    wilson_interval,
 )
 
 # data
@@ -637,7 +639,8 @@ def draw_confusion(counts: Array, names: list[str], heading: str) -> Figure:
     has_numbers = len(names) <= 15  # more would not fit into the cells
     style: dict[str, Any] = {"annot": has_numbers, "fmt": ".0f", "cmap": "mako_r", "vmin": 0, "vmax": 100}
     bar = {"label": "share of the true class (%)"}
-    sns.heatmap(share, square=True, xticklabels=names, yticklabels=names, cbar_kws=bar, ax=ax, **style)
+    labels = [shorten(name) for name in names]
+    sns.heatmap(share, square=True, xticklabels=labels, yticklabels=labels, cbar_kws=bar, ax=ax, **style)
     ax.tick_params(axis="x", rotation=45)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="predicted class", ylabel="true class", title=heading)
@@ -664,29 +667,20 @@ def write_figures(files: Files, data: Data, log: pd.DataFrame, net: CNN, counts:
 
 def report(counts: Array, names: list[str]) -> None:
     """Print accuracy of each class, worst confusions, and the accuracy with its 95 % interval (Wilson)."""
-    print(f"{'class':<12}{'accuracy':>10}{'correct':>9}{'images':>8}")
+    print(f"{'class':<20}{'accuracy':>10}{'correct':>9}{'images':>8}")
     for name, row, correct in zip(names, counts, counts.diagonal(), strict=True):
-        print(f"{name:<12}{percent(correct / max(row.sum(), 1)):>10}{correct:>9}{row.sum():>8}")
+        print(f"{shorten(name):<20}{percent(correct / max(row.sum(), 1)):>10}{correct:>9}{row.sum():>8}")
 
     wrong = counts - np.diag(counts.diagonal())
     for index in np.argsort(-wrong, axis=None, kind="stable")[:3]:
         true_class, predicted_class = divmod(int(index), len(names))
         if count := wrong[true_class, predicted_class]:
-            print(f"{count} images of {names[true_class]} were taken for {names[predicted_class]}")
+            true_name = shorten(names[true_class])
+            print(f"{count} images of {true_name} were taken for {shorten(names[predicted_class])}")
 
     low, high = wilson_interval(counts.trace(), counts.sum())
     accuracy = percent(counts.trace() / counts.sum(), 2)
     print(f"accuracy {accuracy} (95 % interval {percent(low, 2)} to {percent(high, 2)})")
-
-
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share after Wilson (1927), which stays between 0 and 1."""
-    z = 1.96
-    share = correct / count
-    middle = share + z**2 / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    scale = 1 + z**2 / count
-    return (middle - half) / scale, (middle + half) / scale
 
 
 def finish(trainer: Trainer, data: Data, files: Files, log: pd.DataFrame) -> None:

@@ -382,10 +382,7 @@ def test_examples_are_the_transformed_images_and_means_have_normal_intervals(mak
     plt.close(figure)
 
 
-def test_shares_have_intervals_after_wilson_that_stay_between_0_and_1() -> None:
-    # Newcombe 1998, Table I
-    assert heatmap.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert heatmap.wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+def test_the_accuracy_of_changed_images_has_an_interval_after_wilson() -> None:
     curves = pd.DataFrame({"kind": "shift", "degree": 2, "image": range(20)})
     for measure in heatmap.MEASURES:
         curves[measure] = 1.0

@@ -5,6 +5,7 @@ import shutil
 import socket
 import tarfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,7 +17,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import MakeNet, WriteSplit, make_checkpoint
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from PIL import Image, ImageOps
 
@@ -468,24 +471,184 @@ def test_pictures_in_folders_are_a_data_set(folders: Path, capsys: pytest.Captur
     assert find_dataset("folders", folders) == "folders"
     names = load_data.class_names("folders", folders)
     assert names == ["a & b", "ant", "zebra"]
-    train, test = (load_split("folders", folders, split) for split in ("train", "test"))
-    assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    for split, name, k in (("train", "zebra", 4), ("test", "a & b", 0)):
-        data, pictures = {"train": train, "test": test}[split], ("one.BMP", "one.png")  # in this order
-        for image, file in zip(data.images[k : k + 2], pictures, strict=True):
-            pixels = np.asarray(Image.open(folders / split / name / file))[:, 17:113]
-            assert (image == pixels.transpose(2, 0, 1)).all()
+    for split in ("train", "test"):
+        data = load_split("folders", folders, split)
+        assert data.images.shape == (6, 3, 96, 96) and np.bincount(data.labels).tolist() == [2, 2, 2]
+        for label, name in enumerate(names):
+            expected = {
+                np.asarray(Image.open(path))[:, 17:113].transpose(2, 0, 1).tobytes()
+                for path in (folders / split / name).glob("one.*")
+            }
+            assert {image.tobytes() for image in data.images[data.labels == label]} == expected
     out = capsys.readouterr().out
     assert "data/train/ant/broken.jpg cannot be read as a picture and is left out" in out
     assert "1 of 7 pictures in data/train were left out" in out
 
 
+def write_grey(path: Path, grey: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (96, 96), grey).save(path)
+
+
+def greys(data: Split) -> dict[int, list[int]]:
+    """Return the grey level of each image, by label."""
+    levels = data.images[:, 0, 0, 0]
+    return {int(label): sorted(levels[data.labels == label].tolist()) for label in np.unique(data.labels)}
+
+
+def write_folders(names: list[str], count: int = 2) -> list[str]:
+    """Write pictures of one grey each into data/train and data/test; return the names of the classes."""
+    for split in ("train", "test"):
+        for label, name in enumerate(names):
+            for number in range(count):
+                write_grey(DATA / split / name / f"{number}.png", 100 * label + number)
+    return load_data.class_names("folders", DATA)
+
+
+def test_the_first_pictures_are_of_all_classes_and_always_the_same() -> None:
+    names = write_folders(["a", "b"], 20)
+    first, again = (load_data.read_folders(DATA / "train", names) for _ in range(2))
+    assert set(first.labels[:10].tolist()) == {0, 1}
+    assert (first.images == again.images).all() and (first.labels == again.labels).all()
+    assert greys(first) == {0: list(range(20)), 1: list(range(100, 120))}
+
+
+def test_what_notebooks_and_file_managers_hide_is_neither_class_nor_picture() -> None:
+    write_folders(["a", "b"])
+    for split in ("train", "test"):
+        write_grey(DATA / split / ".ipynb_checkpoints/0.png", 7)
+        write_grey(DATA / split / "a/@eaDir/0.png", 7)
+        write_grey(DATA / split / "a/.hidden.png", 7)
+        write_grey(DATA / split / "a/.trash/0.png", 7)
+        write_grey(DATA / split / "__MACOSX/a/0.png", 7)
+    assert load_data.class_names("folders", DATA) == ["a", "b"]
+    assert greys(load_split("folders", DATA, "train")) == {0: [0, 1], 1: [100, 101]}
+
+
+def test_a_folder_with_the_name_of_a_picture_is_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    write_folders(["a", "b"])
+    write_grey(DATA / "train/a/more.png/0.png", 5)
+    assert greys(load_split("folders", DATA, "train")) == {0: [0, 1, 5], 1: [100, 101]}
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "gif", "tga", "jpe", "JPG", "avif"])
+def test_every_suffix_that_pillow_reads_is_a_picture(suffix: str) -> None:
+    if f".{suffix.lower()}" not in Image.registered_extensions():
+        pytest.skip("this Pillow does not read it")
+    write_folders(["a", "b"])
+    write_grey(DATA / f"train/a/picture.{suffix}", 200)
+    levels = greys(load_split("folders", DATA, "train"))[0]
+    assert len(levels) == 3 and abs(levels[2] - 200) <= 3
+
+
+def test_other_files_are_counted_in_one_line_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    write_folders(["a", "b"])
+    for name in ("1.heic", "2.HEIC", "notes.txt", "README", "deeper/3.heic"):
+        path = DATA / "train/b" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    load_split("folders", DATA, "train")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("data/train/b: 5 other files left out: .heic 3, ")
+    assert ".txt 1" in line and "no suffix 1" in line
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle() -> None:
+    write_folders(["a", "b"])
+    write_grey(Path("elsewhere/0.png"), 9)
+    (DATA / "train/a/link").symlink_to(Path("elsewhere").absolute())
+    (DATA / "train/a/up").symlink_to(Path("data/train/a").absolute())
+    (DATA / "train/a/link/back").symlink_to(Path("elsewhere").absolute())
+    shutil.move(DATA / "train/b", "b")
+    (DATA / "train/b").symlink_to(Path("b").absolute())
+    assert greys(load_split("folders", DATA, "train")) == {0: [0, 1, 9], 1: [100, 101]}
+
+
+def test_a_folder_that_cannot_be_read_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folders(["a", "b"])
+    right = Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        if folder.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return right(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    expected = "the folder data/train/b cannot be read: Permission denied"
+    assert error_of(load_split, "folders", DATA, "train") == expected
+
+
+def test_one_name_in_two_encodings_is_one_class() -> None:
+    write_folders(["a", "K\u00e4se"])
+    (DATA / "test/K\u00e4se").rename(DATA / "test/Ka\u0308se")  # as macOS stores it
+    assert load_data.class_names("folders", DATA) == ["K\u00e4se", "a"]
+    assert greys(load_split("folders", DATA, "test")) == {0: [100, 101], 1: [0, 1]}
+    write_grey(DATA / "test/K\u00e4se/0.png", 1)
+    assert "two folders called 'K\u00e4se': merge them" in error_of(load_split, "folders", DATA, "test")
+
+
+def test_names_that_look_alike_are_told_apart_in_the_error() -> None:
+    write_folders(["dog", "cat"])
+    (DATA / "test/dog").rename(DATA / "test/dog ")
+    assert error_of(load_split, "folders", DATA, "train").endswith("they differ in 'dog', 'dog '")
+
+
+@pytest.fixture
+def trained(make_net: MakeNet) -> Checkpoint:
+    """Return the checkpoint of a training on data/train and data/test."""
+    names = write_folders(["ant", "bee", "cat"])
+    checksums = {
+        split: load_data.fingerprint(load_split("folders", DATA, split), names) for split in ("train", "test")
+    }
+    settings = {"data": {"folder": "data", **checksums}}
+    return make_checkpoint(make_net(), dataset="folders", class_names=names, settings=settings)
+
+
+def rename_class() -> None:
+    for split in ("train", "test"):
+        (DATA / split / "ant").rename(DATA / split / "dog")  # now the last
+
+
+def remove_class() -> None:
+    for split in ("train", "test"):
+        shutil.rmtree(DATA / split / "ant")
+
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "a class renamed": rename_class,
+    "a picture exchanged": lambda: write_grey(DATA / "test/bee/0.png", 55),
+    "a picture added": lambda: write_grey(DATA / "test/bee/9.png", 55),
+    "a picture removed": lambda: (DATA / "test/bee/0.png").unlink(),
+    "a class added": lambda: write_folders(["dog"]),
+    "a class removed": remove_class,
+    "a class removed from one": lambda: shutil.rmtree(DATA / "train/ant"),
+    "another folder": lambda: DATA.rename("other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_images_that_changed_since_the_training_are_refused_with_both_folders_named(
+    trained: Checkpoint, change: str
+) -> None:
+    assert len(load_data.load_checkpoint_split(trained, "data", "test").labels) == 6
+    CHANGES[change]()
+    error = error_of(load_data.load_checkpoint_split, trained, "data", "test")
+    assert "DATA_DIR = 'data'" in error and (f"{Path.cwd()}/data" in error or "data/train and" in error)
+
+
+def test_a_folder_that_was_moved_with_its_pictures_is_as_good(trained: Checkpoint) -> None:
+    DATA.rename("moved")
+    assert len(load_data.load_checkpoint_split(trained, "moved", "test").labels) == 6
+
+
 def test_folders_that_make_no_data_set_are_refused(folders: Path) -> None:
     for path in (folders / "train/ant").glob("*.*"):
         path.unlink()
-    assert error_of(load_split, "folders", folders, "train").startswith("data/train has no picture of ant: ")
+    expected = "data/train has no picture of 'ant': put some there, or remove the class"
+    assert error_of(load_split, "folders", folders, "train") == expected
     (folders / "train/ant").rmdir()
-    expected = "data/train and data/test must hold the same classes; they differ in ant"
+    expected = "data/train and data/test must hold the same classes; they differ in 'ant'"
     assert error_of(load_split, "folders", folders, "train") == expected
     for split, name in (("test", "ant"), ("test", "zebra"), ("train", "zebra")):
         shutil.rmtree(folders / split / name)
@@ -575,6 +738,67 @@ def test_dollars_in_a_name_are_dollars_in_a_figure(name: str) -> None:
         assert not ax.title.get_parse_math()
         load_data.save_figure("figure.png", figure)
     assert Path("figure.png").is_file()
+
+
+@pytest.fixture
+def style() -> Iterator[None]:
+    with mpl.rc_context():
+        load_data.set_style()
+        yield
+
+
+def test_letters_of_other_scripts_take_an_installed_font_that_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = font_manager.FontEntry(name="WenQuanYi Zen Hei")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [entry])
+    with mpl.rc_context():
+        load_data.set_style()
+        assert mpl.rcParams["font.family"] == ["sans-serif", "WenQuanYi Zen Hei"]
+
+
+def test_letters_that_no_font_has_are_said_once_and_other_warnings_stay(
+    style: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_data.report_missing_letters.cache_clear()
+    for _ in range(2):
+        figure, ax = plt.subplots()
+        ax.set_title("\U00010a00 and \U00010a01")  # Kharoshthi
+        load_data.save_figure("figure.png", figure, quiet=True)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "letters that no font here has" in out
+    right = Figure.savefig
+
+    def savefig(*arguments: Any, **settings: Any) -> None:
+        warnings.warn("something else", stacklevel=1)
+        right(*arguments, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.warns(UserWarning, match="something else"):
+        load_data.save_figure("figure.png", plt.figure(), quiet=True)
+
+
+def test_names_in_figures_are_short_and_stand_in_legends(style: None) -> None:
+    assert load_data.shorten("truck") == "truck"
+    assert load_data.shorten("x" * 200) == "x" * 19 + "\u2026"
+    assert load_data.shorten("a\nb\t c") == "a b c"
+    figure, ax = plt.subplots()
+    ax.plot([0, 1], label=load_data.shorten("_hidden"))
+    assert [text.get_text().strip() for text in ax.legend().texts] == ["_hidden"]
+    plt.close(figure)
+
+
+def test_shares_have_intervals_after_wilson_that_stay_between_0_and_1() -> None:
+    # Newcombe 1998, Table I
+    assert load_data.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert load_data.wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+
+
+def test_long_names_leave_room_for_the_sheet_of_samples(tiny_stl10: Path, style: None) -> None:
+    data = load_split("stl10", tiny_stl10, "train")
+    figure = load_data.draw_samples(data, [f"{label}{'x' * 200}" for label in range(10)], "heading")
+    load_data.save_figure("figure.png", figure)
+    assert figure.axes[0].get_position().width > 0.2
 
 
 def test_figures_look_the_same_whatever_the_users_settings_are() -> None:

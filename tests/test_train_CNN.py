@@ -168,12 +168,6 @@ def test_the_figure_of_many_confusions_has_no_numbers() -> None:
         plt.close(figure)
 
 
-def test_the_interval_of_a_share_stays_between_0_and_1() -> None:
-    lowest = 10 / (10 + 1.96**2)
-    assert train_CNN.wilson_interval(10, 10) == pytest.approx((lowest, 1))
-    assert train_CNN.wilson_interval(0, 10) == pytest.approx((0, 1 - lowest))
-
-
 def test_the_report_gives_accuracies_confusions_and_interval(capsys: pytest.CaptureFixture[str]) -> None:
     train_CNN.report(np.array([[90, 10], [30, 70]]), ["cat", "dog"])
     out = capsys.readouterr().out
