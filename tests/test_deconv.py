@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import NeuronDeconvolution, NeuronGradient, NeuronGuidedBackprop
-from conftest import MakeNet, write_checkpoint
+from conftest import DEVICES, MakeNet, write_checkpoint
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -23,7 +23,6 @@ import deconv
 from CNN import CNN, LAYERS, choose_device, load_checkpoint, receptive_fields
 from load_data import Array, load_split
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CONFIGS: list[dict[str, Any]] = [  # even kernels, strides, rows that pooling or a stride leaves over
     {},
     {"pool_sizes": (2, 2, 1, 4)},
@@ -62,9 +61,11 @@ def by_autograd(net: CNN, image: Tensor, layer: int, *unit: int, relu: Any = Rec
 
 def units_to_check(pooled: Tensor) -> list[tuple[int, int, int]]:
     """Active units, (filter, row, column): the strongest at each corner, at a border and in the middle."""
-    rows, columns = pooled.shape[-2] - 1, pooled.shape[-1] - 1
-    places = [(0, 0), (0, columns), (rows, 0), (rows, columns), (rows // 2, columns // 2), (0, columns // 2)]
-    strongest = [(int(pooled[0, :, row, column].argmax()), row, column) for row, column in places]
+    last_row = pooled.shape[-2] - 1
+    last_column = pooled.shape[-1] - 1
+    corners = [(0, 0), (0, last_column), (last_row, 0), (last_row, last_column)]
+    positions = [*corners, (last_row // 2, last_column // 2), (0, last_column // 2)]
+    strongest = [(int(pooled[0, :, row, column].argmax()), row, column) for row, column in positions]
     active = [unit for unit in strongest if pooled[0][unit] > 0]
     assert len(active) >= 4
     return active
@@ -103,12 +104,14 @@ def test_a_projection_in_float32_is_exact_to_rounding_on_every_device(
 
 @pytest.mark.parametrize("size", [(64, 81), (130, 96)])
 def test_images_of_other_sizes_are_projected_too(make_net: MakeNet, size: tuple[int, int]) -> None:
-    net, image = make_net(dtype=torch.float64), torch.randn(1, 3, *size, dtype=torch.float64)
+    net = make_net(dtype=torch.float64)
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
     for layer in range(4):
         assert wrong_by(net, image, layer) < 1e-10
 
 
-transpose, project_unit = F.conv_transpose2d, deconv.project_unit
+transpose = F.conv_transpose2d
+project_unit = deconv.project_unit
 with_bias = patch.object(F, "conv_transpose2d", lambda *args, **more: transpose(*args, **more) + 0.01)
 WRONG: dict[str, Callable[..., Tensor]] = {
     "gain dropped": patch.object(deconv, "fold_batch_norm", lambda block: block.conv.weight)(project_unit),
@@ -120,14 +123,16 @@ WRONG: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("way", WRONG)
 def test_a_wrong_projection_fails_the_check(make_net: MakeNet, way: str) -> None:
-    net, image = make_net(dtype=torch.float64), torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    net = make_net(dtype=torch.float64)
+    image = torch.randn(1, 3, 96, 96, dtype=torch.float64)
     assert wrong_by(net, image, 3, WRONG[way]) > 0.01
 
 
 @pytest.mark.parametrize("config", CONFIGS[:2])
 @pytest.mark.parametrize("layer", range(4))
 def test_a_projection_is_captums_times_the_activation(make_net: MakeNet, config: Any, layer: int) -> None:
-    net, image = make_net(dtype=torch.float64, **config), torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    net = make_net(dtype=torch.float64, **config)
+    image = torch.randn(1, 3, 96, 96, dtype=torch.float64)
     pooled, _ = net.features(image)[layer]
     captum = NeuronDeconvolution(net, net.blocks[layer].relu)
     for unit in units_to_check(pooled):
@@ -140,33 +145,39 @@ def test_a_projection_is_captums_times_the_activation(make_net: MakeNet, config:
 def test_backpropagation_with_three_rules_equals_three_references(make_net: MakeNet) -> None:
     net = make_net(dtype=torch.float64)
     images = torch.randn(3, 3, 96, 96, dtype=torch.float64)
-    filter_, row, column = np.array([[5, 0, 3], [0, 2, 1], [2, 1, 0]])
+    filters, rows, columns = np.array([[5, 0, 3], [0, 2, 1], [2, 1, 0]])
+    references = {
+        "deconvnet": NeuronDeconvolution,
+        "gradient": NeuronGradient,
+        "guided": NeuronGuidedBackprop,
+    }
     for layer in (1, 3):
-        found = {
-            rule: deconv.backpropagate(net, images, layer, filter_, row, column, rule)
-            for rule in ("deconvnet", "gradient", "guided")
-        }
-        references = NeuronDeconvolution, NeuronGradient, NeuronGuidedBackprop
-        for (rule, maps), reference in zip(found.items(), references, strict=True):
+        gradients = deconv.backpropagate(net, images, layer, filters, rows, columns, "gradient")
+        for rule, reference in references.items():
+            maps = deconv.backpropagate(net, images, layer, filters, rows, columns, rule)
             attribution = reference(net, net.blocks[layer].relu)
-            for k, unit in enumerate(zip(filter_.tolist(), row.tolist(), column.tolist(), strict=True)):
+            for k, unit in enumerate(zip(filters.tolist(), rows.tolist(), columns.tolist(), strict=True)):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # captum announces its hooks
                     expected = attribution.attribute(images[k : k + 1].clone(), unit)
                 if net.features(images[k : k + 1])[layer][0][0][unit] > 0:
                     torch.testing.assert_close(maps[k], expected[0], rtol=1e-9, atol=1e-12)
-                    assert rule == "gradient" or (maps[k] - found["gradient"][k]).abs().max() > 1e-6
+                    assert rule == "gradient" or (maps[k] - gradients[k]).abs().max() > 1e-6
 
 
 def test_hand_worked_projection_of_a_4_x_4_image() -> None:
     sizes: dict[str, Any] = {"kernel_sizes": (3, 1, 1, 1), "strides": (1,) * 4, "pool_sizes": (2, 1, 1, 1)}
     net = CNN(filters=(1, 1, 1, 1), **sizes).eval().requires_grad_(False)
-    conv, norm = net.blocks[0].conv, net.blocks[0].bn
+    conv = net.blocks[0].conv
+    norm = net.blocks[0].bn
     conv.weight.zero_()
     conv.weight[0, 0, 1, 1:] = torch.tensor([2.0, 1])  # z: red, twice a pixel + the one to its right
     assert norm.running_mean is not None and norm.running_var is not None
-    norm.eps, norm.weight[0], norm.bias[0] = 0, 6, 2
-    norm.running_mean[0], norm.running_var[0] = 1, 4  # y = 6 (z - 1) / 2 + 2 = 3 z - 1
+    norm.eps = 0
+    norm.weight[0] = 6
+    norm.bias[0] = 2
+    norm.running_mean[0] = 1
+    norm.running_var[0] = 4  # y = 6 (z - 1) / 2 + 2 = 3 z - 1
     image = torch.zeros(1, 3, 4, 4)
     image[0, 0] = torch.tensor([[2.0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0], [0, 3, 0, 0]])
     # z = [[4, 0, 0, 0], [0, 2, 4, 0], [0, 0, 0, 0], [3, 6, 0, 0]]; the largest 3 z - 1 of each region: 11 at
@@ -175,12 +186,12 @@ def test_hand_worked_projection_of_a_4_x_4_image() -> None:
     assert pooled[0, 0].tolist() == [[11, 11], [17, 0]]
     assert switches[0, 0, 0].tolist() == [0, 6] and switches[0, 0, 1, 0] == 13
     expected = torch.zeros(3, 4, 4)
-    expected[0, 3, 1], expected[0, 3, 2] = 3 * 2 * 17, 3 * 1 * 17  # gain x weight x activation
+    expected[0, 3, 1] = 3 * 2 * 17  # gain x weight x activation
+    expected[0, 3, 2] = 3 * 1 * 17
     assert torch.equal(deconv.project_unit(net, image, 0, 0, 1, 0), expected)
     (unit,) = deconv.strongest_units(net, image, 0, 6)
-    assert (
-        unit[:6] == (0, 17, 1, 0, 2, 0) and (unit.projection == expected.numpy()).all()
-    )  # from row 2, column 0
+    assert unit[:6] == (0, 17, 1, 0, 2, 0)  # its window begins at row 2, column 0
+    assert (unit.projection == expected.numpy()).all()
 
 
 def test_unpooling_puts_each_maximum_back_where_it_came_from() -> None:
@@ -206,8 +217,9 @@ def test_switches_of_images_of_another_size_are_refused(make_net: MakeNet) -> No
 
 @pytest.mark.parametrize("layer", range(4))
 def test_a_projection_is_zero_outside_the_receptive_field(make_net: MakeNet, layer: int) -> None:
-    net, image = make_net(), torch.randn(1, 3, 96, 96)
-    size, units = receptive_fields(net)[layer].size, deconv.strongest_units(net, image, layer, 8)
+    net = make_net()
+    size = receptive_fields(net)[layer].size
+    units = deconv.strongest_units(net, torch.randn(1, 3, 96, 96), layer, 8)
     for unit in units:
         inside = np.zeros((96, 96), bool)
         inside[max(unit.top, 0) : unit.top + size, max(unit.left, 0) : unit.left + size] = True
@@ -216,10 +228,12 @@ def test_a_projection_is_zero_outside_the_receptive_field(make_net: MakeNet, lay
 
 
 def test_the_strongest_unit_of_each_firing_filter_is_taken_strongest_first(make_net: MakeNet) -> None:
-    net, image = make_net(), torch.randn(1, 3, 96, 96)
-    net.blocks[1].bn.weight[2], net.blocks[1].bn.bias[2] = 0, -1  # filter 2 of conv2 never fires
-    maxima = net.features(image)[1][0][0].amax(dim=(1, 2))
-    firing = sorted((-value, filter_) for filter_, value in enumerate(maxima.tolist()) if value > 0)
+    net = make_net()
+    image = torch.randn(1, 3, 96, 96)
+    net.blocks[1].bn.weight[2] = 0  # filter 2 of conv2 never fires
+    net.blocks[1].bn.bias[2] = -1
+    peaks = net.features(image)[1][0][0].amax(dim=(1, 2)).tolist()
+    firing = sorted((-peak, number) for number, peak in enumerate(peaks) if peak > 0)
     units = deconv.strongest_units(net, image, 1, 6)
     assert [(-unit.value, unit.filter) for unit in units] == firing and 2 not in [u.filter for u in units]
     assert [unit.filter for unit in deconv.strongest_units(net, image, 1, 2)] == [f for _, f in firing[:2]]
@@ -229,7 +243,8 @@ def test_grey_is_zero_and_one_scale_that_outliers_do_not_set_serves_all_panels()
     values = np.array([0] * 9_000 + [-1] * 500 + [2] * 499 + [1_000.0])  # zeros do not count
     assert deconv.robust_scale(values) == 2 and deconv.robust_scale(np.zeros(5)) == 1
     projections = np.zeros((2, 3, 100, 100))
-    projections[0], projections[1, :, 0, 0] = values.reshape(100, 100), 1
+    projections[0] = values.reshape(100, 100)
+    projections[1, :, 0, 0] = 1
     shown = deconv.displayed(projections)
     assert shown.shape == (2, 100, 100, 3) and (shown[0, :90] == 0.5).all() and shown[1, 0, 0, 0] == 0.75
     assert shown[0, -1, [0, -2, -1], 0].tolist() == [1, 1, 1] and shown[0, 90, 0, 0] == 0.25
@@ -282,11 +297,11 @@ PICTURES: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_pictures_of_every_kind_are_read(kind: str) -> None:
-    picture, ending, options = PICTURES[kind]
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_every_kind_are_read(name: str) -> None:
+    picture, ending, options = PICTURES[name]
     difference = abs(loaded(picture, f"picture.{ending}", **options) - RAMP)
-    assert difference.mean() < 2 if kind in ("CMYK", "ten times as large") else not difference.any()
+    assert difference.mean() < 2 if name in ("CMYK", "ten times as large") else not difference.any()
 
 
 def test_what_is_transparent_is_white() -> None:
@@ -304,7 +319,8 @@ def test_what_is_transparent_is_white() -> None:
 
 def test_a_picture_is_turned_as_its_camera_says_and_its_centre_is_kept() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (96, 200, 3)).astype(np.uint8)
-    picture, exif = Image.fromarray(pixels), Image.Exif()
+    picture = Image.fromarray(pixels)
+    exif = Image.Exif()
     assert (loaded(picture) == pixels[:, 52:148].transpose(2, 0, 1)).all()
     exif[0x0112] = 6  # orientation: lies on its left side
     assert (loaded(picture, exif=exif) == np.rot90(pixels[:, 52:148], -1).transpose(2, 0, 1)).all()
@@ -389,15 +405,26 @@ def test_chosen_filters_are_drawn_and_their_arrays_kept(
         rows, columns = np.nonzero(arrays["conv3_projection"][k].any(axis=0))
         size = receptive_fields(checkpoint.net)[2].size
         assert top <= rows.min() and rows.max() < top + size and left <= columns.min()
-    one, known = "of one layer, set in LAYER", "0 to 6 of conv3"
-    for layer, chosen, which in (
-        ("all", [1], one), ("conv3", "weakest", known), ("conv3", [], known), ("conv3", [7], known),
-    ):  # fmt: skip
-        message = f"SHOW_FILTERS is {chosen!r}; allowed are 'strongest' and a list of filters {which}"
-        monkeypatch.setattr(deconv, "LAYER", layer)
-        monkeypatch.setattr(deconv, "SHOW_FILTERS", chosen)
-        with pytest.raises(SystemExit, match=re.escape(message)):
-            deconv.main()
+
+
+@pytest.mark.usefixtures("figures")
+@pytest.mark.parametrize(
+    ("layer", "chosen", "allowed"),
+    [
+        ("all", [1], "of one layer, set in LAYER"),
+        ("conv3", "weakest", "0 to 6 of conv3"),
+        ("conv3", [], "0 to 6 of conv3"),
+        ("conv3", [7], "0 to 6 of conv3"),
+    ],
+)
+def test_filters_that_do_not_exist_are_refused(
+    monkeypatch: pytest.MonkeyPatch, layer: str, chosen: Any, allowed: str
+) -> None:
+    monkeypatch.setattr(deconv, "LAYER", layer)
+    monkeypatch.setattr(deconv, "SHOW_FILTERS", chosen)
+    message = f"SHOW_FILTERS is {chosen!r}; allowed are 'strongest' and a list of filters {allowed}"
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        deconv.main()
 
 
 @pytest.mark.usefixtures("figures")

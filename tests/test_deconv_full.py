@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import MakeNet, WriteSplit, make_checkpoint, write_checkpoint
+from conftest import DEVICES, MakeNet, WriteSplit, make_checkpoint, write_checkpoint
 from test_deconv import CONFIGS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +32,6 @@ from deconv_full import (
 )
 from load_data import Array
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 IMAGES = np.random.default_rng(1).integers(0, 256, (12, 3, 96, 96)).astype(np.uint8)
 
 
@@ -49,28 +48,30 @@ def as_units(entries: Any) -> Units:
 
 def active_units(net: CNN, layer: int, images: list[int], random: int) -> Units:
     """Units of the strongest filter at the corners and at random places of some images, in random order."""
-    rng, entries = np.random.default_rng(layer), []
+    rng = np.random.default_rng(layer)
+    entries = []
     for image in images:
         pooled = features_of(net, image)[layer][0][0]
         last = pooled.shape[-1] - 1
-        places = [[0, 0], [0, last], [last, 0], [last, last]]
-        places += rng.integers(0, last + 1, (random, 2)).tolist()
-        for row, column in places:
-            filter_ = int(pooled[:, row, column].argmax())
-            entries.append((image, filter_, row, column, float(pooled[filter_, row, column])))
+        positions = [[0, 0], [0, last], [last, 0], [last, last]]
+        positions += rng.integers(0, last + 1, (random, 2)).tolist()
+        for row, column in positions:
+            number = int(pooled[:, row, column].argmax())
+            entries.append((image, number, row, column, float(pooled[number, row, column])))
     return as_units(rng.permutation(entries))
 
 
 def plain(net: CNN, layer: int, *unit: Any) -> Array:
     """The projection of one unit (image, filter, row, column) by deconv.py, in the full frame."""
-    image, *place = (int(number) for number in unit)
+    image, *position = (int(number) for number in unit)
     batch = net.normalise(torch.from_numpy(IMAGES[[image]]))
-    return np.asarray(deconv.project_unit(net, batch, layer, *place).numpy())
+    return np.asarray(deconv.project_unit(net, batch, layer, *position).numpy())
 
 
 def in_frame(window: Array, origin: Array) -> Array:
     """Put a window (3, size, size) back into the full frame (3, 96, 96), beyond which it must be zero."""
-    (top, left), size = origin + window.shape[-1], window.shape[-1]
+    size = window.shape[-1]
+    top, left = origin + size
     frame = np.zeros((3, 96 + 2 * size, 96 + 2 * size), np.float32)
     frame[:, top : top + size, left : left + size] = window
     inside = frame[:, size:-size, size:-size]
@@ -124,26 +125,28 @@ def test_many_units_in_any_order_come_back_at_their_own_place(make_net: MakeNet)
         assert_equal(in_frame(windows[n], origins[n]), plain(net, 1, image, filter_, row, column))
 
 
-def test_what_is_kept_of_each_projection_comes_with_its_place(make_net: MakeNet) -> None:
+def test_what_is_kept_of_each_projection_comes_with_its_index_and_origin(make_net: MakeNet) -> None:
     net = make_net()
-    units, projector = active_units(net, 1, [1, 6, 9], 60), Projector(net, 1, 2)
+    units = active_units(net, 1, [1, 6, 9], 60)
+    projector = Projector(net, 1, 2)
     windows, all_origins = project_windows(projector, IMAGES, units, "")
-    places = []
-    results = project_units(projector, IMAGES, units, "", lambda some: some.abs().amax(dim=(1, 2, 3)))
-    for which, origins, kept in results:
-        assert (kept == np.abs(windows[which]).max(axis=(1, 2, 3))).all()
-        assert (origins == all_origins[which]).all()
-        places += which.tolist()
-    assert sorted(places) == list(range(len(units.image)))
+    yielded = []
+    for batch in project_units(projector, IMAGES, units, "", lambda part: part.abs().amax(dim=(1, 2, 3))):
+        assert (batch.kept == np.abs(windows[batch.indices]).max(axis=(1, 2, 3))).all()
+        assert (batch.origins == all_origins[batch.indices]).all()
+        yielded += batch.indices.tolist()
+    assert sorted(yielded) == list(range(len(units.image)))
 
 
 @pytest.mark.parametrize("layer", range(4))
-def test_a_place_before_pooling_that_is_the_own_switch_changes_nothing(make_net: MakeNet, layer: int) -> None:
+def test_a_position_before_pooling_that_is_the_units_own_switch_changes_nothing(
+    make_net: MakeNet, layer: int
+) -> None:
     projector = Projector(make_net(), layer, 2)
     units = active_units(projector.net, layer, [3, 8, 0], 6)
     windows, origins = project_windows(projector, IMAGES, units, "")
-    own = projector.before_pooling(origins)
-    forced_windows, forced_origins = project_windows(projector, IMAGES, units, "", before_pooling=own)
+    positions = projector.before_pooling(origins)
+    forced_windows, forced_origins = project_windows(projector, IMAGES, units, "", before_pooling=positions)
     assert (forced_windows == windows).all() and (forced_origins == origins).all()
 
 
@@ -221,7 +224,7 @@ def test_a_gpu_has_all_the_operators_and_no_tensor_is_left_on_the_cpu() -> None:
         )
         windows = projector.project(projector.masks(features), units, 5, 4)
         measured = magnitude_statistics(windows)
-        devices = {of.device for of in (windows, measured, net.classify(features[-1][0]))}
+        devices = {tensor.device for tensor in (windows, measured, net.classify(features[-1][0]))}
         assert devices == {torch.device("cuda", 0)}
         assert windows.shape == (3, 96 - (16 * 5 - 30), 96 - (16 * 4 - 30), 3)  # jumps of 16 pixels from -30
 
@@ -287,7 +290,9 @@ def test_a_gpu_works_in_the_calling_thread_on_groups_of_few_different_sizes(
 
     projector.device_type = "mps"  # this machine's CPU stands for an Apple GPU
     projector.batch_size = deconv_full.images_at_once(1, "mps")
-    sizes, threads, passes = [], set(), []
+    sizes: list[int] = []
+    threads: set[threading.Thread] = set()
+    passes: list[int] = []
     project = Projector.project
 
     def spy(self: Projector, masks: Any, group: UnitTensors, row: int, column: int) -> Tensor:
@@ -302,7 +307,7 @@ def test_a_gpu_works_in_the_calling_thread_on_groups_of_few_different_sizes(
     assert set(sizes) <= {1, 2, 4, 8, 16, 32, 64, 128, 256} and max(sizes) > deconv_full.CPU_GROUP
     assert (gpu_origins == origins).all()
     assert_equal(gpu_windows, windows)
-    assert [deconv_full.images_at_once(16, kind) for kind in ("cpu", "cuda", "mps")] == [16, 256, 256]
+    assert [deconv_full.images_at_once(16, device) for device in ("cpu", "cuda", "mps")] == [16, 256, 256]
 
 
 def test_equal_values_are_grouped_and_groups_filled_up_to_a_power_of_two() -> None:
@@ -314,7 +319,8 @@ def test_equal_values_are_grouped_and_groups_filled_up_to_a_power_of_two() -> No
 
 @pytest.mark.usefixtures("three_threads")
 def test_each_thread_takes_batches_of_its_own_and_works_alone(make_net: MakeNet) -> None:
-    together, counts = threading.Barrier(3, timeout=20), []
+    together = threading.Barrier(3, timeout=20)
+    counts = []
 
     def reduce(projections: Tensor) -> Tensor:
         together.wait()  # until three threads are here
@@ -335,9 +341,10 @@ def test_activations_equal_those_of_single_images(make_net: MakeNet) -> None:
             assert activations[f"{layer}_max"][image] == maxima
             rows, columns = activations[f"{layer}_position"][image].T
             assert maps[np.arange(len(maps)), rows, columns] == maxima
-            mean, share = maps.mean(axis=(1, 2)), (maps > 0).mean(axis=(1, 2))
-            assert activations[f"{layer}_mean"][image] == pytest.approx(mean, rel=1e-4, abs=1e-5)
-            assert activations[f"{layer}_nonzero"][image] == pytest.approx(share, abs=1e-3)
+            mean = pytest.approx(maps.mean(axis=(1, 2)), rel=1e-4, abs=1e-5)
+            assert activations[f"{layer}_mean"][image] == mean
+            share = pytest.approx((maps > 0).mean(axis=(1, 2)), abs=1e-3)
+            assert activations[f"{layer}_nonzero"][image] == share
 
 
 def test_top_images_are_different_strongest_first_and_ties_go_to_the_lower_index() -> None:
@@ -346,7 +353,7 @@ def test_top_images_are_different_strongest_first_and_ties_go_to_the_lower_index
     assert top.tolist() == [[1, 2, 3], [-1, -1, -1], [1, 3, -1]] and top.dtype == np.int32
 
 
-def test_weaker_examples_lie_near_their_percentile_and_are_others_than_the_strongest() -> None:
+def test_percentile_examples_lie_near_their_percentile_and_are_others_than_the_top_images() -> None:
     values = np.zeros((201, 3), np.float32)
     values[:, 0] = np.random.default_rng(0).permutation(201)  # fires on 200 images, with 1 to 200
     values[:11, 1] = np.arange(11) + 1  # on 11; the third filter is dead
@@ -355,8 +362,8 @@ def test_weaker_examples_lie_near_their_percentile_and_are_others_than_the_stron
     levels = values[chosen[0], 0].reshape(4, 3)
     assert (np.diff(levels) < 0).all() and len(np.unique(levels)) == 12
     # percentile 99 is 198.01, but 192 to 200 are the strongest; 90 is 180.1, 75 is 150.25, 50 is 100.5
-    for found, low, high in zip(levels, (183, 174, 145, 96), (191, 186, 155, 105), strict=True):
-        assert low <= found.min() and found.max() <= high
+    for level, low, high in zip(levels, (183, 174, 145, 96), (191, 186, 155, 105), strict=True):
+        assert low <= level.min() and level.max() <= high
     assert chosen[1:].tolist() == [[1, 0, *[-1] * 10], [-1] * 12]
     assert (chosen == deconv_full.percentile_images(values, top)).all()
 
@@ -366,23 +373,27 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
     make_net: MakeNet, prefix: str
 ) -> None:
     net = make_net()
-    net.blocks[3].bn.weight[2], net.blocks[3].bn.bias[2] = 0, -1  # filter 2 of conv4 is dead
+    net.blocks[3].bn.weight[2] = 0  # filter 2 of conv4 is dead
+    net.blocks[3].bn.bias[2] = -1
     activations = measure_activations(IMAGES, net, 1, "")
     top = deconv_full.project_top(IMAGES, net, activations, 4, 1)
     for k, layer in enumerate(LAYERS):
-        size, maxima = receptive_fields(net)[k].size, activations[f"{layer}_max"]
+        size = receptive_fields(net)[k].size
+        peaks = activations[f"{layer}_max"]
         names = ("image", "value", "position", "origin", "projection", "patch")
         arrays = [top[f"{layer}_{prefix}{name}"] for name in names]
-        images = deconv_full.top_images(maxima, 4)
-        assert (arrays[0] == (deconv_full.percentile_images(maxima, images) if prefix else images)).all()
-        for filter_, rank in np.ndindex(arrays[0].shape):
-            image, value, position, origin, projection, patch = (array[filter_, rank] for array in arrays)
+        images = deconv_full.top_images(peaks, 4)
+        if prefix:
+            images = deconv_full.percentile_images(peaks, images)
+        assert (arrays[0] == images).all()
+        for number, rank in np.ndindex(arrays[0].shape):
+            image, value, position, origin, projection, patch = (array[number, rank] for array in arrays)
             if image < 0:
-                assert not any(array[filter_, rank].any() for array in arrays[1:])
+                assert not any(array[number, rank].any() for array in arrays[1:])
                 continue
-            assert value == maxima[image, filter_]
-            assert (position == activations[f"{layer}_position"][image, filter_]).all()
-            expected = plain(net, k, image, filter_, *position)
+            assert value == peaks[image, number]
+            assert (position == activations[f"{layer}_position"][image, number]).all()
+            expected = plain(net, k, image, number, *position)
             # float16 has 11 binary digits, fewer below 6e-5
             assert_equal(in_frame(projection, origin), expected, 1e-3 if prefix else 1e-5)
             top_row, left = origin
@@ -391,8 +402,11 @@ def test_top_projections_patches_and_origins_are_those_of_the_plain_projection(
 
 
 def test_a_page_shows_projections_in_grey_and_patches_white_beyond_the_border() -> None:
-    projection, patch = np.zeros((2, 1, 3, 3, 3)), np.zeros((2, 1, 3, 3, 3), np.uint8)
-    projection[0, 0, :, 2, 0], projection[1, 0, 0, 0, 0], patch[0, 0, :, 1, 1] = -7, 1, 51
+    projection = np.zeros((2, 1, 3, 3, 3))
+    projection[0, 0, :, 2, 0] = -7
+    projection[1, 0, 0, 0, 0] = 1
+    patch = np.zeros((2, 1, 3, 3, 3), np.uint8)
+    patch[0, 0, :, 1, 1] = 51
     top: dict[str, Array] = {"conv2_projection": projection, "conv2_patch": patch}
     top["conv2_origin"] = np.array([[[-1, 94]], [[0, 0]]])
     figure = deconv_full.draw_page(top, "conv2", [0, 1], ["filter 0: this", "filter 1: that"], "heading")
@@ -401,24 +415,26 @@ def test_a_page_shows_projections_in_grey_and_patches_white_beyond_the_border() 
     assert (first.get_title(), second.get_title()) == ("filter 0: this", "filter 1: that")
     shown = np.asarray(first.images[0].get_array())
     assert (shown == shown[:, :, :1]).all()
-    projections, patches = shown[1:4, 1:4, 0], shown[1:4, 8:11, 0]
-    assert projections.tolist() == [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 0.5, 0.5]]
-    assert patches == pytest.approx(np.array([[1, 1, 1], [0, 0.2, 1], [0, 0, 1]]))
-    framed = shown.copy()
-    framed[1:4, 1:4], framed[1:4, 8:11] = 1, 1
-    assert (framed == 1).all() and shown.shape == (5, 12, 3)  # white around both, and a gap of two
+    assert shown[1:4, 1:4, 0].tolist() == [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 0.5, 0.5]]
+    assert shown[1:4, 8:11, 0] == pytest.approx(np.array([[1, 1, 1], [0, 0.2, 1], [0, 0, 1]]))
+    around = shown.copy()
+    around[1:4, 1:4] = 1
+    around[1:4, 8:11] = 1
+    assert (around == 1).all() and shown.shape == (5, 12, 3)  # white around both, and a gap of two
     assert np.asarray(second.images[0].get_array())[1, 1].tolist() == [1, 0.5, 0.5]  # a scale of its own
 
 
 def test_of_conv1_one_projection_stands_for_nine() -> None:
-    rng, projection = np.random.default_rng(0), np.zeros((1, 9, 3, 2, 2))
+    rng = np.random.default_rng(0)
+    projection = np.zeros((1, 9, 3, 2, 2))
     projection[0] = rng.standard_normal((3, 2, 2)) * np.arange(9, 0, -1)[:, None, None, None]
     top: dict[str, Array] = {"conv1_projection": projection, "conv1_origin": np.full((1, 9, 2), 40)}
     top["conv1_origin"][0, :2] = -1  # the border cuts the first two
     top["conv1_patch"] = rng.integers(0, 256, (1, 9, 3, 2, 2), np.uint8)
     figure = deconv_full.draw_page(top, "conv1", [0], ["filter 0: this\nthat"], "heading")
     plt.close(figure)
-    shown, expected = np.asarray(figure.axes[0].images[0].get_array()), deconv.displayed(projection[0])[2]
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    expected = deconv.displayed(projection[0])[2]
     assert shown.shape == (10, 10 + 2 + 10, 3) and figure.axes[0].get_title() == "filter 0: this\nthat"
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         block = shown[1 + 3 * row : 4 + 3 * row, 1 + 3 * column : 4 + 3 * column]
@@ -458,7 +474,8 @@ def test_pages_of_an_earlier_network_go(pipeline: Path, monkeypatch: pytest.Monk
 
 
 def test_the_evolution_ends_in_the_top_projections_of_the_last_network(make_net: MakeNet) -> None:
-    first, last = make_checkpoint(make_net(seed=1), epochs=1), make_checkpoint(make_net(seed=2), epochs=3)
+    first = make_checkpoint(make_net(seed=1), epochs=1)
+    last = make_checkpoint(make_net(seed=2), epochs=3)
     evolution = deconv_full.project_evolution(IMAGES, [first, last], 3, 5)
     top = deconv_full.project_top(IMAGES, last.net, measure_activations(IMAGES, last.net, 5, ""), 1, 5)
     for filters, layer in zip((5, 6, 7, 8), LAYERS, strict=True):
@@ -472,16 +489,17 @@ def test_the_evolution_ends_in_the_top_projections_of_the_last_network(make_net:
     figure = deconv_full.draw_evolution(evolution, [1, 3], "heading")
     plt.close(figure)
     changes = [len(ax.collections[0].get_paths()) for ax in figure.axes]
-    assert changes == [int((of.image[:, 0] != of.image[:, 1]).sum()) for of in evolution.values()]
-    axes = figure.axes[3].xaxis, figure.axes[3].yaxis
-    labels = [[label.get_text() for label in axis.get_ticklabels()] for axis in axes]
-    assert labels == [["1", "3"], ["0", "3", "7"]]
+    images = [layer_evolution.image for layer_evolution in evolution.values()]
+    assert changes == [int((image[:, 0] != image[:, 1]).sum()) for image in images]
+    assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == ["1", "3"]
+    assert [label.get_text() for label in figure.axes[3].get_yticklabels()] == ["0", "3", "7"]
 
 
 def test_snapshots_of_another_training_or_a_longer_one_are_not_taken(
     make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, folder = make_net(), Path("outputs/snapshots")
+    net = make_net()
+    folder = Path("outputs/snapshots")
     settings = make_checkpoint(net).settings
     for epochs, seed in ((0, 0), (1, 0), (2, 7), (20, 0), (30, 0), (40, 0)):
         path = folder / f"epoch_{epochs:03d}.pth"
@@ -506,7 +524,8 @@ def test_magnitude_statistics_by_hand() -> None:
 
 
 def test_statistics_of_all_projections_equal_those_of_full_frames(make_net: MakeNet) -> None:
-    net, chosen = make_net(), np.array([7, 0, 3])
+    net = make_net()
+    chosen = np.array([7, 0, 3])
     activations = measure_activations(IMAGES, net, 1, "")
     statistics = deconv_full.measure_projections(IMAGES, chosen, activations, net, 2)
     fires = activations["conv4_max"][chosen] > 0
@@ -532,7 +551,8 @@ def test_files_of_a_run_agree_with_each_other(pipeline: Path) -> None:
         maxima = activations[f"{layer}_max"]
         assert (top[f"{layer}_value"] == -np.sort(-maxima, axis=0)[:9].T).all()
         assert ((activations[f"{layer}_nonzero"] > 0) == (maxima > 0)).all()
-    image, labels = statistics["image"], activations["labels"]
+    image = statistics["image"]
+    labels = activations["labels"]
     assert (labels == np.fromfile(pipeline / "data/stl10_binary/test_y.bin", np.uint8) - 1).all()
     first_two = [np.flatnonzero(labels == label)[:2] for label in range(10)]
     assert (image == np.sort(np.concatenate(first_two))).all()
