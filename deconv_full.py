@@ -650,6 +650,8 @@ def project_examples(
 
     def spread(values: Array) -> Array:
         """(existing examples, ...) -> (filters, examples, ...)."""
+        if exists.all():  # the usual case, and then no copy is needed
+            return values.reshape(*image.shape, *values.shape[1:])
         spread_values = np.zeros((*image.shape, *values.shape[1:]), values.dtype)
         spread_values[exists] = values
         return spread_values
