@@ -719,7 +719,8 @@ header span { flex-grow: 1; }
   #left { position: sticky; top: 0; max-height: 100vh; overflow-y: auto; align-self: start; padding: 3px; }
   .loud { grid-column: span 2; } }
 /* text */
-h1, h3 { font-size: inherit; margin: 0; }
+h1 { font-size: inherit; margin: 0; }
+h3 { font-size: 13px; margin: 8px 0 2px; }
 h2 { font-size: 16px; margin: 22px 0 2px; padding-top: 8px; border-top: 1px solid var(--line); }
 h2:first-child { margin-top: 4px; padding: 0; border: 0; }
 p { max-width: 80ch; margin: 6px 0 10px; overflow-wrap: anywhere; }
@@ -751,7 +752,7 @@ td:last-child { white-space: nowrap; text-align: right; }
 .track i { position: absolute; top: -2px; bottom: -2px; width: 3px; background: var(--ink); }
 /* tiles, the panels of a unit, its map, the way down */
 #tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 10px; padding: 5px;
-  max-height: 320px; overflow-y: auto; border: 1px solid var(--line); font-size: 12px; }
+  max-height: 320px; overflow-y: auto; position: relative; border: 1px solid var(--line); font-size: 12px; }
 #tiles a:first-child { display: block; color: inherit; text-decoration: none; }
 #tiles span { display: flex; justify-content: space-between; }
 #tiles [aria-current] canvas { outline: 3px solid var(--link); }
@@ -762,9 +763,10 @@ td:last-child { white-space: nowrap; text-align: right; }
 #map [aria-current] { outline: 2px solid; }
 #way { display: flex; flex-wrap: wrap; gap: 14px 20px; }
 #way div { display: grid; grid-template-columns: repeat(3, 84px); gap: 6px; align-content: start; }
-#way h3 { grid-column: span 3; font-size: 13px; }
+#way h3 { grid-column: span 3; margin: 0; }
 #way figcaption { font-size: 12px; }
 @media (max-width: 700px) { header, main { padding: 10px 14px; } header span { flex-basis: 100%; }
+  #left { margin-bottom: 22px; }
   #panels { grid-template-columns: 1fr 1fr; } }
 </style><noscript>This page needs JavaScript; it loads nothing from elsewhere.</noscript>
 <header><h1>Live deconvnet</h1><span id="source"></span><a href="#about">About</a>
@@ -780,15 +782,17 @@ td:last-child { white-space: nowrap; text-align: right; }
     <div id="square"></div></div>
   <label><input type="checkbox" id="cover">Cover with a grey square: drag it, or use the arrow keys</label>
   <label class="soft">Its side <input type="range" id="side" min="4" max="64" step="4" value="24"></label>
-  <p id="answer" role="status"></p><table id="classes"></table></section>
+  <p id="answer" role="status"></p><table id="classes"></table><h3>Activation of the unit</h3>
+  <table id="activation"></table></section>
 <section><h2>One layer at a time</h2><nav id="layers"></nav><p class="soft" id="note"></p>
   <div id="tiles"></div><h2 id="name"></h2>
   <p><span id="silent">This unit does not fire here: its projections are empty. </span><a id="more">What else
-    activates this filter</a></p><table id="activation"></table><div id="panels"></div>
+    activates this filter</a></p><div id="panels"></div>
   <p class="soft">The three projections differ in one thing: what a ReLU lets pass on the way down. The
     deconvnet passes positive signals. The gradient passes the signals of units that fired on the way up.
     Guided backpropagation passes what satisfies both. Grey is zero; each projection has its own scale.</p>
-  <h2>The map of this filter</h2><p class="soft">Click any unit, or move with the arrow keys.</p>
+  <h2>The map of this filter</h2><p class="soft">Click any unit, or move with the arrow keys. Where
+    the map is large, a value shows when the pointer rests on it.</p>
   <div id="map"></div>
   <h2>The way down</h2><p class="soft">This is section 2.1 and Figure 1 of Zeiler &amp; Fergus (2014). The
     activation of the unit is kept, all others of its layer are set to zero. Then each layer takes three
@@ -1100,10 +1104,16 @@ function choose() {  // the unit in the address: #conv4, #conv4/137 or #conv4/13
   const cells = [...Array(blocks[layer].pooled_rows).keys()];
   unit = { ...(order.find((peak) => peak.filter === filter) || order[0]) };
   if (cells.includes(row) && cells.includes(column)) Object.assign(unit, { row, column });
-  for (const tile of page.tiles.querySelectorAll("a:first-child")) {
-    tile.toggleAttribute("aria-current", tile.filter === unit.filter);
-    tile.tabIndex = tile.filter === unit.filter ? 0 : -1;  // one stop for the Tab key; arrow keys lead on
+  for (const tile of page.tiles.children) {
+    const current = tile.filter === unit.filter;
+    tile.firstChild.toggleAttribute("aria-current", current);
+    tile.firstChild.tabIndex = current ? 0 : -1;  // one stop for the Tab key; arrow keys lead on
+    if (current) reveal(tile);
   }
+}
+function reveal({ offsetTop, offsetHeight }) {  // scrolls the tiles, but not the page
+  const { scrollTop, clientHeight } = page.tiles;
+  page.tiles.scrollTop = Math.max(offsetTop + offsetHeight - clientHeight, Math.min(scrollTop, offsetTop));
 }
 function look() {  // at the picture, with the square where there is one
   now = square ? forward(cover(image, square)) : whole;
@@ -1111,8 +1121,9 @@ function look() {  // at the picture, with the square where there is one
   page.cover.checked = Boolean(square);
   page.picture.classList.toggle("covered", square);
   const best = now.probabilities.indexOf(Math.max(...now.probabilities));
-  const name = shown.truth ? `${shown.name}, class ${shown.truth}` : shown.name;
-  page.answer.textContent = `${name}: ${data.classes[best]}, ${percent(now.probabilities[best])}`;
+  const name = shown.truth ? `${shown.name} (${shown.truth})` : shown.name;
+  page.answer.textContent = `${name}: the network says ${data.classes[best]}, `
+    + `${percent(now.probabilities[best])}`;
   const ranking = [...data.classes.keys()].sort((a, b) => whole.probabilities[b] - whole.probabilities[a]);
   page.classes.replaceChildren(...ranking.map((k) => bar(data.classes[k], data.colours[k],
     now.probabilities[k], whole.probabilities[k], percent(now.probabilities[k]))));
@@ -1127,12 +1138,12 @@ async function showTiles(layer) {
   page.layers.children[layer].setAttribute("aria-current", "page");
   page.note.textContent = `${filters} filters, strongest in this picture first; `
     + `${filters - firing.length} do not fire. A tile is the projection of a filter's strongest unit in its `
-    + `window of ${field.size} x ${field.size} pixels, with its number and its activation.`;
+    + `window of ${field.size} x ${field.size} pixels, with its number and its activation. Click one.`;
   page.tiles.replaceChildren(...order.map(({ filter, value }) => {
     const caption = el("span", {}, el("b", {}, filter), two(value));
     const tile = el("a", { href: `#${name}/${filter}` }, el("canvas", {}), caption);
     const more = el("a", { href: `${data.explorer}#${name}/${filter}`, tabindex: -1 }, "explorer");
-    return el("div", {}, Object.assign(tile, { filter }), more);
+    return Object.assign(el("div", {}, tile, more), { filter });
   }));
   let paused = performance.now();
   for (const [k, peak] of firing.entries()) {
@@ -1149,12 +1160,14 @@ async function showTiles(layer) {
 function showUnit() {
   const { name } = data.blocks[unit.layer];
   const [value, before] = [now, whole].map((pass) => pass.layers[unit.layer].pooled[placeOf(unit)]);
-  page.name.textContent = `One unit: ${name} / ${unit.filter}, row ${unit.row}, column ${unit.column}`;
+  const filter = `${name} / ${unit.filter}`;
+  page.name.textContent = `One unit: ${filter}, row ${unit.row}, column ${unit.column}, `
+    + `activation ${two(value)}`;
   page.silent.hidden = value > 0;
   page.more.href = `${data.explorer}#${name}/${unit.filter}`;
   const most = Math.max(order[0].value, value) || 1;
-  page.activation.replaceChildren(bar("activation", "var(--bar)", value / most, before / most,
-    square ? `${two(value)}, uncovered ${two(before)}` : two(value)));
+  page.activation.replaceChildren(bar(filter, "var(--bar)", value / most, before / most,
+    square ? `${two(value)} (was ${two(before)})` : two(value)));
   const area = windowOf(now, unit);
   lay(page.frame, area);
   unit.scales ??= Object.keys(rules).map((rule) => robustScale(project(whole, unit, rule).at(-1).filtered));
@@ -1163,7 +1176,8 @@ function showUnit() {
     return figure(paintProjection(picture(`projection: ${text}`), area, projection, unit.scales[k]), text);
   });
   const patch = paintWindow(picture("the picture in the window"), area, shown.pixels);
-  page.panels.replaceChildren(figure(patch, "the picture there"), ...projections);
+  page.panels.replaceChildren(figure(patch, square ? "the picture there, uncovered" : "the picture there"),
+    ...projections);
   showMap();
   showWay();
 }
@@ -1171,7 +1185,7 @@ function showMap() {
   const rows = blocks[unit.layer].pooled_rows;
   const most = order.find((peak) => peak.filter === unit.filter).value || 1;
   const focused = page.map.contains(document.activeElement);
-  page.map.style.gridTemplateColumns = `repeat(${rows}, minmax(0, 44px))`;
+  page.map.style.gridTemplateColumns = `repeat(${rows}, minmax(0, ${Math.min(40, 480 / rows)}px))`;
   page.map.replaceChildren(...Array.from({ length: rows ** 2 }, (_, position) => {
     const cell = { ...unit, row: Math.floor(position / rows), column: position % rows };
     const value = now.layers[unit.layer].pooled[placeOf(cell)];
@@ -1196,7 +1210,7 @@ function showWay() {
   const steps = project(now, unit, page.rules.elements.rule.value);
   page.way.replaceChildren(...steps.map(({ layer, unpooled, rectified, filtered }) => {
     const { name, map_rows, input_rows } = data.blocks[layer];
-    const result = layer ? "filtered" : "filtered: pixels";
+    const result = layer ? "filtered" : "the pixels";
     return el("div", {}, el("h3", {}, name), step("unpooled", map_rows, unpooled),
       step("rectified", map_rows, rectified), step(result, input_rows, filtered));
   }));

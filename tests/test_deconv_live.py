@@ -36,9 +36,9 @@ def test_text_on_class_colours_is_readable() -> None:
 
 def test_json_in_a_page_is_never_read_as_html() -> None:
     content = {"</script><b>": ["<!--", np.nan, np.float32(1 / 3), np.int64(7), np.bool_(True), None]}
-    text = page_json(content)
-    assert "<" not in text
-    assert json.loads(text) == {"</script><b>": ["<!--", None, 0.33333, 7, True, None]}
+    encoded = page_json(content)
+    assert "<" not in encoded
+    assert json.loads(encoded) == {"</script><b>": ["<!--", None, 0.33333, 7, True, None]}
 
 
 class Example(NamedTuple):
@@ -53,11 +53,9 @@ class Example(NamedTuple):
 
 def three_units(pooled: Tensor) -> list[list[int]]:
     """The strongest unit of a layer, a middling one and the first one that fires: filter, row and column."""
-    values = pooled.flatten()
-    firing = values.nonzero()[:, 0]
-    by_value = firing[values[firing].argsort()]
-    chosen = [by_value[-1], by_value[len(by_value) // 2], firing[0]]
-    return [[int(k) for k in np.unravel_index(int(place), pooled.shape)] for place in chosen]
+    firing = pooled.nonzero()  # (units, 3)
+    by_value = firing[pooled[pooled > 0].argsort()]
+    return [by_value[-1].tolist(), by_value[len(by_value) // 2].tolist(), firing[0].tolist()]
 
 
 # a script that is added to the page: what the page computes, and what it shows after each action of a visitor
@@ -89,14 +87,14 @@ const drop = (name, base64) => {
 };
 const note = async (name) => {
     await wait();
-    const tiles = [...page.tiles.querySelectorAll("a:first-child")];
+    const tiles = [...page.tiles.children];
     answer.shown[name] = {
         answer: page.answer.textContent,
         classes: [...page.classes.rows].map((row) => row.cells[0].textContent),
         shares: [...page.classes.rows].map((row) => row.cells[2].textContent),
         probabilities: now.probabilities,
         order: tiles.map((tile) => tile.filter),
-        current: tiles.filter((tile) => tile.hasAttribute("aria-current")).map((tile) => tile.filter),
+        current: tiles.filter((tile) => tile.querySelector("[aria-current]")).map((tile) => tile.filter),
         unit: page.name.textContent,
         activation: page.activation.rows[0].cells[2].textContent,
         way: page.way.innerText,
@@ -149,8 +147,10 @@ def write_page(path: Path, checkpoint: Checkpoint, pixels: Array) -> list[list[i
     """Write a page that begins with a picture; return three units of each layer that fire in it."""
     write_live_page(path, checkpoint, [Picture(pixels, "noise <i>", None)], "explorer/index.html")
     net = checkpoint.net
-    features = net.features(net.normalise(torch.from_numpy(pixels[None])))
-    return [[layer, *unit] for layer, (pooled, _) in enumerate(features) for unit in three_units(pooled[0])]
+    units = []
+    for layer, (pooled, _) in enumerate(net.features(net.normalise(torch.from_numpy(pixels[None])))):
+        units += [[layer, *unit] for unit in three_units(pooled[0])]
+    return units
 
 
 def visit(page: Path, units: list[list[int]], picture: Path) -> dict[str, Any]:
@@ -196,9 +196,9 @@ def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Example(checkpoint, pixels, units, answer, read_picture(folder / "sky.png"))
 
 
-def decode(text: str, *shape: int) -> Array:
+def decode(content: str, *shape: int) -> Array:
     """What the page computed, (rows, columns, channels) -> (channels, rows, columns)."""
-    values = np.frombuffer(base64.b64decode(text), "<f4")
+    values = np.frombuffer(base64.b64decode(content), "<f4")
     return values.reshape(shape).transpose(2, 0, 1) if shape else values
 
 
@@ -229,9 +229,9 @@ def in_float64(net: CNN) -> CNN:
 def test_the_page_computes_the_same_maps_and_logits(example: Example, name: str) -> None:
     net = in_float64(example.checkpoint.net)
     batch = inputs(example)[name]
-    for text, (pooled, _) in zip(example.answer[name]["maps"], net.features(batch), strict=True):
+    for content, (pooled, _) in zip(example.answer[name]["maps"], net.features(batch), strict=True):
         channels, rows, columns = pooled[0].shape
-        assert_close(decode(text, rows, columns, channels), pooled[0])
+        assert_close(decode(content, rows, columns, channels), pooled[0])
     assert_close(decode(example.answer[name]["logits"]), net(batch)[0])
 
 
@@ -242,12 +242,12 @@ def test_the_page_projects_the_same_under_each_rule(example: Example, name: str,
     net = in_float64(example.checkpoint.net)
     batch = inputs(example)[name]
     features = net.features(batch)
-    for unit, texts in zip(example.units, example.answer[name]["projections"], strict=True):
+    for unit, by_rule in zip(example.units, example.answer[name]["projections"], strict=True):
         layer, filter_index, row, column = unit
         value = features[layer][0][0, filter_index, row, column]
-        place = (np.array([filter_index]), np.array([row]), np.array([column]))
-        expected = value * backpropagate(net, batch, layer, *place, rule)[0]
-        values = decode(texts[RULES.index(rule)], 96, 96, 3)
+        indices = (np.array([filter_index]), np.array([row]), np.array([column]))
+        expected = value * backpropagate(net, batch, layer, *indices, rule)[0]
+        values = decode(by_rule[RULES.index(rule)], 96, 96, 3)
         if value > 0:
             assert_close(values, expected)
         else:
@@ -275,7 +275,7 @@ def test_classes_stand_by_their_probability(example: Example) -> None:
     assert start["classes"] == [names[label] for label in order]
     assert start["probabilities"] == pytest.approx(expected, rel=1e-4)
     assert start["shares"][0] == f"{100 * expected[order[0]]:.0f} %"
-    assert start["answer"].startswith(f"noise <i>: {names[order[0]]}, ")
+    assert start["answer"].startswith(f"noise <i>: the network says {names[order[0]]}, ")
 
 
 @NEEDS_CHROMIUM
@@ -292,9 +292,10 @@ def test_tiles_stand_by_peak_activation_and_the_address_chooses_one(example: Exa
 
 @NEEDS_CHROMIUM
 def test_arrow_keys_move_in_the_map(example: Example) -> None:
-    found = [example.answer["shown"][name]["unit"] for name in ("cell", "right", "down")]
-    places = ("row 2, column 0", "row 2, column 1", "row 3, column 1")
-    assert found == [f"One unit: conv3 / 1, {place}" for place in places]
+    positions = {"cell": "row 2, column 0", "right": "row 2, column 1", "down": "row 3, column 1"}
+    for name, position in positions.items():
+        unit = example.answer["shown"][name]["unit"]
+        assert unit.startswith(f"One unit: conv3 / 1, {position}, activation ")
 
 
 @NEEDS_CHROMIUM
@@ -317,8 +318,8 @@ def test_probabilities_and_activation_follow_the_square(example: Example) -> Non
     columns = slice(max(0, square["left"]), square["left"] + 24)
     batch[:, :, rows, columns] = 0
     after = float(net.features(batch)[2][0][0, filter_index, row, column])
-    assert shown["unit"] == f"One unit: conv3 / {filter_index}, row {row}, column {column}"
-    assert shown["activation"] == f"{after:.2f}, uncovered {before:.2f}"
+    name = f"One unit: conv3 / {filter_index}, row {row}, column {column}, activation {after:.2f}"
+    assert shown["unit"] == name and shown["activation"] == f"{after:.2f} (was {before:.2f})"
     assert shown["probabilities"] == pytest.approx(probabilities(example, batch), rel=1e-4)
     assert shown["probabilities"] != pytest.approx(
         example.answer["shown"]["start"]["probabilities"], rel=1e-3
@@ -335,8 +336,10 @@ def test_escape_takes_the_square_away(example: Example) -> None:
 @NEEDS_CHROMIUM
 def test_the_way_down_shows_every_step_of_the_chosen_rule(example: Example) -> None:
     shown = example.answer["shown"]
-    for name in ("unpooled", "rectified", "filtered"):
-        assert shown["uncovered"]["way"].count(name) == 3  # from conv3 to the pixels
+    steps = shown["uncovered"]["way"].splitlines()
+    # from conv3 to the pixels
+    assert (steps.count("unpooled"), steps.count("rectified"), steps.count("filtered")) == (3, 3, 2)
+    assert "the pixels" in steps
     assert shown["uncovered"]["way"] != shown["gradient"]["way"]
 
 
