@@ -41,7 +41,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import affine
 from tqdm import tqdm
 
-from analyse_projections import NEARLY_DEAD, class_means
+from analyse_projections import NEARLY_DEAD, class_means, class_selectivity
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, atomic_write, choose_device, load_checkpoint, run_script
 from deconv import class_colours, crop, displayed, page_json, robust_scale, text_colour_on
 from deconv_full import (
@@ -49,7 +49,6 @@ from deconv_full import (
     LEVELS,
     Projector,
     Units,
-    class_selectivity,
     project_evolution,
     project_units,
     read_snapshots,
@@ -162,7 +161,7 @@ class Inputs(NamedTuple):
         """Write a figure as heatmaps/NAME.png: above it title and source, below it how it is read."""
         figure.suptitle(f"{title}\n{self.source}", fontsize=9)
         if caption:
-            width = int(15 * figure.get_figwidth())  # letters in a line: about 15 an inch
+            width = int(17 * figure.get_figwidth())  # letters in a line: about 17 an inch
             figure.supxlabel(textwrap.fill(caption, width), fontsize=8)
         save_figure(self.outputs / "heatmaps" / f"{name}.png", figure)
 
@@ -287,7 +286,7 @@ def picture_all_classes(inputs: Inputs) -> None:
     caption = (
         "Each column is a filter, with its number below. Filters stand by their preferred class, the most "
         "selective first. The frame marks this class, which by definition has the largest value of the "
-        f"column. {conv4['dead'].sum()} dead filters are left out."
+        f"column. Dead filters, here {conv4['dead'].sum()}, are left out."
     )
     inputs.save_figure("class_filter_heatmap", figure, "Filters of conv4 over all classes", caption)
 
@@ -404,7 +403,8 @@ def draw_class(ranking: pd.DataFrame, means: Array, images: Array, magnitudes: A
         title = "mean over the class" if k == 0 else ""
         largest = means[k].max() or 1  # 0 where the filter fires on no image of the class
         mean = show(axes[k, 0], means[k] / largest, title, cmap="mako", vmin=0, vmax=1)
-        axes[k, 0].set_ylabel(describe_ranked(filter_metrics), rotation=0, ha="right", va="center")
+        numbers = describe_ranked(filter_metrics)
+        axes[k, 0].set_ylabel(numbers, rotation=0, ha="right", va="center", fontsize=8)
         scale = robust_scale(magnitudes[k])
         for i in range(per_filter):
             left, right = axes[k, 1 + 2 * i : 3 + 2 * i]
