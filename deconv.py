@@ -90,7 +90,7 @@ def project(
     """Project pooled maps of one layer back to pixels: unpool, rectify and filter, layer by layer.
 
     Where an image has a single colour, as in the black bars of some STL-10 images, all values of a pooling
-    region are equal, whether pooling or the ReLU comes first. The switch is then the region's first position
+    region are equal. Pooling before the ReLU does not help there: the switch is the region's first position
     by convention, and signals that pass there draw stripes.
 
     Args:

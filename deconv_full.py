@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -551,26 +551,6 @@ def top_images(peaks: Array, count: int) -> Array:
     return np.where(fires, order, -1).T.astype(np.int32)
 
 
-def by_class(reduce: Callable[..., Any], values: Array, labels: Array, classes: int) -> Array:
-    """Reduce (images, filters) to (classes, filters) by np.mean or np.max."""
-    return np.stack([reduce(values[labels == k].astype(np.float64), axis=0) for k in range(classes)])
-
-
-def class_selectivity(means: Array) -> Array:
-    """Return the selectivity index of each filter for each class: (mu - mu_rest) / (mu + mu_rest).
-
-    For the class that a filter prefers this is the class selectivity index of Morcos et al. 2018 ("On the
-    importance of single directions for generalization"): 0 if the filter fires alike on all classes, 1 if on
-    one only. They average a feature map over space; here its strongest value counts.
-
-    `means` are mu, the mean activation of each filter on each class, (..., classes, filters); mu_rest is the
-    mean of the other classes' mu. The result has the same shape, -1 to 1; nan for a filter that never fires.
-    """
-    rest = (means.sum(axis=-2, keepdims=True) - means) / (means.shape[-2] - 1)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is promised
-        return np.asarray((means - rest) / (means + rest))
-
-
 def percentile_images(peaks: Array, top: Array) -> Array:
     """Choose `EXAMPLES` images for each filter near each percentile in `LEVELS` of its peak activation.
 
@@ -995,7 +975,10 @@ def main() -> None:
     top = {name: values for name, values in top.items() if "level" not in name}
     activations = {name: values for name, values in activations.items() if name.endswith(("max", "position"))}
     titles = {layer: title_filters(top, layer, labels, checkpoint.class_names) for layer in LAYERS}
-    heading = f"top {N_TOP} of {searched}; grey is zero; {checkpoint.accuracy()}"
+    heading = (
+        f"left: projections of each filter's top {N_TOP} of {searched}, grey is zero; "
+        f"right: the images there, white beyond the border; {checkpoint.accuracy()}"
+    )
     draw_pages(top, titles, heading, FILTERS_PER_PAGE, outputs / "deconv")
     del top  # its memory is needed for what follows
 
