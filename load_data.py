@@ -403,13 +403,13 @@ def read_folders(folder: Path, names: list[str]) -> Split:
 
 def find_pictures(folder: Path) -> list[Path]:
     """Return the files that are pictures by their suffix; print one line on the others."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     paths = list(walk(folder))
     pictures = [path for path in paths if path.suffix.lower() in readable]
     if len(pictures) < len(paths):
         others = Counter(p.suffix.lower() or "no suffix" for p in paths if p.suffix.lower() not in readable)
-        kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
-        print(f"{folder}: {len(paths) - len(pictures)} other files left out: {kinds}")
+        counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
+        print(f"{folder}: {len(paths) - len(pictures)} other files left out: {counts}")
     return pictures
 
 
@@ -712,6 +712,7 @@ def set_style() -> None:
     """Give all figures one look, whatever the user's matplotlib settings are; draw to files only."""
     plt.switch_backend("agg")
     plt.rcdefaults()
+    warnings.filterwarnings("ignore", ".*missing from font")  # `save_figure` says it once
     installed = {font.name for font in font_manager.fontManager.ttflist}
     style = {
         "figure.dpi": DPI,

@@ -641,7 +641,7 @@ def draw_confusion(counts: Array, names: list[str], heading: str) -> Figure:
     bar = {"label": "share of the true class (%)"}
     labels = [shorten(name) for name in names]
     sns.heatmap(share, square=True, xticklabels=labels, yticklabels=labels, cbar_kws=bar, ax=ax, **style)
-    ax.tick_params(axis="x", rotation=45)
+    plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="predicted class", ylabel="true class", title=heading)
     return fig

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 import torch
 from conftest import MakeNet, WriteSplit, make_checkpoint
 from matplotlib import font_manager
@@ -765,6 +766,8 @@ def test_letters_that_no_font_has_are_said_once_and_other_warnings_stay(
         figure, ax = plt.subplots()
         ax.set_title("\U00010a00 and \U00010a01")  # Kharoshthi
         load_data.save_figure("figure.png", figure, quiet=True)
+    sns.heatmap([[1]], xticklabels=["\U00010a00"], ax=plt.subplots()[1])  # draws before it is saved
+    plt.close()
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "letters that no font here has" in out
     right = Figure.savefig

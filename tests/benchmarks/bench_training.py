@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -39,15 +40,17 @@ class Plain(Dataset[tuple[Tensor, int]]):
     """The training images one by one, each changed by torchvision as much as train_CNN changes it."""
 
     def __init__(self, split: Split):
-        self.split, (mean, std), strength = split, mean_and_std(split.images), script.AUGMENTATION
-        shift, zoom, colour = strength.shift / IMAGE_SIZE, strength.zoom, strength.colour
+        self.split = split
+        strength = script.AUGMENTATION
+        mean, std = mean_and_std(split.images)
+        shift = strength.shift / IMAGE_SIZE  # share of the side
         hidden = (strength.cutout / IMAGE_SIZE) ** 2  # share of the image
         self.transform = v2.Compose(
             [
                 v2.ToPILImage(),
                 v2.RandomHorizontalFlip(),
-                v2.RandomAffine(strength.rotation, (shift, shift), (1 - zoom, 1 + zoom)),
-                v2.ColorJitter(colour, colour, colour),
+                v2.RandomAffine(strength.rotation, (shift, shift), (1 - strength.zoom, 1 + strength.zoom)),
+                v2.ColorJitter(strength.colour, strength.colour, strength.colour),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(mean.tolist(), std.tolist()),
@@ -75,6 +78,16 @@ def plain_steps(split: Split, config: dict[str, object], workers: int) -> Iterat
             yield
 
 
+def trainer_settings() -> dict[str, Any]:
+    """Return what train_CNN's trainer needs of the settings, for one epoch a round."""
+    names = ["batch_size", "filter_rate", "learning_rate", "warm_up", "weight_decay", "label_smoothing"]
+    settings = {name: getattr(script, name.upper()) for name in names}
+    names = ["filters", "kernel_sizes", "strides", "pool_sizes", "head_size", "dropout"]
+    network = {name: getattr(script, name.upper()) for name in names}
+    augmentation = script.AUGMENTATION._asdict()
+    return settings | {"network": network, "augmentation": augmentation, "epochs": ROUNDS + 1, "seed": 0}
+
+
 def images_per_second(run: Callable[[], object]) -> float:
     """Return images per second of STEPS training steps, which `run` makes."""
     start = time.perf_counter()
@@ -85,19 +98,18 @@ def images_per_second(run: Callable[[], object]) -> float:
 def main() -> None:
     """Let both ways take turns and print medians and their ratio."""
     dataset = find_dataset(script.DATASET, script.DATA_DIR)
-    split, device = load_split(dataset, script.DATA_DIR, "train"), torch.device("cpu")
-    names = ["batch_size", "filter_rate", "learning_rate", "warm_up", "weight_decay", "label_smoothing"]
-    settings = {name: getattr(script, name.upper()) for name in names} | {"epochs": ROUNDS + 1, "seed": 0}
-    settings["augmentation"] = script.AUGMENTATION._asdict()
-    names = ["filters", "kernel_sizes", "strides", "pool_sizes", "head_size", "dropout"]
-    settings["network"] = {name: getattr(script, name.upper()) for name in names}
+    split = load_split(dataset, script.DATA_DIR, "train")
+    device = torch.device("cpu")
     precision = script.choose_precision(device)
+    settings = trainer_settings()
     few = split.select(np.arange(STEPS * script.BATCH_SIZE))  # one epoch is one round
     trainer = script.Trainer(few, settings, device, precision)
+
     ways: dict[str, Callable[[], object]] = {f"train_CNN ({precision}, channels last)": trainer.epoch}
     for workers in WORKERS:
         steps = plain_steps(split, settings["network"], workers)
         ways[f"plain, {workers} workers"] = partial(lambda steps: [next(steps) for _ in range(STEPS)], steps)
+
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"{TITLES[dataset]}, batches of {script.BATCH_SIZE}; images per second: median (min to max)")
     rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -106,6 +118,7 @@ def main() -> None:
             rate = images_per_second(run)
             if number > 0:
                 rates[way].append(rate)
+
     medians = {way: statistics.median(values) for way, values in rates.items()}
     for way, values in rates.items():
         print(f"{way:<45}{medians[way]:7.0f} ({min(values):.0f} to {max(values):.0f})")
