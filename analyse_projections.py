@@ -2,22 +2,23 @@
 
 Run:    uv run analyse_projections.py
 Reads:  outputs/CNN.pth, outputs/snapshots/epoch_000.pth, outputs/activations.npz,
-        outputs/projection_statistics.npz, outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin
+        outputs/projection_statistics.npz, outputs/projections.npz, data/stl10_binary/{train,test}_{X,y}.bin,
+        and summary.csv in the folders of COMPARE_WITH
 Writes: outputs/filter_metrics.csv, outputs/class_metrics.csv, outputs/filter_metrics_untrained.csv,
-        outputs/specialisation.csv, outputs/specialisation.png,
-        outputs/ablation.csv, outputs/ablation_summary.csv, outputs/ablation.png,
-        outputs/trust.csv, outputs/trust.png, outputs/probes.csv, outputs/probes.png
+        outputs/specialisation.csv, outputs/specialisation.png, outputs/probes.csv, outputs/probes.png,
+        outputs/ablation.csv, outputs/ablation.png,
+        outputs/trust.csv, outputs/trust.png, outputs/summary.csv; and comparison.csv, if there is a run to
+        compare with
 
 Classes are compared by peak activations: the largest value of a filter's map in an image. The non-zero pixels
 of a projection mostly measure the size of the receptive field and how much of it the border cuts off.
 
-Four experiments follow, each in a section of its own: its numbers, its table, its figure.
+The experiments follow one another, each in a section of its own: its numbers, its table, its figure.
 """
 
 import copy
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +32,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, choose_device, load_checkpoint, run_script
 from deconv import backpropagate, crop
-from deconv_full import Arrays, Projector, Units, measure_activations, project_windows, top_images
+from deconv_full import Projector, Units, project_windows, top_images
 from load_data import (
     TITLES,
     Array,
@@ -47,23 +47,27 @@ from load_data import (
     save_table,
     set_style,
     shorten,
+    wilson_interval,
 )
 
 OUTPUTS = Path("outputs")  # where results go
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
 DATA_DIR = Path("data")  # holds the folder stl10_binary
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
+MASKED_SHARES = (0.10, 0.25)  # shares of a window's pixels that are kept or removed in masked images
+COMPARE_WITH: list[Path] = []  # outputs of other runs, to stand beside this one: [Path("outputs_seed1")]
 
 # how the experiments are done
-RESAMPLINGS = 1000  # bootstrap samples behind an interval
 SEED = 0  # decides everything that is drawn at random here
+RESAMPLINGS = 1000  # bootstrap samples behind an interval
 NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
 NORM_IMAGES = 1_000  # training images that give batch norm of new weights its means and variances
 PROBE_INPUTS = 1_024  # at most so many numbers of each of conv1 to conv3 go into its linear probe
-PROBE_DECAYS = (0.001, 0.01, 0.1)  # weight decays to choose from
-KEPT_SHARE = 0.25  # share of a window's pixels that is kept, or removed, to see what an activation needs
-RANDOM_DRAWS = 3  # networks with random weights
-BLUR = 2.0  # pixels, standard deviation of the Gaussian that blurs the edges
+PROBE_DECAYS = (0.1, 0.01, 0.001)  # weight decays to choose from; each fit starts from the one before
+PROBE_STEPS = 100  # of L-BFGS at most; with fewer the smaller decays stay short of their optimum
+BLOCK = 8  # pixels, side of the blocks in which the frame is kept or removed
+BATCH = 50  # images that pass through a network at once
+RANDOM_DRAWS = 3  # networks with random weights, and draws of other filters and images
 STATISTICS: dict[str, Callable[..., Any]] = {  # of projections, and how each is reduced over images
     "nonzero_count": np.mean,
     "mean": np.mean,
@@ -78,7 +82,7 @@ class Run(NamedTuple):
     checkpoint: Checkpoint
     train: Split
     test: Split
-    source: str  # what figures say of the data set, the images and the accuracy
+    source: str  # what headings say of the data set, the images and the accuracy
     outputs: Path
 
     @property
@@ -96,34 +100,60 @@ class Run(NamedTuple):
         save_table(self.outputs / f"{name}.csv", self.checkpoint, table, quiet=True)
 
     def save_figure(self, name: str, figure: Figure, title: str) -> None:
-        """Write a figure as NAME.png, its source below the title."""
-        figure.suptitle(f"{title}\n{self.source}", fontsize=9)
+        """Write a figure as NAME.png below a title."""
+        figure.suptitle(title, fontsize=9)
         save_figure(self.outputs / f"{name}.png", figure, quiet=True)
 
 
-# ---------------------------------------------------------------- intervals, correlation, classes
+# ---------------------------------------------------------------- intervals, correlations, classes
 
 
 class Interval(NamedTuple):
-    """A value with the limits of its 95 % interval."""
+    """A value with the limits of its 95 % interval; nan where there is nothing to measure."""
 
     value: float
     low: float
     high: float
 
 
-def bootstrap(statistic: Callable[[Array], Any], count: int) -> Interval:
-    """Return statistic(indices) of all `count` items, with its 95 % percentile interval over resamplings."""
-    rng = np.random.default_rng(SEED)
-    samples = [statistic(rng.integers(count, size=count)) for _ in range(RESAMPLINGS)]
-    low, high = np.nanpercentile(samples, (2.5, 97.5))
-    return Interval(float(statistic(np.arange(count))), float(low), float(high))
+def to_percent(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose shares, 0 to 1, and their limits are in per cent."""
+    numbers = [name for name in ("value", "median", "low", "high") if name in table]
+    return table.assign(**{name: 100 * table[name] for name in numbers})
+
+
+def random_stream(purpose: str) -> np.random.Generator:
+    """Return random numbers for one purpose, independent of those for another."""
+    return np.random.default_rng([SEED, *purpose.encode()])
+
+
+def bootstrap(statistic: Callable[[Array], Array], count: int) -> Interval:
+    """Return a statistic of all `count` items, with its 95 % percentile interval over resampled items.
+
+    `statistic` is given indices (samples, count) and returns a value for each sample.
+    """
+    if count == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    resampled = np.random.default_rng(SEED).integers(count, size=(RESAMPLINGS, count))
+    samples = statistic(resampled)
+    defined = samples[~np.isnan(samples)]
+    low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (math.nan, math.nan)
+    (value,) = statistic(np.arange(count)[None])
+    return Interval(float(value), float(low), float(high))
 
 
 def median(values: Array) -> Interval:
     """Return the median of the values that are not nan, with its bootstrap interval."""
     known = values[~np.isnan(values)]
-    return bootstrap(lambda indices: np.median(known[indices]), len(known))
+    return bootstrap(lambda indices: np.median(known[indices], axis=1), len(known))
+
+
+def wilson(successes: int, count: int) -> Interval:
+    """Return the share of successes with Wilson's 95 % interval, which stays within 0 to 1."""
+    if count == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    low, high = wilson_interval(successes, count)
+    return Interval(successes / count, max(low, 0), min(high, 1))
 
 
 def bootstrap_means(values: Array, labels: Array) -> Array:
@@ -142,10 +172,32 @@ def bootstrap_means(values: Array, labels: Array) -> Array:
     return np.stack(means, axis=1)
 
 
-def rank_correlation(x: Array, y: Array) -> float:
-    """Return Spearman's rank correlation of two arrays of one shape; pairs with a nan are left out."""
-    pairs = pd.DataFrame({"x": x.ravel(), "y": y.ravel()})
-    return float(pairs.corr("spearman").to_numpy()[0, 1])
+def rank_rows(values: Array) -> Array:
+    """Rank the values of each row, ties by their mean rank; nan stays nan."""
+    return np.asarray(pd.DataFrame(values).rank(axis=1).to_numpy())
+
+
+def correlate_rows(x: Array, y: Array) -> Array:
+    """Return Pearson's correlation of each row of x with the same row of y, nan if either is constant.
+
+    Both have their nan, which are left out, at the same positions.
+    """
+    x = x - np.nanmean(x, axis=1, keepdims=True)
+    y = y - np.nanmean(y, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        correlation = np.nansum(x * y, axis=1) / np.sqrt(np.nansum(x**2, axis=1) * np.nansum(y**2, axis=1))
+    return np.asarray(correlation)
+
+
+def rank_correlations(x: Array, y: Array) -> Array:
+    """Return Spearman's rank correlation of each row of x with the same row of y."""
+    return correlate_rows(rank_rows(x), rank_rows(y))
+
+
+def partial_correlation(xy: Array, xz: Array, yz: Array) -> Array:
+    """Return the correlation of x and y given z, from the correlations of the pairs; nan where undefined."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
 
 
 def reduce_by_class(reduce: Callable[..., Any], values: Array, labels: Array, class_count: int) -> Array:
@@ -170,25 +222,105 @@ def class_selectivity(means: Array) -> Array:
         return np.asarray((means - rest) / (means + rest))
 
 
-def draw_intervals(ax: Axes, table: pd.DataFrame, x: str, series: str, line: str = "none") -> None:
-    """Draw the columns median, low and high: a position for each value of `x`, a marker for each series."""
-    positions = {name: position for position, name in enumerate(table[x].unique())}
+def draw_intervals(
+    ax: Axes, table: pd.DataFrame, category: str, series: str, horizontal: bool = False
+) -> None:
+    """Draw the columns median, low and high: a position for each category, a marker for each series."""
+    positions = {name: position for position, name in enumerate(table[category].unique())}
     groups = list(table.groupby(series, sort=False))
     for number, (name, rows) in enumerate(groups):
         shift = 0.14 * (number - (len(groups) - 1) / 2)  # side by side
-        ax.errorbar(
-            x=rows[x].map(positions) + shift,
-            y=rows["median"],
-            yerr=[rows["median"] - rows["low"], rows["high"] - rows["median"]],
-            label=str(name),
-            linestyle=line,
-            linewidth=1.2,
-            marker="osD^"[number],
-            markersize=4,
-            capsize=2,
-        )
-    ax.set_xticks(range(len(positions)), list(positions))
+        position = rows[category].map(positions) + shift
+        reach = [rows["median"] - rows["low"], rows["high"] - rows["median"]]
+        style: dict[str, Any] = {"label": str(name), "marker": "osD^"[number % 4], "markersize": 4}
+        style |= {"linestyle": "none", "capsize": 2}
+        if horizontal:
+            ax.errorbar(rows["median"], position, xerr=reach, **style)
+        else:
+            ax.errorbar(position, rows["median"], yerr=reach, **style)
+
+    axis = ax.yaxis if horizontal else ax.xaxis
+    axis.set_ticks(range(len(positions)), list(positions))
+    if horizontal:
+        ax.set_ylim(len(positions) - 0.5, -0.5)  # the first on top
     sns.despine(ax=ax)
+
+
+# ---------------------------------------------------------------- one pass over the images
+
+
+class Measured(NamedTuple):
+    """What one pass of a network over some images measures, by layer."""
+
+    peaks: dict[str, Array]  # peak activations, float32 (images, filters)
+    inputs: dict[str, Tensor]  # inputs of the linear probes, (images, inputs)
+
+
+def average_regions(pooled: Tensor) -> Tensor:
+    """Average maps (images, filters, rows, columns) over as many regions as PROBE_INPUTS allows.
+
+    There are side x side of them, with the largest side that divides the map.
+    """
+    filters, height = pooled.shape[1:3]
+    sides = [side for side in range(1, height + 1) if height % side == 0]
+    allowed = [side for side in sides if side**2 * filters <= PROBE_INPUTS]
+    return F.adaptive_avg_pool2d(pooled, max(allowed, default=1))
+
+
+def measure_images(net: CNN, images: Array, desc: str) -> Measured:
+    """Pass uint8 images (images, 3, 96, 96) through a network once and measure all layers.
+
+    conv4 is averaged for the probes as the classifier sees it, the other layers by `average_regions`.
+    """
+    peaks: dict[str, list[Array]] = {layer: [] for layer in LAYERS}
+    inputs: dict[str, list[Tensor]] = {layer: [] for layer in LAYERS}
+    for batch in tqdm(torch.from_numpy(images).split(BATCH), desc, unit=" batches", disable=None):
+        x = net.normalise(batch)
+        for layer, block in zip(LAYERS, net.blocks, strict=True):
+            x = block(x)
+            regions = net.average(x) if layer == "conv4" else average_regions(x)
+            peaks[layer].append(x.amax(dim=(2, 3)).cpu().numpy())
+            inputs[layer].append(regions.flatten(1))
+    return Measured(
+        {layer: np.concatenate(batches) for layer, batches in peaks.items()},
+        {layer: torch.cat(batches) for layer, batches in inputs.items()},
+    )
+
+
+def load_start(path: Path, checkpoint: Checkpoint) -> CNN:
+    """Read the network before its first step of training, beside the checkpoint at `path`.
+
+    Raises:
+        SystemExit: If it is missing or of another training.
+    """
+    snapshot = path.parent / "snapshots/epoch_000.pth"
+    start = load_checkpoint(snapshot, checkpoint.net.mean.device)
+    if start.settings != checkpoint.settings:
+        raise SystemExit(f"{snapshot} is of another training: run `uv run train_CNN.py` again")
+    return start.net
+
+
+def draw_norm_images(train: Split) -> Array:
+    """Draw NORM_IMAGES training images, whatever order the data set has."""
+    order = random_stream("batch norm").permutation(len(train.labels))
+    return train.images[order[:NORM_IMAGES]]
+
+
+def recalibrate_batch_norm(net: CNN, first: int, images: Array) -> CNN:
+    """Measure batch norm's means and variances anew, in block `first` (0 for conv1) and all blocks above.
+
+    Batch norm of a trained network holds the statistics of its own maps. With other weights in the blocks
+    below they would not fit, and activations would be off scale. Each is the average over batches of 100 of
+    the training `images`.
+    """
+    for block in net.blocks[first:]:
+        block.train()
+        block.bn.momentum = None  # average all batches alike; by default the last ones count most
+    for batch in torch.from_numpy(images).split(100):
+        x = net.normalise(batch)
+        for block in net.blocks:
+            x = block(x)
+    return net.eval()
 
 
 # ---------------------------------------------------------------- how filters are used
@@ -223,7 +355,7 @@ def count_classes(images: Array, labels: Array, class_count: int) -> Array:
     return votes
 
 
-def tabulate_filters(layer: str, peaks: Array, samples: Array, run: Run) -> pd.DataFrame:
+def tabulate_filters(layer: str, peaks: Array, samples: Array, run: Run, n_top: int) -> pd.DataFrame:
     """Return one layer's rows of filter_metrics.csv from its peak activations, see `tabulate`.
 
     `peaks` are (images, filters), `samples` is what `bootstrap_means` makes of them.
@@ -235,7 +367,7 @@ def tabulate_filters(layer: str, peaks: Array, samples: Array, run: Run) -> pd.D
 
     means = reduce_by_class(np.mean, peaks, labels, len(names))  # (classes, filters)
     preferred, runner_up = np.argsort(-means, axis=0, kind="stable")[:2]
-    votes = count_classes(top_images(peaks, 9), labels, len(names))
+    votes = count_classes(top_images(peaks, n_top), labels, len(names))
     votes[preferred, numbers] += 0.5  # a tie goes to the preferred class
     selectivity = class_selectivity(means).max(axis=0)
     resampled = class_selectivity(samples)[:, preferred, numbers]  # (samples, filters)
@@ -279,12 +411,13 @@ def tabulate_classes(layer: str, peaks: Array, samples: Array, run: Run) -> pd.D
     )
 
 
-def tabulate(peaks: Mapping[str, Array], run: Run) -> Tables:
+def tabulate(peaks: Mapping[str, Array], run: Run, n_top: int) -> Tables:
     """Describe every filter of every layer by its peak activations in the test images.
 
     Args:
         peaks: Peak activations (images, filters) of conv1 to conv4, by layer.
         run: Names the classes and labels the images.
+        n_top: Number of images that count for top_class.
 
     Returns:
         The tables filter_metrics.csv and class_metrics.csv without the columns of `tabulate_projections`.
@@ -297,7 +430,8 @@ def tabulate(peaks: Mapping[str, Array], run: Run) -> Tables:
             activation_nonzero: Share of the images on which it fires.
             preferred_class: The class of the largest mean peak activation.
             runner_up: The class of the second largest.
-            top_class: The most frequent class of its top-9 examples; a tie goes to the preferred class.
+            top_class: The most frequent class of the `n_top` images of its highest peak activations; a tie
+                goes to the preferred class.
             preferred_share: Share of bootstrap samples in which the preferred class comes first.
             selectivity: See `class_selectivity`, for the preferred class.
             selectivity_low, selectivity_high: Limits of its 95 % bootstrap interval over images.
@@ -313,7 +447,7 @@ def tabulate(peaks: Mapping[str, Array], run: Run) -> Tables:
     for layer in LAYERS:
         values = peaks[layer].astype(np.float64)
         samples = bootstrap_means(values, run.test.labels)
-        filter_tables.append(tabulate_filters(layer, values, samples, run))
+        filter_tables.append(tabulate_filters(layer, values, samples, run, n_top))
         class_tables.append(tabulate_classes(layer, values, samples, run))
     return Tables(pd.concat(filter_tables, ignore_index=True), pd.concat(class_tables, ignore_index=True))
 
@@ -321,8 +455,8 @@ def tabulate(peaks: Mapping[str, Array], run: Run) -> Tables:
 def tabulate_projections(statistics: Mapping[str, Array], labels: Array, names: Sequence[str]) -> Tables:
     """Reduce the statistics of conv4's projections, (images, filters) each, to filters and to classes.
 
-    `labels` are those of the projected images. Each of `STATISTICS` has a column of its name: the mean over
-    the images of the mean, the variance and the count of non-zero pixels; of the maximum the largest.
+    `labels` belong to the projected images. Each of `STATISTICS` has a column of its name. Over images the
+    mean, the variance and the count of non-zero pixels are averaged; of the maxima the largest counts.
     """
     filter_count = statistics["mean"].shape[1]
     by_filter: dict[str, Any] = {"layer": "conv4", "filter": np.arange(filter_count)}
@@ -337,75 +471,65 @@ def tabulate_projections(statistics: Mapping[str, Array], labels: Array, names: 
     return Tables(pd.DataFrame(by_filter), pd.DataFrame(by_class))
 
 
+def read_peaks(path: Path, checkpoint: Checkpoint) -> dict[str, Array]:
+    """Read the peak activations (images, filters) of each layer from activations.npz."""
+    arrays = load_arrays(path, checkpoint, *(f"{layer}_max" for layer in LAYERS))
+    return dict(zip(LAYERS, arrays, strict=True))
+
+
+def read_statistics(path: Path, checkpoint: Checkpoint) -> Tables:
+    """Read projection_statistics.npz and reduce it to filters and classes, see `tabulate_projections`."""
+    labels, *arrays = load_arrays(path, checkpoint, "labels", *STATISTICS)
+    return tabulate_projections(dict(zip(STATISTICS, arrays, strict=True)), labels, checkpoint.class_names)
+
+
 def class_means(classes: pd.DataFrame) -> Array:
     """Return conv4's mean peak activations (classes, filters) from class_metrics.csv."""
     rows = classes[classes["layer"] == "conv4"]
     return rows["activation_mean"].to_numpy().reshape(-1, rows["class"].nunique()).T
 
 
-def describe_layers(filters: pd.DataFrame) -> str:
-    """Return a table of the layers: dead filters, medians over the active ones, how sure preferences are."""
-    active = filters[~filters["dead"]]
-    by_layer = active.groupby("layer")
-    uncertain = active["preferred_share"] < 0.9
-    disagrees = active["preferred_class"] != active["top_class"]
-    table = pd.DataFrame(
-        {
-            "filters": filters.groupby("layer").size(),
-            "dead": filters.groupby("layer")["dead"].sum(),
-            "fires on": by_layer["activation_nonzero"].median(),
-            "selectivity": by_layer["selectivity"].median(),
-            "AUC": by_layer["auc"].median(),
-            "uncertain": uncertain.groupby(active["layer"]).sum(),
-            "top-9 differ": disagrees.groupby(active["layer"]).sum(),
+def count_filters(filters: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of summary.csv: for each layer, how many filters are dead and how sure preferences are."""
+    rows = []
+    for layer, table in filters.groupby("layer"):
+        active = table[~table["dead"]]
+        is_uncertain = active["preferred_share"] < 0.9
+        top_differs = active["preferred_class"] != active["top_class"]
+        counts = {
+            "dead filters": table["dead"].sum(),
+            "nearly dead filters": (active["activation_nonzero"] < NEARLY_DEAD).sum(),
+            "filters that prefer another class in over 10 % of the bootstrap samples": is_uncertain.sum(),
+            "filters whose top examples are mostly of another class than the preferred": top_differs.sum(),
         }
-    )
-    return (
-        f"{table.round(3).rename_axis(None).to_string()}\n"
-        "fires on: share of the test images; it, selectivity and AUC are medians over active filters\n"
-        "uncertain: filters that prefer another class in more than 10 % of the bootstrap samples\n"
-        "top-9 differ: filters whose top-9 examples are most often of another class than the preferred one"
-    )
+        rows += [(name, layer, count, len(table)) for name, count in counts.items()]
+    return pd.DataFrame(rows, columns=["name", "layer", "value", "n"]).assign(unit="filters")
+
+
+def run_filters(run: Run, tables: Tables, projections: Tables) -> pd.DataFrame:
+    """Write filter_metrics.csv and class_metrics.csv of the trained network; return rows of summary.csv."""
+    filters = tables.filters.merge(projections.filters, how="left", on=["layer", "filter"])
+    classes = tables.classes.merge(projections.classes, how="left", on=["layer", "filter", "class"])
+    run.save_table("filter_metrics", filters)
+    run.save_table("class_metrics", classes)
+    return count_filters(filters)
 
 
 # ---------------------------------------------------------------- how much of the specialisation was learned
 
 
-def load_start(path: Path, checkpoint: Checkpoint) -> CNN:
-    """Read the network before its first step of training, beside the checkpoint at `path`.
-
-    Raises:
-        SystemExit: If it is missing or of another training.
-    """
-    snapshot = path.parent / "snapshots/epoch_000.pth"
-    start = load_checkpoint(snapshot, checkpoint.net.mean.device)
-    if start.settings != checkpoint.settings:
-        raise SystemExit(f"{snapshot} is of another training: run `uv run train_CNN.py` again")
-    return start.net
-
-
-def recalibrate_batch_norm(net: CNN, first: int, images: Array) -> CNN:
-    """Measure batch norm's means and variances anew, in block `first` (0 for conv1) and all blocks above.
-
-    Batch norm of a trained network holds the statistics of its own maps. With other weights in the blocks
-    below they would not fit, and activations would be off scale. Each is the average over batches of 100 of
-    the training `images`.
-    """
-    for block in net.blocks[first:]:
-        block.train()
-        block.bn.momentum = None  # average all batches alike; by default the last ones count most
-    for batch in torch.from_numpy(images).split(100):
-        net.features(net.normalise(batch))
-    return net.eval()
-
-
 def compare_networks(trained: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
     """Return specialisation.csv: medians over the active filters of both networks, and of what was learned.
 
-    The tables are filter_metrics.csv of the networks. "learned" is the difference trained - untrained of the
-    filters that are active in both. The untrained network is no blank: edges and colours that its random
-    filters see differ between classes, too. Layers are not to be compared with each other, since the largest
-    of 576 values in conv1 and of 9 in conv4 are different quantities.
+    metric: selectivity or auc; layer: conv1 to conv4.
+    network: trained, untrained, or learned: the difference trained - untrained of the filters that are active
+        in both.
+    median, low, high: Median over filters, with a 95 % bootstrap interval over filters.
+    n: Number of filters.
+
+    The tables are filter_metrics.csv of the networks. The untrained network is no blank: edges and colours
+    that its random filters see differ between classes, too. Layers are not to be compared with each other,
+    since the largest of 576 values in conv1 and of 9 in conv4 are different quantities.
     """
     rows = []
     for metric in ("selectivity", "auc"):
@@ -413,8 +537,10 @@ def compare_networks(trained: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataF
         values["learned"] = values["trained"] - values["untrained"]
         for layer in LAYERS:
             layer_values = values[trained["layer"] == layer]
-            rows += [(metric, layer, name, *median(layer_values[name].to_numpy())) for name in values]
-    return pd.DataFrame(rows, columns=["metric", "layer", "network", "median", "low", "high"])
+            for name in values:
+                interval = median(layer_values[name].to_numpy())
+                rows.append((metric, layer, name, *interval, layer_values[name].count()))
+    return pd.DataFrame(rows, columns=["metric", "layer", "network", "median", "low", "high", "n"])
 
 
 def draw_specialisation(table: pd.DataFrame) -> Figure:
@@ -429,7 +555,7 @@ def draw_specialisation(table: pd.DataFrame) -> Figure:
         axes[0, column].set_title(title, fontsize=9)
         axes[1, column].axhline(0, color="0.5", linestyle=":", linewidth=1)
 
-    axes[0, 0].set_ylim(0, 1.1 * table.loc[table["metric"] == "selectivity", "high"].max())
+    axes[0, 0].set_ylim(0, None)
     axes[0, 1].set_ylim(0.5, None)  # chance
     axes[0, 0].set_ylabel("median over filters")
     axes[1, 0].set_ylabel("trained - untrained,\nmedian over filters")
@@ -437,577 +563,913 @@ def draw_specialisation(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def run_specialisation(run: Run, trained: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
+    """Compare filter_metrics.csv of both networks; write tables and figure, return rows of summary.csv."""
+    table = compare_networks(trained, untrained)
+    run.save_table("filter_metrics_untrained", untrained)
+    run.save_table("specialisation", table)
+    title = f"How much of the specialisation was learned\n{run.source}"
+    run.save_figure("specialisation", draw_specialisation(table), title)
+
+    names = {"trained": "trained network", "untrained": "untrained network", "learned": "trained - untrained"}
+    name = table["metric"] + ", median over filters, " + table["network"].map(names)
+    return table.assign(name=name, value=table["median"], unit="")
+
+
 # ---------------------------------------------------------------- linear probes (Table 7 of the paper)
 
 
-def pool_features(net: CNN, images: Array, desc: str) -> dict[str, Tensor]:
-    """Average the pooled maps of a network over regions; return the probes' inputs (images, inputs) by layer.
+class Linear(NamedTuple):
+    """A linear classifier: logits = features @ weights + bias."""
 
-    conv4 is averaged as the classifier sees it. The other layers are averaged over side x side regions, with
-    the largest side that divides the map and gives at most PROBE_INPUTS inputs.
+    weights: Tensor  # (inputs, classes)
+    bias: Tensor  # (classes,)
+    decay: float = math.nan  # weight decay with which it was fitted
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Return the most probable class of each image, (images,)."""
+        return (features @ self.weights + self.bias).argmax(dim=1)
+
+
+def fit_probe(features: Tensor, labels: Tensor, decay: float, start: Linear) -> Linear:
+    """Fit a logistic regression to the features (images, inputs) of labelled images.
+
+    Features are standardised. The loss is the mean cross-entropy plus decay / 2 times the sum of squared
+    weights: a convex problem, which L-BFGS solves. A `start` near the solution saves steps.
     """
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    for batch in tqdm(torch.from_numpy(images).split(50), desc, unit=" batches", disable=None):
-        for layer, (pooled, _) in zip(LAYERS, net.features(net.normalise(batch)), strict=True):
-            regions = net.average(pooled) if layer == "conv4" else average_regions(pooled)
-            parts[layer].append(regions.flatten(1))
-    return {layer: torch.cat(batches) for layer, batches in parts.items()}
-
-
-def average_regions(pooled: Tensor) -> Tensor:
-    """Average maps (images, filters, rows, columns) over as many regions as PROBE_INPUTS allows."""
-    filters, height = pooled.shape[1:3]
-    sides = [side for side in range(1, height + 1) if height % side == 0]
-    allowed = [side for side in sides if side**2 * filters <= PROBE_INPUTS]
-    return F.adaptive_avg_pool2d(pooled, max(allowed, default=1))
-
-
-def probe(fit: Tensor, labels: Tensor, decay: float, on: Tensor) -> Tensor:
-    """Fit a logistic regression to the features `fit` of labelled images; return its classes for `on`.
-
-    Features are (images, inputs), standardised by the mean and deviation of `fit`. The loss is the mean
-    cross-entropy plus decay / 2 times the sum of squared weights: a convex problem, which L-BFGS solves from
-    zero.
-    """
-    centre = fit.mean(dim=0)
-    deviation = fit.std(dim=0, correction=0)
+    centre = features.mean(dim=0)
+    deviation = features.std(dim=0, correction=0)
     scale = deviation.where(deviation > 0, 1)
-    fit = (fit - centre) / scale
-    on = (on - centre) / scale
-
-    weights = fit.new_zeros(fit.shape[1], int(labels.max()) + 1, requires_grad=True)
-    bias = fit.new_zeros(weights.shape[1], requires_grad=True)
-    # fewer than 100 steps leave the smaller decays short of their optimum
-    optimiser = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
+    standardised = (features - centre) / scale
+    weights = (start.weights * scale[:, None]).requires_grad_()
+    bias = (start.bias + centre @ start.weights).requires_grad_()
+    optimiser = torch.optim.LBFGS([weights, bias], max_iter=PROBE_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = F.cross_entropy(fit @ weights + bias, labels) + decay / 2 * weights.square().sum()
+        cross_entropy = F.cross_entropy(standardised @ weights + bias, labels)
+        value = cross_entropy + decay / 2 * weights.square().sum()
         value.backward()
         return value
 
     optimiser.step(loss)
-    return (on @ weights + bias).argmax(dim=1)
+
+    # for features as they are
+    raw_weights = weights.detach() / scale[:, None]
+    return Linear(raw_weights, bias.detach() - centre @ raw_weights, decay)
 
 
-def choose_decay(features: Tensor, labels: Tensor) -> float:
-    """Return the decay whose probe is right most often on a fifth of the training images, held out for it."""
+def choose_probe(features: Tensor, labels: Tensor, class_count: int) -> Linear:
+    """Fit a probe to all training images, with the decay that is best on a fifth of them, held out for it."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(SEED))
-    held_out = order[: len(order) // 5]
-    rest = order[len(order) // 5 :]
+    held_out = order[: len(order) // 5].to(features.device)
+    rest = order[len(order) // 5 :].to(features.device)
+
+    probe = Linear(features.new_zeros(features.shape[1], class_count), features.new_zeros(class_count))
+    candidates = []
     correct = []
     for decay in PROBE_DECAYS:
-        predicted = probe(features[rest], labels[rest], decay, features[held_out])
-        correct.append((predicted == labels[held_out]).sum().item())
-    return PROBE_DECAYS[int(np.argmax(correct))]
+        probe = fit_probe(features[rest], labels[rest], decay, start=probe)
+        candidates.append(probe)
+        correct.append(int((probe.predict(features[held_out]) == labels[held_out]).sum()))
+    best = candidates[int(np.argmax(correct))]
+    return fit_probe(features, labels, best.decay, start=best)
 
 
-def probe_layers(run: Run, network: str, features: Sequence[Mapping[str, Tensor]]) -> pd.DataFrame:
-    """Return rows of probes.csv, one a layer, from `pool_features` of the training and of the test images.
+class Network(NamedTuple):
+    """What is measured of the trained or of the untrained network."""
 
-    The decay is chosen on the training images alone, and the probe is then fitted to all of them.
+    name: str
+    train: Measured
+    test: Measured
+    tables: Tables
+    probes: dict[str, Linear]  # by layer
+
+
+def measure_network(
+    run: Run, net: CNN, name: str, n_top: int, peaks: Mapping[str, Array] | None = None
+) -> Network:
+    """Pass all images through a network once; make its tables and its probes.
+
+    `peaks` are its peak activations in the test images where they are known, `n_top` is as for `tabulate`.
     """
-    device = run.net.mean.device
-    train_labels = torch.from_numpy(run.train.labels).to(device)
-    test_labels = torch.from_numpy(run.test.labels).to(device)
+    train = measure_images(net, run.train.images, f"{name} network, training images")
+    test = measure_images(net, run.test.images, f"{name} network, test images")
+    tables = tabulate(peaks or test.peaks, run, n_top)
+    labels = torch.from_numpy(run.train.labels).to(net.mean.device)
+    layers = tqdm(LAYERS, f"{name} network, probes", unit=" layers", disable=None)
+    probes = {layer: choose_probe(train.inputs[layer], labels, len(run.names)) for layer in layers}
+    return Network(name, train, test, tables, probes)
+
+
+def measure_accuracy(classifier: Linear, features: Tensor, labels: Array) -> Interval:
+    """Return the share of images whose class a classifier recognises, with its 95 % interval (Wilson)."""
+    predicted = classifier.predict(features).cpu().numpy()
+    return wilson(int((predicted == labels).sum()), len(labels))
+
+
+def own_classifier(net: CNN) -> Linear:
+    """Return the network's own classifier, which reads conv4 as the probe of conv4 does."""
+    return Linear(net.classifier.weight.T, net.classifier.bias)
+
+
+def tabulate_probes(networks: Sequence[Network], labels: Array) -> pd.DataFrame:
+    """Return probes.csv, a row a network and layer; `labels` belong to the test images.
+
+    layer, network: Where the features are from; network is trained or untrained.
+    accuracy, low, high: Share of the test images that the probe recognises, with its 95 % interval (Wilson).
+    inputs: How many numbers the probe reads of an image.
+    decay: Weight decay of the probe, chosen on training images alone.
+    n: Number of test images.
+    """
     rows = []
-    for layer in tqdm(LAYERS, f"probes, {network} network", unit=" layers", disable=None):
-        train, test = (split_features[layer] for split_features in features)
-        decay = choose_decay(train, train_labels)
-        correct = (probe(train, train_labels, decay, test) == test_labels).cpu().numpy()
-        accuracy = correct.mean()
-        error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test))  # normal interval
-        rows.append((layer, network, accuracy, accuracy - error, accuracy + error, train.shape[1], decay))
-    return pd.DataFrame(rows, columns=["layer", "network", "accuracy", "low", "high", "inputs", "decay"])
-
-
-def describe_probes(probes: pd.DataFrame, accuracy: float) -> str:
-    """Return a table of the probes' accuracies; `accuracy` is that of the network itself."""
-    table = probes.pivot(index="network", columns="layer", values="accuracy").rename_axis(None)
-    table.loc["trained", "classifier"] = accuracy
-    shown = table.rename_axis(None, axis=1).to_string(float_format="{:.1%}".format, na_rep="")
-    return f"test accuracy of linear probes, beside the network's own classifier\n{shown}"
+    for network in networks:
+        for layer, probe in network.probes.items():
+            features = network.test.inputs[layer]
+            accuracy = measure_accuracy(probe, features, labels)
+            rows.append((layer, network.name, *accuracy, features.shape[1], probe.decay, len(labels)))
+    columns = ["layer", "network", "accuracy", "low", "high", "inputs", "decay", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def draw_probes(probes: pd.DataFrame, accuracy: float, chance: float) -> Figure:
     """Draw the accuracy of the probes of each layer, trained and untrained, with 95 % intervals.
 
-    `accuracy` is the network's own, `chance` that of guessing.
+    `accuracy` is the network's own, `chance` the share that guessing gets right.
     """
     fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    percent = 100 * probes[["accuracy", "low", "high"]].rename(columns={"accuracy": "median"})
-    draw_intervals(ax, probes[["layer", "network"]].join(percent), "layer", "network", "-")
+    draw_intervals(ax, to_percent(probes.assign(median=probes["accuracy"])), "layer", "network")
     for label, share in (("the network itself", accuracy), ("chance", chance)):
         ax.axhline(100 * share, color="0.3", linestyle=":", linewidth=1)
         ax.annotate(label, (0, 100 * share), xytext=(-12, 3), textcoords="offset points", fontsize=8)
 
-    inputs = probes["inputs"][: len(LAYERS)]
-    ax.set_xticks(
-        range(4), [f"{layer}\n{count:,} inputs" for layer, count in zip(LAYERS, inputs, strict=True)]
-    )
+    inputs = probes.drop_duplicates("layer").set_index("layer")["inputs"]
+    ax.set_xticks(range(len(inputs)), [f"{layer}\n{count:,} inputs" for layer, count in inputs.items()])
     ax.set(ylabel="test accuracy of a\nlogistic regression (%)", ylim=(0, 100))
     ax.legend(title="features of the network", frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
     return fig
 
 
+def run_probes(run: Run, networks: Sequence[Network], accuracy: float) -> pd.DataFrame:
+    """Measure the probes of both networks; write table and figure, return rows of summary.csv.
+
+    `accuracy` is that of the network's own classifier, to compare with.
+    """
+    probes = tabulate_probes(networks, run.test.labels)
+    run.save_table("probes", probes)
+    title = f"What a linear classifier reads from each layer\n{run.source}"
+    run.save_figure("probes", draw_probes(probes, accuracy, 1 / len(run.names)), title)
+
+    name = "test accuracy of a linear probe, " + probes["network"] + " network"
+    return to_percent(probes.assign(name=name, value=probes["accuracy"], unit="%"))
+
+
 # ---------------------------------------------------------------- ablation: what filters are needed for
 
+HITS = "filters that cost their preferred class most"
 
-class LogitParts(NamedTuple):
-    """Logits split into what each filter of conv4 says of an image, and a base that is alike for all images.
 
-    Behind conv4 come an average and a linear layer, nothing else, so logits = parts.sum(0) + base is exact,
-    and ablating a filter takes its part away.
+class Ablation(NamedTuple):
+    """What the mean ablation of each filter of conv4 does to the test images, seen by one readout."""
+
+    loss_increase: Array  # rise of each image's cross-entropy in nats, (images, filters)
+    contribution: Array  # what the filter adds to the logit of the image's own class, (images, filters)
+    spread: Array  # how much the filter moves the logits against each other, (filters,)
+
+
+def split_logits(readout: Linear, network: Network) -> tuple[Tensor, Tensor]:
+    """Split a readout's logits of the test images into what each filter of conv4 says, and the rest.
+
+    Returns parts (filters, images, classes) and a base (classes,). A readout is linear, so logits =
+    parts.sum(0) + base is exact. A part holds what a filter says beyond its mean over the training images, so
+    mean ablation of the filter takes its part away.
     """
+    mean_inputs = network.train.inputs["conv4"].mean(dim=0)
+    deviations = network.test.inputs["conv4"] - mean_inputs
+    filter_count = network.test.peaks["conv4"].shape[1]
+    inputs_by_filter = deviations.unflatten(1, (filter_count, -1))  # (images, filters, regions)
+    weights = readout.weights.unflatten(0, (filter_count, -1))  # (filters, regions, classes)
+    parts = torch.einsum("nfr,frc->fnc", inputs_by_filter, weights)
+    return parts, mean_inputs @ readout.weights + readout.bias
 
-    parts: Tensor  # (filters, images, classes)
-    base: Tensor  # (classes,)
 
+def ablate(readout: Linear, network: Network, labels: Tensor) -> Ablation:
+    """Replace each filter of conv4 by its mean, one at a time.
 
-def split_logits(net: CNN, inputs: Tensor, means: Tensor) -> LogitParts:
-    """Split the logits by filters of conv4.
-
-    `inputs` (images, filters * regions) is what the classifier sees, `means` (filters * regions,) its mean
-    over the training images. A part holds what a filter says beyond its mean: mean ablation leaves the mean.
+    The loss says more than accuracy, which for a single filter counts the few images that tip over. `spread`
+    is a standard deviation over images and classes. It leaves out what moves all logits of an image alike,
+    because that does not change the probabilities.
     """
-    # (classes, filters * regions) -> (classes, filters, regions)
-    weights = net.classifier.weight.unflatten(1, (net.config["filters"][-1], -1))
-    deviations = (inputs - means).unflatten(1, weights.shape[1:])  # (images, filters, regions)
-    parts = torch.einsum("nfr,cfr->fnc", deviations, weights)
-    return LogitParts(parts, net.classifier(means))
+    parts, base = split_logits(readout, network)
+    logits = parts.sum(dim=0) + base
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    loss_without = [F.cross_entropy(logits - part, labels, reduction="none") for part in parts]
+    loss_increase = torch.stack(loss_without, dim=1) - loss[:, None]
+
+    images = torch.arange(len(labels), device=labels.device)
+    contribution = parts[:, images, labels].T
+    against_each_other = parts - parts.mean(dim=2, keepdim=True)
+    spread = against_each_other.square().mean(dim=(1, 2)).sqrt()
+    return Ablation(*(values.cpu().numpy() for values in (loss_increase, contribution, spread)))
 
 
-def measure_loss_increase(logits: LogitParts, labels: Tensor) -> Array:
-    """Return the rise of each image's cross-entropy by the ablation of each filter, (images, filters), nats.
-
-    Accuracy would be too coarse for a single filter: it counts the few images that tip over.
-    """
-    intact = logits.parts.sum(dim=0) + logits.base
-    loss = F.cross_entropy(intact, labels, reduction="none")
-    loss_without = [F.cross_entropy(intact - part, labels, reduction="none") for part in logits.parts]
-    increase = torch.stack(loss_without, dim=1) - loss[:, None]
-    return np.asarray(increase.cpu().numpy())
-
-
-def measure_contributions(logits: LogitParts, labels: Tensor) -> Array:
-    """Return each filter's part in the logit of each image's own class, (images, filters)."""
-    images = torch.arange(len(labels))
-    return np.asarray(logits.parts[:, images, labels].T.cpu().numpy())
-
-
-def tabulate_ablation(increase: Array, contributions: Array, selectivity: Array, run: Run) -> pd.DataFrame:
+def tabulate_ablation(ablation: Ablation, selectivity: Array, run: Run) -> pd.DataFrame:
     """Return ablation.csv: a row a filter and class, and after the classes a row for all of them together.
 
     filter, class: The filter of conv4; the name of the class, or "all".
-    selectivity: See `class_selectivity`; empty for a dead filter, and for all classes.
-    contribution: Mean of the filter's part in the logit of the class, over the class's test images.
+    selectivity: See `class_selectivity`, (classes, filters); empty for a dead filter, and for all classes.
+    contribution: What the filter adds to the logit of the class, mean over the class's test images.
     loss_increase: Mean rise of the cross-entropy by mean ablation, over the class's (or all) test images.
-
-    `increase` and `contributions` are (images, filters), `selectivity` is (classes, filters).
     """
-    numbers = np.arange(increase.shape[1])
-    classes = len(run.names)
+    numbers = np.arange(selectivity.shape[1])
+    labels = run.test.labels
+    class_count = len(run.names)
     class_rows = pd.DataFrame(
         {
-            "filter": numbers.repeat(classes),
+            "filter": numbers.repeat(class_count),
             "class": run.names * len(numbers),
             "selectivity": selectivity.T.ravel(),
-            "contribution": reduce_by_class(np.mean, contributions, run.test.labels, classes).T.ravel(),
-            "loss_increase": reduce_by_class(np.mean, increase, run.test.labels, classes).T.ravel(),
+            "contribution": reduce_by_class(np.mean, ablation.contribution, labels, class_count).T.ravel(),
+            "loss_increase": reduce_by_class(np.mean, ablation.loss_increase, labels, class_count).T.ravel(),
         }
     )
-    overall_rows = pd.DataFrame({"filter": numbers, "class": "all", "loss_increase": increase.mean(axis=0)})
+    overall = ablation.loss_increase.mean(axis=0)
+    overall_rows = pd.DataFrame({"filter": numbers, "class": "all", "loss_increase": overall})
     return pd.concat([class_rows, overall_rows]).sort_values("filter", kind="stable", ignore_index=True)
 
 
-def summarise_ablation(
-    increase: Array,
-    class_predictors: Mapping[str, Array],
-    overall_predictors: Mapping[str, Array],
-    labels: Array,
-) -> pd.DataFrame:
-    """Return ablation_summary.csv: mean loss increases and what predicts them, value and 95 % interval.
+def values_by_filter(ablation: pd.DataFrame, column: str) -> Array:
+    """Return a column of ablation.csv as (filters, classes), without the rows for all classes."""
+    rows_per_filter = len(ablation) // ablation["filter"].nunique()
+    return np.asarray(ablation[column].to_numpy().reshape(-1, rows_per_filter)[:, :-1])
 
-    The interval is over images for a mean loss increase, over filters for the rest. `class_predictors`
-    (classes, filters) predict the loss increase of a class, `overall_predictors` (filters,) the mean over all
-    images. A filter's preferred class is kept apart from the others, or ranks would mix what the filter
-    drives with what it avoids. `increase` is (images, filters).
+
+def average_costs(ablation: Ablation, peak_means: Array, labels: Array) -> pd.DataFrame:
+    """Return rows of summary.csv: mean loss increase of a filter's preferred class and of each other class.
+
+    The means are over active filters, the 95 % bootstrap intervals over images. `peak_means` are the
+    `class_means` (classes, filters).
     """
-    class_count = labels.max() + 1
-    active = ~np.isnan(class_predictors["selectivity"]).any(axis=0)
-    increase = increase[:, active]
-    means = reduce_by_class(np.mean, increase, labels, class_count)  # (classes, filters)
-    samples = bootstrap_means(increase, labels)
-    preferred = class_predictors["selectivity"][:, active].argmax(axis=0)
-    is_preferred = np.arange(class_count)[:, None] == preferred
-    rows: dict[str, Interval] = {}
-
-    def correlate(x: Array, y: Array) -> Interval:
-        return bootstrap(lambda filters: rank_correlation(x[..., filters], y[..., filters]), x.shape[-1])
-
-    for target, mask in (("its preferred class", is_preferred), ("each other class", ~is_preferred)):
-        low, high = np.percentile(samples[:, mask].mean(axis=1), (2.5, 97.5))
-        rows[target] = Interval(means[mask].mean(), low, high)
-        for name, predictor in class_predictors.items():
-            masked = np.where(mask, predictor[:, active], np.nan)
-            rows[f"{target}: rank correlation with {name}"] = correlate(masked, means)
-
-    hits_preferred = means.argmax(axis=0) == preferred
-    share = bootstrap(lambda filters: hits_preferred[filters].mean(), len(hits_preferred))
-    rows["share of filters that cost their preferred class most"] = share
-    for name, predictor in overall_predictors.items():
-        rows[f"all classes: rank correlation with {name}"] = correlate(predictor[active], means.mean(axis=0))
-    return pd.DataFrame.from_dict(rows, "index", columns=Interval._fields).reset_index(names="quantity")
+    class_count = len(peak_means)
+    active = peak_means.any(axis=0)
+    is_preferred = np.arange(class_count)[:, None] == peak_means.argmax(axis=0)  # (classes, filters)
+    means = reduce_by_class(np.mean, ablation.loss_increase, labels, class_count)
+    samples = bootstrap_means(ablation.loss_increase, labels)  # (samples, classes, filters)
+    rows = []
+    for classes, mask in (("the preferred class", is_preferred), ("each other class", ~is_preferred)):
+        counted = mask & active
+        interval = Interval(math.nan, math.nan, math.nan)
+        if counted.any():
+            low, high = np.percentile(samples[:, counted].mean(axis=1), (2.5, 97.5))
+            interval = Interval(means[counted].mean(), low, high)
+        rows.append((f"loss increase of {classes}", *interval, "nats", active.sum()))
+    return pd.DataFrame(rows, columns=["name", *Interval._fields, "unit", "n"])
 
 
-def draw_ablation(ablation: pd.DataFrame, names: Sequence[str]) -> Figure:
-    """Draw the loss increase of each class by the ablation of each active filter, from ablation.csv."""
-    rows = ablation[ablation["class"] != "all"]
-    # (classes, filters)
-    selectivity = rows["selectivity"].to_numpy().reshape(-1, len(names)).T
-    increase = rows["loss_increase"].to_numpy().reshape(-1, len(names)).T
+def share_of_hits(ablation: Ablation, peak_means: Array, labels: Array) -> Interval:
+    """Return the share of active filters that cost their preferred class more than any other (Wilson)."""
+    active = peak_means.any(axis=0)
+    loss_increase = reduce_by_class(np.mean, ablation.loss_increase, labels, len(peak_means))
+    hits = active & (loss_increase.argmax(axis=0) == peak_means.argmax(axis=0))
+    return wilson(hits.sum(), active.sum())
+
+
+def correlate_samples(x: Array, y: Array) -> Interval:
+    """Return the rank correlation of x and y, (filters,) or (filters, classes), bootstrapped over filters."""
+
+    def correlate(indices: Array) -> Array:
+        shape = (len(indices), -1)
+        return rank_correlations(x[indices].reshape(shape), y[indices].reshape(shape))
+
+    return bootstrap(correlate, len(x))
+
+
+def correlate_costs(ablation: pd.DataFrame, spread: Array) -> pd.DataFrame:
+    """Return rows of summary.csv: rank correlations of loss increases with what might predict them.
+
+    They are over active filters. A filter's preferred class is kept apart from the others, or ranks would mix
+    what the filter drives with what it avoids. Selectivity has a control: a filter that moves the logits more
+    costs more, whatever class it prefers. So there is a partial correlation given the `spread` (filters,) of
+    what the filter adds to the logits.
+    """
+    active = ~np.isnan(values_by_filter(ablation, "selectivity")).any(axis=1)
+    selectivity = values_by_filter(ablation, "selectivity")[active]  # (filters, classes)
+    contribution = values_by_filter(ablation, "contribution")[active]
+    loss_increase = values_by_filter(ablation, "loss_increase")[active]
+    overall = ablation.groupby("filter")["loss_increase"].last().to_numpy()[active]
+    spread = spread[active]
+    largest = selectivity.max(axis=1)
+    is_preferred = selectivity.argmax(axis=1)[:, None] == np.arange(selectivity.shape[1])
+
+    def others(values: Array) -> Array:  # (filters, classes - 1)
+        return np.asarray(values[~is_preferred].reshape(len(values), selectivity.shape[1] - 1))
+
+    def given_spread(indices: Array) -> Array:
+        x, y, z = (rank_rows(values[indices]) for values in (largest, overall, spread))
+        return partial_correlation(correlate_rows(x, y), correlate_rows(x, z), correlate_rows(y, z))
+
+    preferred_cost = loss_increase[is_preferred]
+    other_cost = others(loss_increase)
+    intervals = {
+        "the preferred class, rank correlation with selectivity": correlate_samples(largest, preferred_cost),
+        "the preferred class, rank correlation with contribution": correlate_samples(
+            contribution[is_preferred], preferred_cost
+        ),
+        "each other class, rank correlation with selectivity": correlate_samples(
+            others(selectivity), other_cost
+        ),
+        "each other class, rank correlation with contribution": correlate_samples(
+            others(contribution), other_cost
+        ),
+        "all classes, rank correlation with selectivity": correlate_samples(largest, overall),
+        "all classes, rank correlation with spread": correlate_samples(spread, overall),
+        "all classes, rank correlation with selectivity given the spread": bootstrap(
+            given_spread, len(overall)
+        ),
+    }
+    rows = [(f"loss increase of {name}", *value) for name, value in intervals.items()]
+    table = pd.DataFrame(rows, columns=["name", *Interval._fields])
+    return table.assign(unit="rho", n=active.sum())
+
+
+def draw_ablation(ablation: pd.DataFrame, hits: pd.DataFrame, chance: float) -> Figure:
+    """Draw ablation.csv and, below, the share of filters that cost their preferred class most.
+
+    Above: the loss increase of each class (rows) by each active filter (columns). `hits` are the rows of
+    summary.csv with that share, one a readout; `chance` is the share if the class were picked at random.
+    """
+    names = ablation["class"].unique()[:-1]  # the last is "all"
+    selectivity = values_by_filter(ablation, "selectivity")  # (filters, classes)
+    loss_increase = values_by_filter(ablation, "loss_increase")
 
     # filters side by side that prefer the same class, the most selective first
-    active = np.flatnonzero(~np.isnan(selectivity).any(axis=0))
-    preferred = selectivity[:, active].argmax(axis=0)
-    order = np.lexsort((-selectivity[:, active].max(axis=0), preferred))
-    shown = increase[:, active[order]]
+    active = np.flatnonzero(~np.isnan(selectivity).any(axis=1))
+    preferred = selectivity[active].argmax(axis=1)
+    order = np.lexsort((-selectivity[active].max(axis=1), preferred))
+    shown = loss_increase[active[order]].T
 
-    fig, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    ratios = [4, 1]
+    fig, (above, below) = plt.subplots(2, 1, figsize=(7.5, 4.6), height_ratios=ratios, layout="constrained")
     limit = float(np.percentile(np.abs(shown), 99)) or 1
-    picture = ax.imshow(
-        shown,
-        aspect="auto",
-        extent=(0, len(active), len(names), 0),
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-        interpolation="nearest",
-    )
-    fig.colorbar(picture, ax=ax, pad=0.01, extend="both", label="loss increase (nats)")
-
+    corners = (0, len(active), len(names), 0)
+    colours: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    picture = above.imshow(shown, aspect="auto", extent=corners, interpolation="nearest", **colours)
+    fig.colorbar(picture, ax=above, pad=0.01, extend="both", label="loss increase (nats)")
     widths = np.bincount(preferred, minlength=len(names))
     for row, (right, width) in enumerate(zip(widths.cumsum(), widths, strict=True)):
-        ax.add_patch(Rectangle((right - width, row), width, 1, fill=False, edgecolor="0.2", linewidth=0.9))
-    ax.set_yticks(np.arange(len(names)) + 0.5, [shorten(name) for name in names])
-    ax.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
+        above.add_patch(Rectangle((right - width, row), width, 1, fill=False, edgecolor="0.2", linewidth=0.9))
+    above.set_yticks(np.arange(len(names)) + 0.5, [shorten(name) for name in names])
+    above.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
+
+    readouts = hits["name"].str.removeprefix(f"{HITS}: ")
+    draw_intervals(
+        below, hits.assign(readout=readouts, median=hits["value"]), "readout", "unit", horizontal=True
+    )
+    below.axvline(100 * chance, color="0.5", linestyle=":", linewidth=1)
+    below.set(xlabel=f"{HITS} (%); dotted: a class picked at random", xlim=(0, 100))
     return fig
 
 
-def describe_ablation(summary: pd.DataFrame) -> str:
-    """Return a table of the findings of mean ablation."""
-    shown = summary.set_index("quantity").rename_axis(None).to_string(float_format="{:.4f}".format)
-    return f"mean ablation of one filter of conv4: loss increase in nats, with 95 % interval\n{shown}"
+def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame:
+    """Ablate each filter of conv4; write table and figure, return rows of summary.csv.
 
-
-def run_ablation(
-    run: Run, train_inputs: Tensor, test_inputs: Tensor, filters: pd.DataFrame, classes: pd.DataFrame
-) -> str:
-    """Ablate each filter of conv4; write tables and figure, return the findings.
-
-    `train_inputs` and `test_inputs` are what the classifier sees, `filters` and `classes` the tables.
+    The share of filters that cost their preferred class most belongs to the readout as much as to the
+    filters. So it is compared with the same share of a probe on the same features, and of a probe on the
+    untrained network's features, which is the right chance.
     """
-    logits = split_logits(run.net, test_inputs, train_inputs.mean(dim=0))
-    labels = torch.from_numpy(run.test.labels).to(test_inputs.device)
-    increase = measure_loss_increase(logits, labels)
-    contributions = measure_contributions(logits, labels)
+    labels = torch.from_numpy(run.test.labels).to(run.net.mean.device)
+    peak_means = class_means(trained.tables.classes)
+    own = ablate(own_classifier(run.net), trained, labels)
+    table = tabulate_ablation(own, class_selectivity(peak_means), run)
+    run.save_table("ablation", table)
 
-    selectivity = class_selectivity(class_means(classes))
-    mean_activation = filters.loc[filters["layer"] == "conv4", "activation_mean"].to_numpy()
-    ablation = tabulate_ablation(increase, contributions, selectivity, run)
-    contribution = reduce_by_class(np.mean, contributions, run.test.labels, len(run.names))
-    summary = summarise_ablation(
-        increase,
-        {"selectivity": selectivity, "contribution to the logit": contribution},
-        {"largest selectivity": selectivity.max(axis=0), "mean activation": mean_activation},
-        run.test.labels,
-    )
-    run.save_table("ablation", ablation)
-    run.save_table("ablation_summary", summary)
-    figure = draw_ablation(ablation, run.names)
-    run.save_figure("ablation", figure, "What mean ablation of a filter of conv4 costs each class")
-    return describe_ablation(summary)
+    ablations = {
+        "the network's own classifier": (own, trained),
+        "probe on trained features": (ablate(trained.probes["conv4"], trained, labels), trained),
+        "probe on untrained features": (ablate(untrained.probes["conv4"], untrained, labels), untrained),
+    }
+    rows = []
+    for readout, (ablation, network) in ablations.items():
+        means = class_means(network.tables.classes)
+        share = share_of_hits(ablation, means, run.test.labels)
+        rows.append((f"{HITS}: {readout}", *share, means.any(axis=0).sum()))
+    hits = to_percent(pd.DataFrame(rows, columns=["name", *Interval._fields, "n"]).assign(unit="%"))
+
+    costs = average_costs(own, peak_means, run.test.labels)
+    correlations = correlate_costs(table, own.spread)
+    if table["selectivity"].isna().all():
+        print("no filter of conv4 fires: ablation.png is left out")
+    else:
+        figure = draw_ablation(table, hits, 1 / len(run.names))
+        run.save_figure("ablation", figure, f"What mean ablation of a filter of conv4 costs\n{run.source}")
+    return pd.concat([costs, hits, correlations]).assign(layer="conv4")
 
 
-# ---------------------------------------------------------------- trust: what a projection shows
+# ---------------------------------------------------------------- what a projection shows
+#
+# Insertion and deletion (Petsiuk et al. 2018): do the pixels of a projection matter to its unit?
+# Sanity check by weight randomisation (Adebayo et al. 2018, section 3.1): what of a projection was learned?
+# Both look at one unit of each filter of conv4, in the unit's own window.
 
 
-class Projected(NamedTuple):
-    """Units of conv4 with their projections in windows (units, rows, columns) that may cross the border."""
+class Windows(NamedTuple):
+    """Units of conv4 with the magnitudes of their projections in their windows, (units, rows, columns)."""
 
     units: Units
+    before_pooling: Array  # row and column of each unit in the map before pooling, (units, 2)
     origin: Array  # row and column of the window's top left pixel in the image, (units, 2)
-    inside: Array  # whether a place of the window lies inside the image
+    inside: Array  # whether a pixel of the window lies inside the image; windows may cross the border
     magnitude: Array  # of the projection, float32
-    envelope: Array  # mean of those whose window is inside the image there, each with the sum 1
-
-    def select(self, which: Array) -> "Projected":
-        """Return some of the units."""
-        units = Units(*(entry[which] for entry in self.units))
-        return Projected(units, self.origin[which], self.inside[which], self.magnitude[which], self.envelope)
+    profile: Array  # mean window profile (rows, columns)
 
 
 def crop_windows(frames: Array, origins: Array, size: int) -> Array:
-    """Cut a window of `size` pixels at its origin out of each frame (units, rows, columns), 0 outside."""
-    pairs = zip(frames, origins.tolist(), strict=True)
-    return np.stack([crop(frame[None], top, left, size, 0)[0] for frame, (top, left) in pairs])
+    """Crop a window of `size` pixels at its origin out of each frame (units, rows, columns), 0 outside."""
+    windows = np.zeros((len(frames), size, size), frames.dtype)
+    for window, frame, (top, left) in zip(windows, frames, origins.tolist(), strict=True):
+        window[:] = crop(frame[None], top, left, size, 0)[0]
+    return windows
 
 
-def read_top_units(path: Path, checkpoint: Checkpoint) -> Projected:
-    """Read the units of conv4 in projections.npz."""
+def to_frames(windows: Array, origins: Array) -> Array:
+    """Put windows (units, rows, columns) into frames of the image's size, 0 elsewhere."""
+    return crop_windows(windows, -origins, IMAGE_SIZE)
+
+
+def read_examples(path: Path, checkpoint: Checkpoint) -> Windows:
+    """Read conv4's top examples from projections.npz and keep one of each active filter, drawn at random.
+
+    The examples of one filter are much alike and must not count as several. The mean window profile is the
+    mean magnitude over all examples whose window is inside the image there, each with the sum 1.
+    """
     keys = [f"conv4_{key}" for key in ("image", "value", "position", "origin", "projection")]
     image, value, position, origin, projection = load_arrays(path, checkpoint, *keys)
-    fires = np.nonzero(image >= 0)  # a filter that fires on fewer images leaves places empty
+    fires = image >= 0  # a filter that fires on fewer images leaves the rest empty
+    filters, _ = np.nonzero(fires)
     row, column = position[fires].astype(np.int64).T
-    units = Units(image[fires].astype(np.int64), fires[0], row, column, value[fires])
-    magnitude, origin = np.abs(projection[fires]).sum(axis=1), origin[fires].astype(np.int64)
-    whole = np.broadcast_to(True, (len(origin), IMAGE_SIZE, IMAGE_SIZE))
+    units = Units(image[fires].astype(np.int64), filters, row, column, value[fires])
+    origin = origin[fires].astype(np.int64)
+    magnitude = np.abs(projection[fires]).sum(axis=1)
+
+    whole = np.broadcast_to(True, (len(filters), IMAGE_SIZE, IMAGE_SIZE))
     inside = crop_windows(whole, origin, magnitude.shape[-1])
     shares = magnitude / magnitude.sum(axis=(1, 2), keepdims=True)
-    return Projected(units, origin, inside, magnitude, shares.sum(axis=0) / inside.sum(axis=0).clip(min=1))
+    profile = shares.sum(axis=0) / inside.sum(axis=0).clip(min=1)
 
-
-def one_of_each(filters: Array) -> Array:
-    """Draw one unit of each filter: those of one filter are much alike and must not count as several."""
-    shuffled = np.random.default_rng(SEED).permutation(len(filters))
-    return shuffled[np.unique(filters[shuffled], return_index=True)[1]]
-
-
-def project_others(run: Run, top: Projected, filters: Array, doing: str, net: CNN | None = None) -> Array:
-    """Project other `filters` at the places of units, perhaps through another network; return magnitudes.
-
-    The places are those in the pooled map; the switch, and with it the window, may lie elsewhere in the
-    pooling region. What lies outside the units' own windows is left out.
-    """
-    units = top.units._replace(filter=filters, value=np.ones(len(filters), np.float32))
-    projector = Projector(net or run.net, len(LAYERS) - 1)
-    windows, origins = project_windows(projector, run.test.images, units, doing)
-    return crop_windows(np.abs(windows).sum(axis=1), top.origin - origins, len(top.envelope))
-
-
-def project_random_filters(run: Run, top: Projected, rng: np.random.Generator) -> Array:
-    """Project at the place of each unit a filter drawn from all others."""
-    count = run.net.config["filters"][-1]
-    drawn = (top.units.filter + rng.integers(1, count, len(top.origin))) % count
-    return project_others(run, top, drawn, "other filters at the same place")
-
-
-def score_pixels(run: Run, top: Projected, rng: np.random.Generator) -> Arrays:
-    """Score the pixels of units' windows, (units, rows, columns), in other ways than by the projection.
-
-    By `deconv.backpropagate`, magnitudes summed over RGB. And by what knows nothing of the filter: the
-    image's edges, blurred and times the envelope; nearness to the window's centre; chance.
-    """
-    net, size = run.net, len(top.envelope)
-    image, filter_, row, column, _ = top.units
-    batch = net.normalise(torch.from_numpy(run.test.images[image]))
-    gradient, guided = (
-        backpropagate(net, batch, len(LAYERS) - 1, filter_, row, column, rule)
-        for rule in ("gradient", "guided")
+    shuffled = random_stream("examples").permutation(len(filters))
+    _, first = np.unique(filters[shuffled], return_index=True)
+    chosen = shuffled[first]
+    return Windows(
+        units=units.select(chosen),
+        before_pooling=Projector(checkpoint.net, len(LAYERS) - 1).before_pooling(origin[chosen]),
+        origin=origin[chosen],
+        inside=inside[chosen],
+        magnitude=magnitude[chosen],
+        profile=profile,
     )
-    maps = {"gradient": gradient, "guided backpropagation": guided}
-    sums = {name: of.abs().sum(dim=1) for name, of in maps.items()}
-    edges = torch.stack(torch.gradient(batch, dim=(2, 3))).abs().sum(dim=(0, 2))
-    sums["edges"] = gaussian_blur(edges, [13, 13], [BLUR, BLUR])
-    scores = {name: crop_windows(of.cpu().numpy(), top.origin, size) for name, of in sums.items()}
-    scores["edges"] = scores["edges"] * top.envelope
-    from_centre = np.arange(size) - (size - 1) / 2
-    scores["centre"] = np.tile(-np.hypot(from_centre[:, None], from_centre), (len(image), 1, 1))
-    return scores | {"random": rng.random((len(image), size, size))}
+
+
+def project_elsewhere(run: Run, net: CNN, windows: Windows, units: Units, desc: str) -> Array:
+    """Project other units, perhaps through another network, in the same windows; return magnitudes.
+
+    The same window means that both projections start from the same position before pooling.
+    """
+    projections, _ = project_windows(
+        Projector(net, len(LAYERS) - 1),
+        run.test.images,
+        units._replace(value=np.ones(len(units.image), np.float32)),  # ranks do not depend on it
+        desc,
+        before_pooling=windows.before_pooling,
+    )
+    return np.asarray(np.abs(projections).sum(axis=1))
+
+
+def draw_others(numbers: Array, count: int, rng: np.random.Generator) -> Array:
+    """Draw for each number another one from 0 to count - 1."""
+    return (numbers + rng.integers(1, max(count, 2), len(numbers))) % count
+
+
+# -------------------------------- insertion and deletion
+
+
+def average_blocks(scores: Array, inside: Array) -> Array:
+    """Average scores over blocks of the frame, BLOCK x BLOCK pixels, so that no method gains by its grain.
+
+    Of a block only the pixels `inside` the window count. Both arrays, and the result, are frames (units,
+    rows, columns).
+    """
+    starts = np.arange(0, IMAGE_SIZE, BLOCK)
+
+    def sum_blocks(frames: Array) -> Array:
+        return np.add.reduceat(np.add.reduceat(frames, starts, axis=1), starts, axis=2)
+
+    counts = sum_blocks(inside.astype(np.int64)).clip(min=1)
+    means = sum_blocks(np.where(inside, scores, 0)) / counts
+    block = np.arange(IMAGE_SIZE) // BLOCK  # of each row or column
+    return np.asarray(means[:, block[:, None], block])
 
 
 def topk_mask(scores: Array, inside: Array, share: float) -> Array:
-    """Return whether a pixel is among the `share` of its window, inside the image, that score most."""
+    """Return which pixels are among the `share` of their window that score highest; ties in reading order.
+
+    All arrays are (units, rows, columns); only pixels `inside` the window are counted and chosen.
+    """
     order = np.where(inside, -scores, np.inf).reshape(len(scores), -1).argsort(axis=1, kind="stable")
-    counts = np.maximum(1, np.round(share * inside.sum(axis=(1, 2))))
-    return np.asarray((order.argsort(axis=1) < counts[:, None]).reshape(scores.shape))
+    wanted = np.maximum(1, np.round(share * inside.sum(axis=(1, 2))))
+    mask = np.zeros(order.shape, np.bool_)
+    np.put_along_axis(mask, order, np.arange(order.shape[1]) < wanted[:, None], axis=1)
+    return mask.reshape(scores.shape)
 
 
-def surviving_shares(run: Run, top: Projected, others: Array, share: float) -> dict[str, pd.DataFrame]:
-    """Return how much of each unit's activation survives when only some pixels stay, or all but these.
+def score_pixels(run: Run, windows: Windows, other_filter: Array) -> dict[str, Array]:
+    """Score the pixels of the frame for each unit, (units, rows, columns), by several methods.
 
-    Insertion and deletion (after Petsiuk et al. 2018, "RISE") at one size of the mask: the image, grey where
-    masked, goes through the network again; the activation of the same unit is divided by the original. For
-    "kept" and "deleted" a row a unit, a column for what chose the pixels. `others`: of other filters.
+    The projection; `deconv.backpropagate` with two other rules, magnitudes summed over RGB; the image's edges
+    times the mean window profile, which know neither filter nor network; the projection of another filter
+    in the same window (magnitudes `other_filter`); nearness to the window's centre; and chance, a number for
+    each block.
     """
-    rng, tables = np.random.default_rng(SEED), []
-    batches = np.split(np.arange(len(others)), range(32, len(others), 32))
-    for which in tqdm(batches, "faithfulness: masked images", unit=" batches", disable=None):
-        some, survived = top.select(which), {}
-        batch = run.net.normalise(torch.from_numpy(run.test.images[some.units.image]))
-        scores = {"projection": some.magnitude, "other filter": others[which]}
-        for name, score in (scores | score_pixels(run, some, rng)).items():
-            frames = crop_windows(topk_mask(score, some.inside, share), -some.origin, IMAGE_SIZE)
-            kept = torch.from_numpy(frames[:, None]).to(batch.device)  # of all three channels
-            for variant, mask in (("kept", kept), ("deleted", ~kept)):
-                pooled = run.net.features(batch * mask)[-1][0].cpu().numpy()
-                survived[variant, name] = pooled[np.arange(len(which)), *some.units[1:4]] / some.units.value
-        tables.append(pd.DataFrame(survived))
-    table = pd.concat(tables, ignore_index=True)
-    return {variant: pd.DataFrame(table[variant]) for variant in ("kept", "deleted")}
+    units = windows.units
+    count = len(units.image)
+    images = run.net.normalise(torch.from_numpy(run.test.images[units.image]))
+
+    def backpropagate_units(rule: str) -> Array:
+        sums = []
+        for batch in np.split(np.arange(count), range(BATCH, count, BATCH)):
+            indices = (units.filter[batch], units.row[batch], units.column[batch])
+            signed = backpropagate(run.net, images[batch], len(LAYERS) - 1, *indices, rule)
+            sums.append(signed.abs().sum(dim=1).cpu().numpy())
+        return np.concatenate(sums)
+
+    # |difference| to the next rows and columns, (2, units, 3, rows, columns) -> (units, rows, columns)
+    edges = torch.stack(torch.gradient(images, dim=(2, 3))).abs().sum(dim=(0, 2)).cpu().numpy()
+    size = len(windows.profile)
+    distance = np.arange(size) - (size - 1) / 2
+    nearness = -np.hypot(distance[:, None], distance)
+    blocks = math.ceil(IMAGE_SIZE / BLOCK)
+    chance = (
+        random_stream("chance").random((count, blocks, blocks)).repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
+    )
+    return {
+        "projection": to_frames(windows.magnitude, windows.origin),
+        "guided backpropagation": backpropagate_units("guided"),
+        "gradient": backpropagate_units("gradient"),
+        "edges x window profile": edges * to_frames(np.tile(windows.profile, (count, 1, 1)), windows.origin),
+        "other filter, same window": to_frames(other_filter, windows.origin),
+        "centre": to_frames(np.tile(nearness, (count, 1, 1)), windows.origin),
+        "chance": chance[:, :IMAGE_SIZE, :IMAGE_SIZE],
+    }
 
 
-def draw_partners(top: Projected, one: Projected, rng: np.random.Generator) -> Array:
-    """Draw for each of `one` a unit of another filter and image with the same window; -1 if none is."""
-    partners = []
-    for image, filter_, origin in zip(one.units.image, one.units.filter, one.origin, strict=True):
-        different = (top.units.image != image) & (top.units.filter != filter_)
-        others = np.flatnonzero((top.origin == origin).all(axis=1) & different)
-        partners.append(rng.choice(others) if others.size else -1)
-    return np.array(partners)
+def activate(net: CNN, images: Tensor, windows: Windows) -> Array:
+    """Return the activation of each image's unit at the unit's own position before pooling.
 
-
-def compare_magnitudes(own: Array, other: Array, shared: Array) -> tuple[float, float]:
-    """Return how alike two projections are: the rank correlation of magnitudes, and the partial one.
-
-    The latter takes out what both share with the envelope: any window's middle is strong.
+    The pooled activation would not do: where the unit falls silent, a neighbour could take over.
     """
-    table = pd.DataFrame({"own": own, "other": other, "shared": shared}).corr("spearman").to_numpy()
-    plain, of_own, of_other = table[0, 1], table[0, 2], table[1, 2]
-    return plain, (plain - of_own * of_other) / math.sqrt((1 - of_own**2) * (1 - of_other**2))
+    filters = windows.units.filter
+    row, column = windows.before_pooling.T
+    last = net.blocks[-1]
+    activations = []
+    for batch in np.split(np.arange(len(images)), range(BATCH, len(images), BATCH)):
+        x = images[batch]
+        for block in net.blocks[:-1]:
+            x = block(x)
+        maps = last.bn(last.conv(x))
+        values = maps[np.arange(len(batch)), filters[batch], row[batch], column[batch]]
+        activations.append(values.clamp(min=0).cpu().numpy())
+    return np.concatenate(activations)
 
 
-def randomise_weights(run: Run, top: Projected, one: Projected, images: Array) -> dict[str, Array]:
-    """Compare projections with those of ever more random networks (Adebayo et al. 2018, section 3.1).
+def mask_images(run: Run, windows: Windows, other_filter: Array, shares: Sequence[float]) -> pd.DataFrame:
+    """Keep only the pixels of a window that score highest, or remove them; grey stands for the rest.
 
-    Weights become random from conv4 downwards, and the network runs forward with them. A picture that stays
-    the same shows the image and the architecture, not what was learned. To compare with: projections of other
-    filters at the same place, and in other images with the same window (nan where there is none).
-
-    Returns:
-        For each condition `compare_magnitudes` of each unit of `one`, (draws, units, 2).
+    Returns a row a unit, method and share: insertion and deletion, the activation of the unit in the masked
+    image divided by its activation in the image.
     """
-    rng, alike = np.random.default_rng(SEED), defaultdict[str, list[Any]](list)
+    images = run.net.normalise(torch.from_numpy(run.test.images[windows.units.image]))
+    inside = to_frames(windows.inside, windows.origin)
+    scores = score_pixels(run, windows, other_filter)
+    tables = []
+    for method in tqdm(scores, "insertion and deletion", unit=" methods", disable=None):
+        averaged = average_blocks(scores[method], inside)
+        for share in shares:
+            mask = torch.from_numpy(topk_mask(averaged, inside, share))[:, None].to(images.device)
+            columns = {
+                "unit": np.arange(len(images)),
+                "method": method,
+                "share": share,
+                "insertion": activate(run.net, images * mask, windows) / windows.units.value,
+                "deletion": activate(run.net, images * ~mask, windows) / windows.units.value,
+            }
+            tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
 
-    def compare(condition: str, windows: Array) -> None:
-        pairs = zip(one.magnitude, windows, one.inside, strict=True)
-        alike[condition].append([compare_magnitudes(a[m], b[m], top.envelope[m]) for a, b, m in pairs])
 
+def tabulate_masks(masked: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of trust.csv for insertion and deletion, and for their paired differences."""
+    rows = []
+    for test in ("insertion", "deletion"):
+        for share in masked["share"].unique():
+            values = masked[masked["share"] == share].pivot(index="unit", columns="method", values=test)
+            for method in masked["method"].unique():
+                rows.append((test, share, method, *median(values[method].to_numpy())))
+                if method != "projection":
+                    differences = (values["projection"] - values[method]).to_numpy()
+                    rows.append((f"{test}, projection minus", share, method, *median(differences)))
+    table = pd.DataFrame(rows, columns=["test", "share", "condition", "median", "low", "high"])
+    return table.assign(n=masked["unit"].nunique())
+
+
+# -------------------------------- controls in the same window, and random weights
+
+
+def randomise_weights(net: CNN, images: Array, draw: int) -> Iterator[tuple[str, CNN]]:
+    """Yield ever more random copies of a network with their names: conv4 random, then conv4 and conv3, ...
+
+    A layer has the same random weights in all copies. They are drawn on the CPU, so that every device has the
+    same. Batch norm is measured anew with the training `images`.
+    """
+    for first in reversed(range(len(LAYERS))):
+        random_net = copy.deepcopy(net).cpu()
+        torch.manual_seed(SEED + 1 + draw)
+        for block in reversed(random_net.blocks[first:]):
+            block.conv.reset_parameters()
+            block.bn.reset_parameters()
+        name = "random conv4" if first == len(LAYERS) - 1 else f"random conv4 to {LAYERS[first]}"
+        yield name, recalibrate_batch_norm(random_net.to(net.mean.device), first, images)
+
+
+def project_conditions(
+    run: Run, windows: Windows, norm_images: Array, draw: int
+) -> Iterator[tuple[str, Array]]:
+    """Yield the names of the controls and of the random networks, with magnitudes in the same windows."""
+    rng = random_stream(f"others {draw}")
+    units = windows.units
+    other_filter = units._replace(filter=draw_others(units.filter, run.net.config["filters"][-1], rng))
+    other_image = draw_others(units.image, len(run.test.images), rng)
+    controls = {
+        "other filter, same window": other_filter,
+        "same filter, other image": units._replace(image=other_image),
+        "other filter, other image": other_filter._replace(image=other_image),
+    }
+    for name, others in controls.items():
+        yield name, project_elsewhere(run, run.net, windows, others, f"draw {draw + 1}, {name}")
+    for name, random_net in randomise_weights(run.net, norm_images, draw):
+        yield name, project_elsewhere(run, random_net, windows, units, f"draw {draw + 1}, {name}")
+
+
+def compare_projections(run: Run, windows: Windows, norm_images: Array) -> pd.DataFrame:
+    """Compare the magnitudes of the units' projections with others in the same windows.
+
+    Returns a row a unit, condition and draw: the partial rank correlation (Spearman's) given the mean window
+    profile, because all projections are strong in the middle of their window.
+    """
+
+    def rank(magnitudes: Array) -> Array:  # (units, pixels)
+        return rank_rows(np.where(windows.inside, magnitudes, np.nan).reshape(len(magnitudes), -1))
+
+    own = rank(windows.magnitude)
+    profile = rank(np.broadcast_to(windows.profile, windows.magnitude.shape))
+    own_with_profile = correlate_rows(own, profile)
+    tables = []
     for draw in range(RANDOM_DRAWS):
-        compare("other filter, same place", project_random_filters(run, one, rng))
-        partners = draw_partners(top, one, rng)
-        there = (partners >= 0)[:, None, None]
-        compare("other filter, other image", np.where(there, top.magnitude[partners], np.nan))
-        for first in reversed(range(len(LAYERS))):
-            net = copy.deepcopy(run.net)
-            torch.manual_seed(SEED + 1 + draw)
-            for block in reversed(net.blocks[first:]):  # from above: conv4 gets the same weights each time
-                block.conv.reset_parameters()
-                block.bn.reset_parameters()
-            recalibrate_batch_norm(net, first, images)
-            name = "conv4" if first == 3 else f"conv4 to {LAYERS[first]}"
-            doing = f"random weights: draw {draw + 1}, {name}"
-            compare(name, project_others(run, one, one.units.filter, doing, net))
-    return {condition: np.array(draws) for condition, draws in alike.items()}
+        for condition, magnitudes in project_conditions(run, windows, norm_images, draw):
+            other = rank(magnitudes)
+            other_with_profile = correlate_rows(other, profile)
+            partial = partial_correlation(correlate_rows(own, other), own_with_profile, other_with_profile)
+            columns = {"unit": np.arange(len(own)), "condition": condition, "draw": draw, "partial": partial}
+            tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
 
 
-def draw_trust(trust: pd.DataFrame, share: float) -> Figure:
-    """Draw medians with 95 % intervals: what survives of activations; how alike projections stay."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9), width_ratios=[1.6, 1], layout="constrained")
-    masked = trust[trust["test"].isin(["kept", "deleted"])]
-    texts = masked["condition"].str.replace("propagation", "prop.").str.replace(",? ", "\n", n=1, regex=True)
-    draw_intervals(left, masked.assign(condition=texts), "condition", "test")
-    left.tick_params(axis="x", labelsize=7)
-    left.set(xlabel=f"what chooses {share:.0%} of the window's pixels", ylim=(0, None))
-    left.set_ylabel("share of the activation that survives")
-    left.legend(title="these pixels are", frameon=False)
-    rows = trust[trust["test"] == "random weights, envelope taken out"]
-    random = rows[rows["condition"].str.startswith("conv")]
-    random = random.assign(blocks=random["condition"].str.replace(" to", "\nto"), variant="random weights")
-    draw_intervals(right, random, "blocks", "variant", "-")
-    others = rows[rows["condition"].str.startswith("other")]
-    for value, text, line in zip(others["median"], others["condition"], ("--", ":"), strict=True):
-        right.axhline(value, color="0.4", linestyle=line, linewidth=1, label=f"trained, {text}")
-    right.set(xlabel="blocks with random weights", ylim=(min(0, rows["low"].min()), 1))
-    right.set_ylabel("partial rank correlation with\nthe trained projection")
-    right.legend(frameon=False, fontsize=8)
+def tabulate_likeness(compared: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of trust.csv for the correlations; each unit counts with its mean over the draws."""
+    rows = []
+    for condition in compared["condition"].unique():
+        chosen = compared[compared["condition"] == condition]
+        values = chosen.pivot(index="unit", columns="draw", values="partial")
+        means = values.mean(axis=1)
+        draws = values.median()
+        rows.append((condition, *median(means.to_numpy()), draws.min(), draws.max(), means.count()))
+    columns = ["condition", "median", "low", "high", "lowest_draw", "highest_draw", "n"]
+    return pd.DataFrame(rows, columns=columns).assign(test="partial rank correlation")
+
+
+# -------------------------------- one table and one figure of both
+
+
+def percentage(share: float) -> str:
+    """Return a share as texts write it: `25 %`."""
+    return f"{100 * share:g} %"
+
+
+def draw_trust(trust: pd.DataFrame) -> Figure:
+    """Draw trust.csv: what is left of activations in masked images; how alike projections are."""
+    fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
+    titles = {"insertion": "insertion: only these pixels kept", "deletion": "deletion: these pixels removed"}
+    for ax, (test, title) in zip(axes, titles.items(), strict=False):
+        rows = to_percent(trust[trust["test"] == test])
+        rows = rows.assign(share=rows["share"].map(percentage))
+        draw_intervals(ax, rows, "condition", "share", horizontal=True)
+        ax.set_title(title, fontsize=9)
+        ax.set(xlabel="activation left (% of the original)", xlim=(0, None))
+    axes[1].set_yticklabels([])
+    axes[1].legend(title="share of\nthe window", frameon=False, fontsize=8)
+
+    likeness = trust[trust["test"] == "partial rank correlation"]
+    draw_intervals(axes[2], likeness, "condition", "test", horizontal=True)
+    axes[2].axvline(0, color="0.5", linestyle=":", linewidth=1)
+    axes[2].set_title("likeness to the unit's projection", fontsize=9)
+    axes[2].set_xlabel("partial rank correlation in the same window")
     return fig
 
 
-def run_trust(run: Run, top: Projected, images: Array) -> str:
-    """Mask pixels and randomise weights; write table and figure, return the findings."""
-    one, rows = top.select(one_of_each(top.units.filter)), []
-    others = project_random_filters(run, one, np.random.default_rng(SEED))
-
-    def add(test: str, condition: str, values: Array) -> None:
-        rows.append((test, condition, *median(values), int((~np.isnan(values)).sum())))
-
-    for variant, table in surviving_shares(run, one, others, KEPT_SHARE).items():
-        for name, values in table.items():
-            add(variant, str(name), values.to_numpy())
-            if name != "projection":
-                add(f"{variant}, projection minus", str(name), (table["projection"] - values).to_numpy())
-    for condition, draws in randomise_weights(run, top, one, images).items():
-        for test, values in zip(("", ", envelope taken out"), np.moveaxis(draws, 2, 0), strict=True):
-            add(f"random weights{test}", condition, values.mean(axis=0))  # units are resampled, not draws
-            for number, of_draw in enumerate(values, start=1):
-                add(f"random weights{test}, draw {number}", condition, of_draw)
-    trust = pd.DataFrame(rows, columns=["test", "condition", "median", "low", "high", "n"])
-    run.save_table("trust", trust)
-    title = "Do projections of conv4 show what drives a filter, and what was learned?"
-    run.save_figure("trust", draw_trust(trust, KEPT_SHARE), title)
-    value = trust.set_index(["test", "condition"])["median"]
-    names = "projection", "gradient", "other filter", "edges", "random"
-    kept, deleted = (", ".join(f"{value[test, name]:.2f}" for name in names) for test in ("kept", "deleted"))
-    alike = value["random weights, envelope taken out"]
-    other = alike["other filter, same place"], alike["other filter, other image"]
+def describe_trust(trust: pd.DataFrame) -> str:
+    """Return trust.csv as two small tables: insertion and deletion, and likeness."""
+    masked = to_percent(trust[trust["test"].isin(["insertion", "deletion"])])
+    masked["label"] = masked["test"] + " " + masked["share"].map(percentage)
+    left = masked.pivot(index="condition", columns="label", values="median")
+    left = left.loc[masked["condition"].unique(), masked["label"].unique()]
+    likeness = trust[trust["test"] == "partial rank correlation"].set_index("condition")
+    likeness = likeness[["median", "low", "high", "lowest_draw", "highest_draw"]]
     return (
-        f"faithfulness: {KEPT_SHARE:.0%} of the pixels, chosen by {', '.join(names)}: alone they keep\n"
-        f"  {kept} of the activation; without them {deleted} is left\n"
-        "random weights: partial rank correlation with the trained projections "
-        f"{alike['conv4 to conv1']:.2f};\n"
-        f"  of other filters at the same place {other[0]:.2f}, in other images {other[1]:.2f}"
+        f"activation left in masked images (%), medians over {masked['n'].max()} units of conv4\n"
+        f"{left.rename_axis(index=None, columns=None).to_string(float_format='{:.0f}'.format)}\n"
+        "partial rank correlation with the unit's own projection, in the same window\n"
+        f"{likeness.rename_axis(index=None).to_string(float_format='{:.2f}'.format)}"
     )
 
 
+def summarise_trust(trust: pd.DataFrame) -> pd.DataFrame:
+    """Return the medians of trust.csv as rows of summary.csv; shares of an activation are in %."""
+    is_share = trust["share"].notna()
+    shares = to_percent(trust[is_share])
+    of_window = ", " + shares["share"].map(percentage) + " of the window: "
+    shares = shares.assign(
+        name=shares["test"] + of_window + shares["condition"],
+        unit=np.where(shares["test"].str.endswith("minus"), "points", "%"),
+    )
+    correlations = trust[~is_share]
+    name = correlations["test"] + " in the same window: " + correlations["condition"]
+    rows = pd.concat([shares, correlations.assign(name=name, unit="rho")])
+    return rows.assign(layer="conv4", value=rows["median"])
+
+
+def run_trust(run: Run, windows: Windows, norm_images: Array, shares: Sequence[float]) -> pd.DataFrame:
+    """Mask images and compare projections; write trust.csv and its figure, return rows of summary.csv.
+
+    test: insertion, deletion; either with ", projection minus", a paired difference; or the partial rank
+        correlation of two projections.
+    share: Of the window's pixels that are kept or removed; empty for correlations.
+    condition: What chose the pixels; or what the unit's projection is compared with.
+    median, low, high: Over units, with a 95 % bootstrap interval over units.
+    lowest_draw, highest_draw: The smallest and the largest median of the `RANDOM_DRAWS` draws.
+    n: Number of units.
+    """
+    columns = ["test", "share", "condition", "median", "low", "high", "lowest_draw", "highest_draw", "n"]
+    if not len(windows.inside):
+        print("no filter of conv4 fires: trust.csv has no rows, trust.png is left out")
+        run.save_table("trust", pd.DataFrame(columns=columns))
+        return pd.DataFrame()
+
+    rng = random_stream("other filters")
+    filters = draw_others(windows.units.filter, run.net.config["filters"][-1], rng)
+    units = windows.units._replace(filter=filters)
+    other_filter = project_elsewhere(run, run.net, windows, units, "other filters, same windows")
+    masks = tabulate_masks(mask_images(run, windows, other_filter, shares))
+    likeness = tabulate_likeness(compare_projections(run, windows, norm_images))
+    trust = pd.concat([masks, likeness], ignore_index=True)[columns]
+    run.save_table("trust", trust)
+    title = (
+        "Do projections of conv4 show what drives a unit, and what was learned?\n"
+        f"medians over {len(windows.inside)} units, one of each active filter, with 95 % intervals; "
+        f"{TITLES[run.checkpoint.dataset]}, {run.checkpoint.accuracy()}"
+    )
+    run.save_figure("trust", draw_trust(trust), title)
+    print(describe_trust(trust))
+    return summarise_trust(trust)
+
+
+# ---------------------------------------------------------------- summary, and comparison with other runs
+
+SUMMARY = ["name", "layer", "value", "low", "high", "unit", "n"]  # columns of summary.csv
+DECIMALS = {"%": 1, "points": 1, "nats": 4, "filters": 0, "rho": 2, "": 3}  # of numbers in texts, by unit
+
+
+def summarise_accuracy(run: Run, accuracy: Interval) -> pd.DataFrame:
+    """Return rows of summary.csv: test accuracy, alone and averaged over image and mirror image.
+
+    train_CNN.py has measured the latter; it is left out if that was on other images.
+    """
+    count = len(run.test.labels)
+    rows = [("test accuracy", *accuracy)]
+    metrics = run.checkpoint.metrics
+    if metrics["split"] == "test" and "accuracy_mirrored" in metrics:
+        averaged = wilson(round(metrics["accuracy_mirrored"] * count), count)
+        rows.append(("test accuracy, averaged over the image and its mirror image", *averaged))
+    table = pd.DataFrame(rows, columns=["name", *Interval._fields])
+    return to_percent(table.assign(layer="", unit="%", n=count))
+
+
+def read_summary(folder: str | Path) -> pd.DataFrame:
+    """Read summary.csv of another run from its folder of outputs.
+
+    Raises:
+        SystemExit: If there is none, or it is damaged.
+    """
+    path = Path(folder).expanduser() / "summary.csv"
+    hint = f"COMPARE_WITH names {str(folder)!r}, which must hold the outputs of analyse_projections.py"
+    if not path.is_file():
+        raise SystemExit(f"{path.absolute()} not found: {hint}")
+    try:
+        numbers = ["value", "low", "high"]
+        table = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in numbers})
+        return table[SUMMARY].astype(dict.fromkeys(numbers, float))
+    except (ValueError, KeyError) as error:  # ValueError includes pandas' parser and Unicode errors
+        kind = type(error).__name__
+        raise SystemExit(f"{path} is damaged or not of this project ({kind}): {hint}") from None
+
+
+def format_value(value: float, low: float, high: float, unit: str) -> str:
+    """Return a value with its interval as texts show it: `0.25 (0.24 to 0.26)`; nothing for nan."""
+    if math.isnan(value):
+        return ""
+    decimals = DECIMALS[unit]
+    texts = [f"{round(number, decimals) + 0:.{decimals}f}" for number in (value, low, high)]  # + 0: no -0.0
+    return texts[0] if math.isnan(low) else f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+
+def describe_summary(summary: pd.DataFrame) -> str:
+    """Return the values of rows of summary.csv as a small table: a row a quantity, a column a layer."""
+    values = zip(summary["value"], summary["unit"], strict=True)
+    texts = [format_value(value, math.nan, math.nan, unit) for value, unit in values]
+    table = summary.assign(text=texts).pivot(index=["name", "unit"], columns="layer", values="text")
+    table = table.loc[summary["name"].unique()].fillna("").reset_index()
+    width = table["name"].str.len().max()
+    table["name"] = table["name"].str.ljust(width)
+    return str(table.rename(columns={"name": " " * width, "": "network"}).to_string(index=False))
+
+
+def compare_runs(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return comparison.csv: a row a quantity, a column a run, `value (low to high)` as text.
+
+    name, layer, unit: As in summary.csv. A quantity that a run lacks is empty.
+    """
+    columns = []
+    for run_name, summary in summaries.items():
+        rows = summary[["value", "low", "high", "unit"]].itertuples(index=False)
+        index = pd.MultiIndex.from_frame(summary[["name", "layer", "unit"]])
+        columns.append(pd.Series([format_value(*row) for row in rows], index, name=run_name))
+    return pd.concat(columns, axis=1, sort=False).fillna("").reset_index()
+
+
 def main() -> None:
-    """Write the tables and figures, and say what they show and how far they can be trusted."""
+    """Measure filters and projections; write the tables and figures, and one summary of all."""
     set_style()
+    if not all(0 < share < 1 for share in MASKED_SHARES):
+        raise SystemExit(
+            f"MASKED_SHARES is {MASKED_SHARES}; allowed are numbers between 0 and 1: 0.1 is 10 %"
+        )
+    summaries = {str(folder): read_summary(folder) for folder in COMPARE_WITH}
     checkpoint = load_checkpoint(CHECKPOINT, choose_device(DEVICE))
-    keys = [f"{layer}_max" for layer in LAYERS]
-    peaks = dict(zip(LAYERS, load_arrays(OUTPUTS / "activations.npz", checkpoint, *keys), strict=True))
-    path = OUTPUTS / "projection_statistics.npz"
-    projected_labels, *stored = load_arrays(path, checkpoint, "labels", *STATISTICS)
-    statistics = dict(zip(STATISTICS, stored, strict=True))
-    top = read_top_units(OUTPUTS / "projections.npz", checkpoint)
+    start = load_start(CHECKPOINT, checkpoint)
+    peaks = read_peaks(OUTPUTS / "activations.npz", checkpoint)
+    projections = read_statistics(OUTPUTS / "projection_statistics.npz", checkpoint)
+    windows = read_examples(OUTPUTS / "projections.npz", checkpoint)
+    (examples,) = load_arrays(OUTPUTS / "projections.npz", checkpoint, "conv4_image")
     train = load_checkpoint_split(checkpoint, DATA_DIR, "train")
     test = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
     run = Run(checkpoint, train, test, source, OUTPUTS)
-    print(f"{source}, projections of {len(projected_labels):,}, torch {torch.__version__}")
-    norm_images = train.images[:NORM_IMAGES]
-    untrained = recalibrate_batch_norm(load_start(CHECKPOINT, checkpoint), 0, norm_images)
+    print(f"analysing {source}, on {run.net.mean.device}, torch {torch.__version__}")
 
-    filters, classes = tabulate(peaks, run)
-    projections = tabulate_projections(statistics, projected_labels, run.names)
-    filters = filters.merge(projections.filters, how="left", on=["layer", "filter"])
-    classes = classes.merge(projections.classes, how="left", on=["layer", "filter", "class"])
-    activations = measure_activations(test.images, untrained, 50, "activations, untrained network")
-    untrained_filters = tabulate({layer: activations[f"{layer}_max"] for layer in LAYERS}, run).filters
-    run.save_table("filter_metrics", filters)
-    run.save_table("class_metrics", classes)
-    run.save_table("filter_metrics_untrained", untrained_filters)
+    # one pass of each network over each split; then its tables and probes
+    n_top = examples.shape[1]
+    norm_images = draw_norm_images(train)
+    trained = measure_network(run, run.net, "trained", n_top, peaks)
+    untrained = measure_network(run, recalibrate_batch_norm(start, 0, norm_images), "untrained", n_top)
 
-    specialisation = compare_networks(filters, untrained_filters)
-    run.save_table("specialisation", specialisation)
-    title = "How much of the specialisation was learned"
-    run.save_figure("specialisation", draw_specialisation(specialisation), title)
+    # the experiments
+    accuracy = measure_accuracy(own_classifier(run.net), trained.test.inputs["conv4"], test.labels)
+    parts = [
+        summarise_accuracy(run, accuracy),
+        run_filters(run, trained.tables, projections),
+        run_specialisation(run, trained.tables.filters, untrained.tables.filters),
+        run_probes(run, [trained, untrained], accuracy.value),
+        run_ablation(run, trained, untrained),
+    ]
+    print(describe_summary(pd.concat(parts)))
+    parts.append(run_trust(run, windows, norm_images, MASKED_SHARES))
 
-    features = [pool_features(run.net, split.images, "trained network") for split in (train, test)]
-    train_inputs, test_inputs = (split_features["conv4"] for split_features in features)
-    probes = probe_layers(run, "trained", features)
-    features = [pool_features(untrained, split.images, "untrained network") for split in (train, test)]
-    probes = pd.concat([probes, probe_layers(run, "untrained", features)], ignore_index=True)
-    predicted = run.net.classifier(test_inputs).argmax(dim=1).cpu().numpy()
-    run.save_table("probes", probes)
-    figure = draw_probes(probes, checkpoint.metrics["accuracy"], 1 / len(run.names))
-    run.save_figure("probes", figure, "What a linear classifier reads from each layer")
-
-    print(describe_layers(filters))
-    print(run_ablation(run, train_inputs, test_inputs, filters, classes))
-    print(run_trust(run, top, norm_images))
-    print(describe_probes(probes, (predicted == test.labels).mean()))
-    print(f"wrote filter_metrics, class_metrics, specialisation, ablation, trust and probes to {OUTPUTS}/")
+    summary = pd.concat(parts, ignore_index=True)[SUMMARY]
+    run.save_table("summary", summary)
+    if summaries:
+        comparison = compare_runs({str(OUTPUTS): summary} | summaries)
+        run.save_table("comparison", comparison)
+        print(comparison.to_string(index=False))
+    print(
+        f"wrote summary, filter_metrics, class_metrics, specialisation, probes, ablation, trust to {OUTPUTS}/"
+    )
     print("next: uv run heatmap.py")
 
 

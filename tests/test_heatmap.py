@@ -144,7 +144,7 @@ def test_filters_that_prefer_the_class_come_first_and_nearly_dead_ones_last() ->
     names = ["dog", "cat", "ship"]
     test = Split(some_images(1), labels)
     run = Run(make_checkpoint(CNN(), class_names=names), test, test, "", Path())
-    filters, classes = tabulate(dict.fromkeys(LAYERS, peaks), run)
+    filters, classes = tabulate(dict.fromkeys(LAYERS, peaks), run, 9)
     ranking = heatmap.rank_filters(filters, classes, names, 0)
     assert ranking["filter"].tolist() == [4, 3, 5, 2, 1, 6, 7]
     assert ranking["prefers"].tolist() == [True] * 4 + [False] * 2 + [True]

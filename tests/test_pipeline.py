@@ -106,13 +106,13 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
             "layer filter class activation_mean activation_low activation_high nonzero_count mean variance "
             "max",
         ),
-        ("specialisation", 24, "metric layer network median low high"),
+        ("specialisation", 24, "metric layer network median low high n"),
         ("ablation", 11 * FILTERS[-1], "filter class selectivity contribution loss_increase"),
-        ("ablation_summary", 9, "quantity value low high"),
-        ("trust", 2 * 13 + 2 * 6 * 3, "test condition median low high n"),
+        ("trust", 2 * 2 * 13 + 7, "test share condition median low high lowest_draw highest_draw n"),
+        ("summary", 2 + 4 * 4 + 24 + 8 + 12 + 2 * 2 * 13 + 7, "name layer value low high unit n"),
         ("occlusion", -1, "image filter label activation activity unit taken_for"),
         ("invariance", 4 * (13 + 9 + 18), "kind degree measure mean low high n"),
-        ("probes", 8, "layer network accuracy low high inputs decay"),
+        ("probes", 8, "layer network accuracy low high inputs decay n"),
         (
             "training_log",
             2,
