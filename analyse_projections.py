@@ -1265,7 +1265,7 @@ def percentage(share: float) -> str:
 
 def draw_trust(trust: pd.DataFrame) -> Figure:
     """Draw trust.csv: what is left of activations in masked images; how alike projections are."""
-    fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
     titles = {"insertion": "insertion: only these pixels kept", "deletion": "deletion: these pixels removed"}
     for ax, (test, title) in zip(axes, titles.items(), strict=False):
         rows = to_percent(trust[trust["test"] == test])
@@ -1274,13 +1274,15 @@ def draw_trust(trust: pd.DataFrame) -> Figure:
         ax.set_title(title, fontsize=9)
         ax.set(xlabel="activation left (% of the original)", xlim=(0, None))
     axes[1].set_yticklabels([])
-    axes[1].legend(title="share of\nthe window", frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    shares = [f"{label} of the window" for label in labels]
+    fig.legend(handles, shares, loc="outside lower left", ncols=len(shares), frameon=False)
 
     likeness = trust[trust["test"] == "partial rank correlation"]
     draw_intervals(axes[2], likeness, "condition", "test", horizontal=True)
     axes[2].axvline(0, color="0.5", linestyle=":", linewidth=1)
     axes[2].set_title("likeness to the unit's projection", fontsize=9)
-    axes[2].set_xlabel("partial rank correlation in the same window")
+    axes[2].set(xlabel="partial rank correlation\nin the same window", xlim=(None, 1))
     return fig
 
 
