@@ -90,9 +90,9 @@ VEHICLES = ("airplane", "car", "ship", "truck")  # drawn above the animals
 FILTERS_PER_LINE = 60  # columns of class_filter_heatmap.png
 MOST_CLASSES = 100  # in one figure: with more, figures become too large to be drawn
 TRANSFORMATIONS = {  # arguments of `transform`, and what figures call them
-    "shift": "translation down (pixels)",
+    "shift": "translation (pixels)",
     "zoom": "scale (factor)",
-    "angle": "rotation clockwise (degrees)",
+    "angle": "rotation (degrees)",
 }
 
 
@@ -161,7 +161,7 @@ class Inputs(NamedTuple):
         """Write a figure as heatmaps/NAME.png: above it title and source, below it how it is read."""
         figure.suptitle(f"{title}\n{self.source}", fontsize=9)
         if caption:
-            width = int(17 * figure.get_figwidth())  # letters in a line: about 17 an inch
+            width = int(16 * figure.get_figwidth())  # letters in a line: about 16 an inch
             figure.supxlabel(textwrap.fill(caption, width), fontsize=8)
         save_figure(self.outputs / "heatmaps" / f"{name}.png", figure)
 
@@ -449,10 +449,9 @@ def picture_class(inputs: Inputs, label: int, filter_count: int, image_count: in
         "class. Right: the images of the class with the filter's highest peak activations. Beside each image "
         "stands the magnitude of its projection, laid over it. Each filter has a scale of its own."
     )
-    file_name = f"class_{label}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}"
-    inputs.save_figure(
-        file_name, figure, f"{inputs.short_names[label]}: top {len(filters)} filters of conv4", caption
-    )
+    safe_name = re.sub(r"[^\w-]+", "_", name)[:40]
+    title = f"{inputs.short_names[label]}: top {len(filters)} filters of conv4"
+    inputs.save_figure(f"class_{label}_{safe_name}", figure, title, caption)
 
 
 # ---------------------------------------------------------------- in single images
@@ -681,7 +680,8 @@ def draw_occlusion(
         outline_mistakes(row[4], occlusion, occluder)
         name = f"{shorten(str(entry.label))}\nfilter {entry.filter}\npeak activation\n{entry.activation:.2f}"
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        row[4].set_xlabel(entry.taken_for, fontsize=7, labelpad=2)
+        mistakes = textwrap.fill(str(entry.taken_for), 26, max_lines=2, placeholder=" …")
+        row[4].set_xlabel(mistakes, fontsize=7, labelpad=2)
     for ax in axes.flat:
         ax.set(xlim=(0, IMAGE_SIZE), ylim=(IMAGE_SIZE, 0))
     label_columns(fig, axes, drawn)
@@ -840,7 +840,6 @@ def draw_examples(ax: Axes, net: CNN, images: Array, transformation: str, degree
     sheet = pixels.transpose(0, 3, 1, 4, 2).reshape(len(images) * IMAGE_SIZE, -1, 3)
     ax.imshow(sheet, interpolation="nearest", extent=(0, len(chosen), len(images), 0))
     ax.set_xticks(np.arange(len(chosen)) + 0.5, [f"{degree:g}" for degree in drawn_degrees])
-    ax.set_yticks([])
     for k in range(len(images)):
         ax.add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=f"C{k}", clip_on=False))
 
@@ -871,13 +870,13 @@ def draw_invariance(
         images: The examples, uint8 (images, 3, 96, 96).
         examples: What `measure_invariance` returned for them, all transformations.
         means: invariance.csv.
-        names: What the legend calls the examples.
+        names: What stands beside the examples.
     """
     transformations = list(examples["kind"].unique())
     fig, axes = plt.subplots(
         len(transformations),
         5,
-        figsize=(9, 1.3 + 1.95 * len(transformations)),
+        figsize=(9.5, 1.2 + 1.95 * len(transformations)),
         squeeze=False,
         sharey="col",
         width_ratios=[1.15, 1, 1, 1, 1],
@@ -894,10 +893,12 @@ def draw_invariance(
             ax.tick_params(labelsize=7)
             sns.despine(ax=ax)
         row[0].spines[:].set_visible(False)
+        row[0].set_yticks(np.arange(len(names)) + 0.5, names)
+        row[0].tick_params(axis="y", pad=10)
 
     titles = (
         "examples",
-        "distance in conv1\n",
+        "distance\nin conv1",
         "distance in conv4,\naveraged over regions",
         "probability of\nthe true class",
         "accuracy",
@@ -906,9 +907,6 @@ def draw_invariance(
         ax.set_title(title, fontsize=9)
     for ax in axes[0, 1:]:  # the axes of a column share their limits
         ax.set_ylim(bottom=0)
-    lines = axes[0, 1].get_lines()  # named here, because matplotlib leaves out labels that begin with _
-    mean = f"mean of {means['n'].max()} images"
-    fig.legend(lines, [*names, mean], loc="outside lower center", ncols=6, frameon=False)
     return fig
 
 
@@ -944,8 +942,9 @@ def run_invariance(
     caption = (
         "Distance: Euclidean distance between the features of the transformed and of the untransformed "
         "image, as a share of the norm of the second. conv4 is averaged over regions, as the classifier sees "
-        "it, because the paper compares a fully connected layer. Black: mean of "
-        f"{len(many)} images, as many of each class, classified correctly or not, with its 95 % interval."
+        "it, because the paper compares a fully connected layer. Down and clockwise are positive. Coloured: "
+        f"the examples. Black: mean of {len(many)} images, as many of each class, classified correctly or "
+        "not, with its 95 % interval."
     )
     inputs.save_figure("invariance", figure, title, caption)
 
@@ -1270,7 +1269,7 @@ a[aria-current] { color: inherit; font-weight: 600; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 h1:focus { outline: none; }
 select, label { font: inherit; margin-right: 14px; }
-select { max-width: calc(100% - 14px); }
+select { max-width: min(260px, 100% - 14px); }
 dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 16px; font-size: 14px;
   margin: 6px 0; }
 dd { margin: 0; }
@@ -1293,7 +1292,7 @@ dd { margin: 0; }
 .tiles .chip { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 
 /* pairs of projection and patch, and single panels */
-.pairs, .panels { display: grid; gap: 10px 20px; font-size: 12px;
+.pairs, .panels { display: grid; gap: 10px 20px; align-items: start; font-size: 12px;
   grid-template-columns: repeat(auto-fill, calc(2 * var(--p))); }
 .panels { gap: 10px; grid-template-columns: repeat(auto-fill, var(--p)); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; }
@@ -1400,14 +1399,15 @@ const METRICS = {
     write: (r, filter) => `${filter.similar[0][0]} (r = ${twoDecimals(r)})`,
   },
   class_mean: {
-    label: "mean peak activation",
+    label: "class mean",
     meaning: "The mean over the test images of the class of the filter's largest activation in each image. "
       + "The line is its 95 % interval.",
   },
   projections: {
     label: "projections",
     meaning: "Statistics of a projection's magnitude, which is the sum over RGB of the absolute values in "
-      + "normalised pixels. Number of pixels, mean and variance are averaged over the projected images.",
+      + "normalised pixels. Number of pixels, mean and variance are averaged over the projected images; "
+      + "the maximum is the largest of all.",
   },
 };
 
@@ -1610,8 +1610,8 @@ function layerNote(layer) {
   const nearlyDead = filters.filter(isNearlyDead).length;
   return `Each of the ${filters.length} filters sees ${size} x ${size} pixels. ${dead} are dead, which means `
     + `that they fire on no test image; ${nearlyDead} are nearly dead and fire on less than `
-    + `${percent(data.nearly_dead)} of the ${withCommas(data.labels.length)} test images. A tile shows the `
-    + "projection of the filter's highest activation; hover over it to see the image there.";
+    + `${fourDigits(100 * data.nearly_dead)} % of the ${withCommas(data.labels.length)} test images. A tile `
+    + "shows the projection of the filter's highest activation; hover over it to see the image there.";
 }
 
 // A menu that puts its choice under `key` into the address.
@@ -1765,16 +1765,17 @@ function classView(name) {
   const needed = rankFilters(deepest, loss).slice(0, 12);
   const preferring = [...layers].reverse().map((layer) => {
     const selectivity = (filter) => filter.preferred_class === name ? filter.selectivity : null;
-    const own = tiles(layer, rankFilters(layer, selectivity),
-      (filter) => `selectivity ${twoDecimals(filter.selectivity)}`);
-    return section(`Filters of ${layer} that prefer ${name}`, "The most selective come first.", own);
+    const numbers = rankFilters(layer, selectivity);
+    const text = numbers.length ? "The most selective come first." : "There are none.";
+    const describe = (filter) => `selectivity ${twoDecimals(filter.selectivity)}`;
+    return section(`Filters of ${layer} that prefer ${name}`, text, tiles(layer, numbers, describe));
   });
   return [
     paragraph(data.classes.map((other) => [link(["class", other], chip(other)), " "])),
     heading(name),
     paragraph(classSentence(index)),
     section("Needed most", `The filters of ${deepest} whose mean ablation raises the loss of ${name} most.`,
-      tiles(deepest, needed, (filter) => `loss ${nats(loss(filter))}`)),
+      tiles(deepest, needed, (filter) => `${nats(loss(filter))} nats`)),
     preferring,
   ];
 }
