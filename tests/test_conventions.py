@@ -10,6 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import write_checkpoint
+
+from CNN import CNN
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,6 +118,22 @@ def test_the_command_for_notebooks_works_where_a_notebook_sets_mplbackend() -> N
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend"}
     name, value = assignment.split("=")
     subprocess.run(command, env=environment | {name: value}, check=True)
+
+
+def test_the_python_example_of_the_readme_runs_as_printed(tiny_stl10: Path) -> None:
+    write_checkpoint(CNN().eval())
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert Path("filter_42.png").stat().st_size > 1000
+
+
+def test_the_tables_of_the_results_are_those_of_the_comparison() -> None:
+    sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+    import update_readme
+
+    comparison = update_readme.read_comparison(ROOT / "outputs/readme/comparison.csv")
+    results = (ROOT / "outputs/readme/RESULTS.md").read_text(encoding="utf-8")
+    assert update_readme.insert_tables(results, comparison) == results
 
 
 def test_every_picture_and_page_that_is_linked_is_there() -> None:
