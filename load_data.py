@@ -528,7 +528,7 @@ class Augmentation(NamedTuple):
     """How far training images are changed at most, drawn anew for every image; flipping is always on."""
 
     shift: float = 0  # pixels in each direction
-    zoom: float = 0  # relative change of size and of aspect ratio
+    zoom: float = 0  # change of size and of aspect ratio: 0.25 makes a side 0.64 to 1.56 times as long
     rotation: float = 0  # degrees
     colour: float = 0  # change of contrast and saturation (relative) and brightness (in standard deviations)
     cutout: int = 0  # side in pixels of a square set to the mean colour; 0 for none (DeVries & Taylor 2017)

@@ -186,12 +186,13 @@ def build_network(config: dict[str, Any]) -> CNN:
 
 
 def orthogonalise(matrix: Tensor, steps: int = 3) -> Tensor:
-    """Return a matrix with the singular vectors of the given one and with singular values near 1.
+    """Return a matrix with the singular vectors of the given one and more equal singular values.
 
     A Newton-Schulz step takes X to a X + b (X X') X + c (X X')^2 X. It leaves the singular vectors alone and
-    makes a s + b s^3 + c s^5 of a singular value s, which brings all of them, whatever their size, near 1.
-    The coefficients are from Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"),
-    who take 5 steps.
+    makes a s + b s^3 + c s^5 of a singular value s, which lifts the small ones most. Three steps leave them
+    apart: gradients end with singular values of 0.13 to 1.09, random matrices of 0.68 to 1.20. The
+    coefficients are from Jordan et al. 2024 ("Muon: an optimizer for hidden layers in neural networks"), who
+    take 5 steps.
 
     Args:
         matrix: The matrix, (rows, columns).
