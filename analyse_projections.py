@@ -272,19 +272,21 @@ def measure_images(net: CNN, images: Array, desc: str) -> Measured:
 
     conv4 is averaged for the probes as the classifier sees it, the other layers by `average_regions`.
     """
-    peaks: dict[str, list[Array]] = {layer: [] for layer in LAYERS}
-    inputs: dict[str, list[Tensor]] = {layer: [] for layer in LAYERS}
-    for batch in tqdm(torch.from_numpy(images).split(BATCH), desc, unit=" batches", disable=None):
-        x = net.normalise(batch)
+    peaks: dict[str, Array] = {}
+    inputs: dict[str, Tensor] = {}
+    starts = range(0, len(images), BATCH)
+    for start in tqdm(starts, desc, unit=" batches", disable=None):
+        batch = slice(start, start + BATCH)
+        x = net.normalise(torch.from_numpy(images[batch]))
         for layer, block in zip(LAYERS, net.blocks, strict=True):
             x = block(x)
             regions = net.average(x) if layer == "conv4" else average_regions(x)
-            peaks[layer].append(x.amax(dim=(2, 3)).cpu().numpy())
-            inputs[layer].append(regions.flatten(1))
-    return Measured(
-        {layer: np.concatenate(batches) for layer, batches in peaks.items()},
-        {layer: torch.cat(batches) for layer, batches in inputs.items()},
-    )
+            if start == 0:  # put together at the end, small arrays between large ones would fill the memory
+                peaks[layer] = np.empty((len(images), x.shape[1]), np.float32)
+                inputs[layer] = x.new_empty(len(images), regions[0].numel())
+            peaks[layer][batch] = x.amax(dim=(2, 3)).cpu().numpy()
+            inputs[layer][batch] = regions.flatten(1)
+    return Measured(peaks, inputs)
 
 
 def load_start(path: Path, checkpoint: Checkpoint) -> CNN:
