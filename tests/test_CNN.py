@@ -1,7 +1,6 @@
 import errno
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -375,7 +374,9 @@ def script(body: str) -> list[str]:
 
 def test_ctrl_c_ends_a_script_with_one_line() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = script(f"os.kill(os.getpid(), {int(signal.SIGINT)}); import time; time.sleep(60)")
+    # a shell that runs the tests in the background has the signal ignored
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = script(f"{listen}; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "interrupted\n")
 
