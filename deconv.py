@@ -916,6 +916,7 @@ function unpool(signal, switches, { map_rows, filters }) {  // each value to its
 function rectify(signal, map, rule) {
   const rectified = new Float32Array(signal.length);
   for (let place = 0; place < signal.length; place++) {
+    if (signal[place] === 0) continue;
     const positive = signal[place] > 0 || rule === "gradient";
     const fired = map[place] > 0 || rule === "deconvnet";
     if (positive && fired) rectified[place] = signal[place];
@@ -926,12 +927,14 @@ function rectify(signal, map, rule) {
 function filterDown(signal, { reads, kernel, channels, filters, weights, input_rows }) {  // transposed
   const result = new Float32Array(input_rows ** 2 * channels);
   for (let place = 0; place < signal.length; place++) {
-    if (signal[place] === 0) continue;
+    const value = signal[place];
+    if (value === 0) continue;
+    const filter = place % filters;
     for (const read of reads[Math.floor(place / filters)]) {
-      const first = ((place % filters) * kernel ** 2 + read.tap) * channels;
+      const first = (filter * kernel ** 2 + read.tap) * channels;
       const target = read.input * channels;
       for (let channel = 0; channel < channels; channel++) {
-        result[target + channel] += signal[place] * weights[first + channel];
+        result[target + channel] += value * weights[first + channel];
       }
     }
   }
@@ -1029,21 +1032,26 @@ const picture = (text) => el("canvas", { role: "img", "aria-label": text });
 const figure = (canvas, ...lines) => el("figure", {}, canvas,
   el("figcaption", {}, ...lines.flatMap((line) => [line, el("br", {})])));
 
-function paint(canvas, rows, colour) {  // colour(k): red, green, blue and alpha of pixel k, 0 to 255
+function paint(canvas, rows, colour) {  // colour(k): red, green and blue of pixel k, 0 to 255; nothing: clear
   const image = new ImageData(rows, rows);
-  for (let k = 0; k < rows ** 2; k++) image.data.set(colour(k), 4 * k);
+  for (let k = 0; k < rows ** 2; k++) {
+    const pixel = colour(k);
+    if (!pixel) continue;
+    for (let channel = 0; channel < 3; channel++) image.data[4 * k + channel] = pixel[channel];
+    image.data[4 * k + 3] = 255;
+  }
   canvas.width = rows;
   canvas.height = rows;
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
 }
-function paintWindow(canvas, { top, left, side }, frame, outside = []) {  // of a frame (rows, columns, 3)
+function paintWindow(canvas, { top, left, side }, frame, outside) {  // of a frame (rows, columns, 3)
   return paint(canvas, side, (k) => {
     const row = top + Math.floor(k / side);
     const column = left + (k % side);
     const place = 3 * (row * size + column);
     const inside = Math.min(row, column) >= 0 && Math.max(row, column) < size;
-    return inside ? [...frame.subarray(place, place + 3), 255] : outside;
+    return inside ? frame.subarray(place, place + 3) : outside;
   });
 }
 function robustScale(values) {  // the 99.5th percentile of the magnitudes above zero
@@ -1053,14 +1061,18 @@ function robustScale(values) {  // the 99.5th percentile of the magnitudes above
 function paintProjection(canvas, area, projection, scale) {
   const grey = 127.5;  // zero
   const levels = projection.map((value) => grey + (grey * value) / scale);
-  return paintWindow(canvas, area, levels, [grey, grey, grey, 255]);
+  return paintWindow(canvas, area, levels, [grey, grey, grey]);
 }
 function paintMagnitude(canvas, rows, signal) {  // summed over the channels
   const channels = signal.length / rows ** 2;
   const sums = new Float32Array(rows ** 2);
-  signal.forEach((value, place) => { sums[Math.floor(place / channels)] += Math.abs(value); });
+  for (let position = 0; position < rows ** 2; position++) {
+    for (let channel = 0; channel < channels; channel++) {
+      sums[position] += Math.abs(signal[position * channels + channel]);
+    }
+  }
   const scale = (data.ramp.length - 1) / (Math.max(...sums) || 1);
-  return paint(canvas, rows, (k) => [...data.ramp[Math.round(scale * sums[k])], 255]);
+  return paint(canvas, rows, (k) => data.ramp[Math.round(scale * sums[k])]);
 }
 function bar(name, colour, value, before, text) {  // value and before are 0 to 1
   const dot = el("span", { class: "dot", style: `background:${colour}` });
