@@ -1797,7 +1797,7 @@ function readingParagraphs() {
   const alike = (condition) => trustRow("partial rank correlation", condition);
   const projection = kept("projection");
   const chance = kept("chance");
-  const edges = kept("edges x envelope");
+  const edges = kept("edges x window profile");
   const otherFilter = kept("other filter, same window");
   const sameImage = alike("other filter, same window");
   const sameFilter = alike("same filter, other image");
@@ -1812,8 +1812,9 @@ function readingParagraphs() {
     `If only the ${percent(projection.share)} of a window that the projection ranks highest are kept, `
     + `${percent(projection.median)} of the unit's activation is left. If chance chooses them, `
     + `${percent(chance.median)} is left (medians over ${projection.n} units of conv4).`,
-    `If the edges of the image choose them, ${percent(edges.median)} is left. If another filter's projection `
-    + `in the same window does, ${percent(otherFilter.median)} is left.`,
+    "If the edges of the image choose them, weighted by the mean window profile, "
+    + `${percent(edges.median)} is left. If another filter's projection in the same window does, `
+    + `${percent(otherFilter.median)} is left.`,
     "A filter's projection has a partial rank correlation of "
     + `${twoDecimals(sameImage.median)} with another filter's projection in the same window, and of `
     + `${twoDecimals(sameFilter.median)} with its own projection in another image: a projection shows the `

@@ -728,11 +728,14 @@ def test_the_page_quotes_the_numbers_of_the_table_of_trust(page: Path) -> None:
     medians = {
         ("insertion", "projection"): 0.594,
         ("insertion", "chance"): 0.136,
-        ("insertion", "edges x envelope"): 0.582,
+        ("insertion", "edges x window profile"): 0.582,
         ("insertion", "other filter, same window"): 0.487,
         ("partial rank correlation", "other filter, same window"): 0.574,
         ("partial rank correlation", "same filter, other image"): 0.118,
     }
+    table = pd.read_csv("outputs/trust.csv")
+    named = set(zip(table["test"], table["condition"], strict=True))  # by analyse_projections.py
+    assert set(medians) <= named
     for (test, condition), value in medians.items():
         entry = {"test": test, "condition": condition, "n": 251}
         if test == "insertion":  # of two shares the page quotes the larger one
