@@ -152,8 +152,7 @@ def wilson(successes: int, count: int) -> Interval:
     """Return the share of successes with Wilson's 95 % interval, which stays within 0 to 1."""
     if count == 0:
         return Interval(math.nan, math.nan, math.nan)
-    low, high = wilson_interval(successes, count)
-    return Interval(successes / count, max(low, 0), min(high, 1))
+    return Interval(successes / count, *wilson_interval(successes, count))
 
 
 def bootstrap_means(values: Array, labels: Array) -> Array:
@@ -941,12 +940,12 @@ def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame
     """
     labels = torch.from_numpy(run.test.labels).to(run.net.mean.device)
     peak_means = class_means(trained.tables.classes)
-    own = ablate(own_classifier(run.net), trained, labels)
-    table = tabulate_ablation(own, class_selectivity(peak_means), run)
+    network_ablation = ablate(own_classifier(run.net), trained, labels)
+    table = tabulate_ablation(network_ablation, class_selectivity(peak_means), run)
     run.save_table("ablation", table)
 
     ablations = {
-        "the network's own classifier": (own, trained),
+        "the network's own classifier": (network_ablation, trained),
         "probe on trained features": (ablate(trained.probes["conv4"], trained, labels), trained),
         "probe on untrained features": (ablate(untrained.probes["conv4"], untrained, labels), untrained),
     }
@@ -957,8 +956,8 @@ def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame
         rows.append((f"{HITS}: {readout}", *share, means.any(axis=0).sum()))
     hits = to_percent(pd.DataFrame(rows, columns=["name", *Interval._fields, "n"]).assign(unit="%"))
 
-    costs = average_costs(own, peak_means, run.test.labels)
-    correlations = correlate_costs(table, own.spread)
+    costs = average_costs(network_ablation, peak_means, run.test.labels)
+    correlations = correlate_costs(table, network_ablation.spread)
     if table["selectivity"].isna().all():
         print("no filter of conv4 fires: ablation.png is left out")
     else:
@@ -1230,16 +1229,22 @@ def compare_projections(run: Run, windows: Windows, norm_images: Array) -> pd.Da
     def rank(magnitudes: Array) -> Array:  # (units, pixels)
         return rank_rows(np.where(windows.inside, magnitudes, np.nan).reshape(len(magnitudes), -1))
 
-    own = rank(windows.magnitude)
+    ranks = rank(windows.magnitude)
     profile = rank(np.broadcast_to(windows.profile, windows.magnitude.shape))
-    own_with_profile = correlate_rows(own, profile)
+    ranks_with_profile = correlate_rows(ranks, profile)
     tables = []
     for draw in range(RANDOM_DRAWS):
         for condition, magnitudes in project_conditions(run, windows, norm_images, draw):
-            other = rank(magnitudes)
-            other_with_profile = correlate_rows(other, profile)
-            partial = partial_correlation(correlate_rows(own, other), own_with_profile, other_with_profile)
-            columns = {"unit": np.arange(len(own)), "condition": condition, "draw": draw, "partial": partial}
+            others = rank(magnitudes)
+            others_with_profile = correlate_rows(others, profile)
+            both = correlate_rows(ranks, others)
+            partial = partial_correlation(both, ranks_with_profile, others_with_profile)
+            columns = {
+                "unit": np.arange(len(ranks)),
+                "condition": condition,
+                "draw": draw,
+                "partial": partial,
+            }
             tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
@@ -1274,7 +1279,7 @@ def draw_trust(trust: pd.DataFrame) -> Figure:
         rows = rows.assign(share=rows["share"].map(percentage))
         draw_intervals(ax, rows, "condition", "share", horizontal=True)
         ax.set_title(title, fontsize=9)
-        ax.set(xlabel="activation left (% of the original)", xlim=(0, None))
+        ax.set(xlabel="activation left (% of the original)", xlim=(-3, None))  # a marker at 0 is whole
     axes[1].set_yticklabels([])
     handles, labels = axes[0].get_legend_handles_labels()
     shares = [f"{label} of the window" for label in labels]
@@ -1308,9 +1313,9 @@ def summarise_trust(trust: pd.DataFrame) -> pd.DataFrame:
     """Return the medians of trust.csv as rows of summary.csv; shares of an activation are in %."""
     is_share = trust["share"].notna()
     shares = to_percent(trust[is_share])
-    of_window = ", " + shares["share"].map(percentage) + " of the window: "
+    window_part = ", " + shares["share"].map(percentage) + " of the window: "
     shares = shares.assign(
-        name=shares["test"] + of_window + shares["condition"],
+        name=shares["test"] + window_part + shares["condition"],
         unit=np.where(shares["test"].str.endswith("minus"), "points", "%"),
     )
     correlations = trust[~is_share]
@@ -1390,8 +1395,8 @@ def read_summary(folder: str | Path) -> pd.DataFrame:
         table = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in numbers})
         return table[SUMMARY].astype(dict.fromkeys(numbers, float))
     except (ValueError, KeyError) as error:  # ValueError includes pandas' parser and Unicode errors
-        kind = type(error).__name__
-        raise SystemExit(f"{path} is damaged or not of this project ({kind}): {hint}") from None
+        reason = type(error).__name__
+        raise SystemExit(f"{path} is damaged or not of this project ({reason}): {hint}") from None
 
 
 def format_value(value: float, low: float, high: float, unit: str) -> str:
@@ -1399,15 +1404,18 @@ def format_value(value: float, low: float, high: float, unit: str) -> str:
     if math.isnan(value):
         return ""
     decimals = DECIMALS[unit]
-    texts = [f"{round(number, decimals) + 0:.{decimals}f}" for number in (value, low, high)]  # + 0: no -0.0
-    return texts[0] if math.isnan(low) else f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+    def write(number: float) -> str:
+        return f"{round(number, decimals) + 0:.{decimals}f}"  # + 0: no -0.0
+
+    return write(value) if math.isnan(low) else f"{write(value)} ({write(low)} to {write(high)})"
 
 
 def describe_summary(summary: pd.DataFrame) -> str:
     """Return the values of rows of summary.csv as a small table: a row a quantity, a column a layer."""
     values = zip(summary["value"], summary["unit"], strict=True)
-    texts = [format_value(value, math.nan, math.nan, unit) for value, unit in values]
-    table = summary.assign(text=texts).pivot(index=["name", "unit"], columns="layer", values="text")
+    cells = [format_value(value, math.nan, math.nan, unit) for value, unit in values]
+    table = summary.assign(cell=cells).pivot(index=["name", "unit"], columns="layer", values="cell")
     table = table.loc[summary["name"].unique()].fillna("").reset_index()
     width = table["name"].str.len().max()
     table["name"] = table["name"].str.ljust(width)

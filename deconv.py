@@ -696,22 +696,27 @@ def main() -> None:
 
 # ---------------------------------------------------------------- the template of the live page
 
-LIVE = r"""<!DOCTYPE html><html lang="en">
+PAGE_STYLE = r"""/* colours */
+:root { color-scheme: light dark; --paper: #fbfaf6; --ink: #1d1c1a; --soft: #5c5952; --line: #d8d3c6;
+  --hatch: #e4dfd2; --link: #0b5796; --bar: #a29c8c; }
+@media (prefers-color-scheme: dark) { :root { --paper: #171614; --ink: #e9e6df; --soft: #aaa69b;
+  --line: #3b3933; --hatch: #2d2b27; --link: #8fc4f2; --bar: #77725f; } }
+body, body * { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; }
+header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
+"""  # of this page and of the explorer: colours, light and dark, and the frame of the page
+
+LIVE = (
+    r"""<!DOCTYPE html><html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <link rel="icon" href="data:,"><title>Live deconvnet</title>
 <style>
-/* colours */
-:root { color-scheme: light dark; --paper: #fbfaf6; --ink: #1d1c1a; --soft: #5c5952; --line: #d8d3c6;
-  --hatch: #e4dfd2; --link: #0b5796; --bar: #a29c8c; }
-@media (prefers-color-scheme: dark) { :root { --paper: #171614; --ink: #e9e6df; --soft: #aaa69b;
-  --line: #3b3933; --hatch: #2d2b27; --link: #8fc4f2; --bar: #77725f; } }
-/* the whole page: the picture on the left, the layers on the right */
-body, body * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; }
-header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
+"""
+    + PAGE_STYLE
+    + r"""/* the picture on the left, the layers on the right */
 header, nav { display: flex; flex-wrap: wrap; gap: 2px 15px; }
 header { border-bottom: 1px solid var(--line); }
 header span { flex-grow: 1; }
@@ -1323,6 +1328,7 @@ show(page.samples.firstChild.sample);
 </script>
 </html>
 """
+)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from analyse_projections import NEARLY_DEAD, class_means, class_selectivity
 from CNN import CNN, IMAGE_SIZE, LAYERS, Checkpoint, atomic_write, choose_device, load_checkpoint, run_script
-from deconv import class_colours, crop, displayed, page_json, robust_scale, text_colour_on
+from deconv import PAGE_STYLE, class_colours, crop, displayed, page_json, robust_scale, text_colour_on
 from deconv_full import (
     EVOLUTION_IMAGES,
     LEVELS,
@@ -1236,22 +1236,14 @@ def main() -> None:
 
 # ---------------------------------------------------------------- the page of the explorer
 
-EXPLORER = r"""<!DOCTYPE html><html lang="en">
+EXPLORER = (
+    r"""<!DOCTYPE html><html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>Filter explorer</title>
 <style>
-/* colours */
-:root { color-scheme: light dark; --paper: #fbfaf6; --ink: #1d1c1a; --soft: #5c5952; --line: #d8d3c6;
-  --hatch: #e4dfd2; --link: #0b5796; --bar: #a29c8c; }
-@media (prefers-color-scheme: dark) { :root { --paper: #171614; --ink: #e9e6df; --soft: #aaa69b;
-  --line: #3b3933; --hatch: #2d2b27; --link: #8fc4f2; --bar: #77725f; } }
-
-/* the whole page */
-body, body * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; }
-header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
-header { display: flex; flex-wrap: wrap; gap: 2px 15px; border-bottom: 1px solid var(--line); }
+"""
+    + PAGE_STYLE
+    + r"""header { display: flex; flex-wrap: wrap; gap: 2px 15px; border-bottom: 1px solid var(--line); }
 header span { flex-grow: 1; }
 @media (max-width: 700px) { header, main { padding: 10px 14px; } header span { flex-basis: 100%; } }
 
@@ -1909,6 +1901,7 @@ show();
 </script>
 </html>
 """
+)
 
 
 if __name__ == "__main__":

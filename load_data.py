@@ -739,7 +739,7 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     centre = share + z**2 / (2 * count)
     reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    return (centre - reach) / scale, (centre + reach) / scale
+    return max((centre - reach) / scale, 0.0), min((centre + reach) / scale, 1.0)  # rounding can lead beyond
 
 
 def tile(pictures: Array, columns: int, gap: int) -> Array:

@@ -2,7 +2,6 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -13,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAST, FILTERS, MakeNet, make_checkpoint
+from conftest import FAST, FILTERS, NEEDS_CHROMIUM, MakeNet, make_checkpoint, run_in_page
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -591,17 +590,13 @@ def test_a_run_without_snapshots_has_one_epoch(pipeline_copy: Path) -> None:
 
 # ---------------------------------------------------------------- the explorer in a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NEEDS_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
-
 
 def browse(page: Path, *visits: str) -> list[str]:
     """Open a page, visit addresses in it ("#run") or press keys ("Escape"); return what it showed after each.
 
     Nothing may be written to the console, and all that is loaded or linked must be a file beside the page.
     """
-    copy = page.with_name("copy.html")
-    script = """<script>(async () => {
+    script = """
         const shown = [];
         for (const visit of VISITS) {
             if (visit.startsWith("#")) location.hash = visit;
@@ -611,25 +606,11 @@ def browse(page: Path, *visits: str) -> list[str]:
             if (main.scrollWidth > innerWidth) console.error(`${visit} is too wide`);
         }
         document.body.replaceChildren(...shown);
-    })();</script>"""
-    copy.write_text(page.read_text() + script.replace("VISITS", json.dumps(visits)))
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--dump-dom",
-        "--window-size=500,800",
-        "--virtual-time-budget=9000",
-        f"--user-data-dir={page.parent / 'profile'}",
-        copy.resolve().as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr
-    _, *documents = done.stdout.split("<main")
+    """
+    document = run_in_page(page, script.replace("VISITS", json.dumps(visits)))
+    _, *documents = document.split("<main")
     assert len(documents) == len(visits)
-    links = re.findall(r'(?:src|href)="([^"#]+)', done.stdout) + re.findall(r"url\(([^)]+)", done.stdout)
+    links = re.findall(r'(?:src|href)="([^"#]+)', document) + re.findall(r"url\(([^)]+)", document)
     for link in links:
         assert link == "data:," or (page.parent / unquote(link)).is_file(), link
     return documents
