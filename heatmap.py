@@ -1809,7 +1809,7 @@ function readingParagraphs() {
     + `${percent(otherFilter.median)} is left.`,
     "A filter's projection has a partial rank correlation of "
     + `${twoDecimals(sameImage.median)} with another filter's projection in the same window, and of `
-    + `${twoDecimals(sameFilter.median)} with its own projection in another image: a projection shows the `
+    + `${twoDecimals(sameFilter.median)} with its own in an image drawn at random: a projection shows the `
     + (showsImage ? "image first, and the filter second." : "filter first, and the image second."),
   ];
 }
