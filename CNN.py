@@ -407,7 +407,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         raise SystemExit(
             f"{path} is damaged or no checkpoint of this network ({type(error).__name__}): {advice}"
         ) from None
-    net = net.eval().requires_grad_(False).to(device)
+    net = net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
     return Checkpoint(net=net, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **facts)
 
 

@@ -61,7 +61,7 @@ COMPARE_WITH: list[Path] = []  # outputs of other runs, to stand beside this one
 SEED = 0  # decides everything that is drawn at random here
 RESAMPLINGS = 1000  # bootstrap samples behind an interval
 NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
-NORM_IMAGES = 1_000  # training images that give batch norm of new weights its means and variances
+NORM_IMAGES = 500  # training images that give batch norm of new weights its means and variances
 PROBE_INPUTS = 1_024  # at most so many numbers of each of conv1 to conv3 go into its linear probe
 PROBE_DECAYS = (0.1, 0.01, 0.001)  # weight decays to choose from; each fit starts from the one before
 PROBE_STEPS = 100  # of L-BFGS at most; with fewer the smaller decays stay short of their optimum
@@ -581,15 +581,15 @@ def run_specialisation(run: Run, trained: pd.DataFrame, untrained: pd.DataFrame)
 
 
 class Linear(NamedTuple):
-    """A linear classifier: logits = features @ weights + bias."""
+    """A linear classifier, stored as torch.nn.Linear stores its own: logits = features @ weights.T + bias."""
 
-    weights: Tensor  # (inputs, classes)
+    weights: Tensor  # (classes, inputs)
     bias: Tensor  # (classes,)
     decay: float = math.nan  # weight decay with which it was fitted
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the most probable class of each image, (images,)."""
-        return (features @ self.weights + self.bias).argmax(dim=1)
+        return F.linear(features, self.weights, self.bias).argmax(dim=1)
 
 
 def fit_probe(features: Tensor, labels: Tensor, decay: float, start: Linear) -> Linear:
@@ -602,13 +602,13 @@ def fit_probe(features: Tensor, labels: Tensor, decay: float, start: Linear) -> 
     deviation = features.std(dim=0, correction=0)
     scale = deviation.where(deviation > 0, 1)
     standardised = (features - centre) / scale
-    weights = (start.weights * scale[:, None]).requires_grad_()
-    bias = (start.bias + centre @ start.weights).requires_grad_()
+    weights = (start.weights * scale).requires_grad_()
+    bias = (start.bias + start.weights @ centre).requires_grad_()
     optimiser = torch.optim.LBFGS([weights, bias], max_iter=PROBE_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        cross_entropy = F.cross_entropy(standardised @ weights + bias, labels)
+        cross_entropy = F.cross_entropy(F.linear(standardised, weights, bias), labels)
         value = cross_entropy + decay / 2 * weights.square().sum()
         value.backward()
         return value
@@ -616,8 +616,8 @@ def fit_probe(features: Tensor, labels: Tensor, decay: float, start: Linear) -> 
     optimiser.step(loss)
 
     # for features as they are
-    raw_weights = weights.detach() / scale[:, None]
-    return Linear(raw_weights, bias.detach() - centre @ raw_weights, decay)
+    raw_weights = weights.detach() / scale
+    return Linear(raw_weights, bias.detach() - raw_weights @ centre, decay)
 
 
 def choose_probe(features: Tensor, labels: Tensor, class_count: int) -> Linear:
@@ -626,7 +626,7 @@ def choose_probe(features: Tensor, labels: Tensor, class_count: int) -> Linear:
     held_out = order[: len(order) // 5].to(features.device)
     rest = order[len(order) // 5 :].to(features.device)
 
-    probe = Linear(features.new_zeros(features.shape[1], class_count), features.new_zeros(class_count))
+    probe = Linear(features.new_zeros(class_count, features.shape[1]), features.new_zeros(class_count))
     candidates = []
     correct = []
     for decay in PROBE_DECAYS:
@@ -638,29 +638,13 @@ def choose_probe(features: Tensor, labels: Tensor, class_count: int) -> Linear:
 
 
 class Network(NamedTuple):
-    """What is measured of the trained or of the untrained network."""
+    """What the experiments need to know of the trained, or of the untrained, network."""
 
-    name: str
-    train: Measured
-    test: Measured
     tables: Tables
-    probes: dict[str, Linear]  # by layer
-
-
-def measure_network(
-    run: Run, net: CNN, name: str, n_top: int, peaks: Mapping[str, Array] | None = None
-) -> Network:
-    """Pass all images through a network once; make its tables and its probes.
-
-    `peaks` are its peak activations in the test images where they are known, `n_top` is as for `tabulate`.
-    """
-    train = measure_images(net, run.train.images, f"{name} network, training images")
-    test = measure_images(net, run.test.images, f"{name} network, test images")
-    tables = tabulate(peaks or test.peaks, run, n_top)
-    labels = torch.from_numpy(run.train.labels).to(net.mean.device)
-    layers = tqdm(LAYERS, f"{name} network, probes", unit=" layers", disable=None)
-    probes = {layer: choose_probe(train.inputs[layer], labels, len(run.names)) for layer in layers}
-    return Network(name, train, test, tables, probes)
+    probes: pd.DataFrame  # rows of probes.csv
+    readout: Linear  # the probe of conv4
+    train_inputs: Tensor  # what a readout of conv4 sees of the training images, (images, inputs)
+    test_inputs: Tensor  # likewise of the test images
 
 
 def measure_accuracy(classifier: Linear, features: Tensor, labels: Array) -> Interval:
@@ -671,11 +655,13 @@ def measure_accuracy(classifier: Linear, features: Tensor, labels: Array) -> Int
 
 def own_classifier(net: CNN) -> Linear:
     """Return the network's own classifier, which reads conv4 as the probe of conv4 does."""
-    return Linear(net.classifier.weight.T, net.classifier.bias)
+    return Linear(net.classifier.weight, net.classifier.bias)
 
 
-def tabulate_probes(networks: Sequence[Network], labels: Array) -> pd.DataFrame:
-    """Return probes.csv, a row a network and layer; `labels` belong to the test images.
+def tabulate_probes(
+    name: str, probes: Mapping[str, Linear], inputs: Mapping[str, Tensor], labels: Array
+) -> pd.DataFrame:
+    """Return a network's rows of probes.csv from its probes and their inputs in test images, by layer.
 
     layer, network: Where the features are from; network is trained or untrained.
     accuracy, low, high: Share of the test images that the probe recognises, with its 95 % interval (Wilson).
@@ -684,13 +670,35 @@ def tabulate_probes(networks: Sequence[Network], labels: Array) -> pd.DataFrame:
     n: Number of test images.
     """
     rows = []
-    for network in networks:
-        for layer, probe in network.probes.items():
-            features = network.test.inputs[layer]
-            accuracy = measure_accuracy(probe, features, labels)
-            rows.append((layer, network.name, *accuracy, features.shape[1], probe.decay, len(labels)))
+    for layer, probe in probes.items():
+        accuracy = measure_accuracy(probe, inputs[layer], labels)
+        rows.append((layer, name, *accuracy, inputs[layer].shape[1], probe.decay, len(labels)))
     columns = ["layer", "network", "accuracy", "low", "high", "inputs", "decay", "n"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def measure_network(
+    run: Run, net: CNN, name: str, n_top: int, peaks: Mapping[str, Array] | None = None
+) -> Network:
+    """Pass all images through a network once; make its tables and its probes.
+
+    `peaks` are its peak activations in the test images where they are known, `n_top` is as for `tabulate`.
+    Only conv4's inputs are kept, because the inputs of all layers would fill the memory.
+    """
+    train = measure_images(net, run.train.images, f"{name} network, training images")
+    test = measure_images(net, run.test.images, f"{name} network, test images")
+    tables = tabulate(peaks or test.peaks, run, n_top)
+
+    labels = torch.from_numpy(run.train.labels).to(net.mean.device)
+    layers = tqdm(LAYERS, f"{name} network, probes", unit=" layers", disable=None)
+    probes = {layer: choose_probe(train.inputs[layer], labels, len(run.names)) for layer in layers}
+    return Network(
+        tables=tables,
+        probes=tabulate_probes(name, probes, test.inputs, run.test.labels),
+        readout=probes["conv4"],
+        train_inputs=train.inputs["conv4"],
+        test_inputs=test.inputs["conv4"],
+    )
 
 
 def draw_probes(probes: pd.DataFrame, accuracy: float, chance: float) -> Figure:
@@ -711,12 +719,11 @@ def draw_probes(probes: pd.DataFrame, accuracy: float, chance: float) -> Figure:
     return fig
 
 
-def run_probes(run: Run, networks: Sequence[Network], accuracy: float) -> pd.DataFrame:
-    """Measure the probes of both networks; write table and figure, return rows of summary.csv.
+def run_probes(run: Run, probes: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+    """Write probes.csv of both networks and its figure; return rows of summary.csv.
 
     `accuracy` is that of the network's own classifier, to compare with.
     """
-    probes = tabulate_probes(networks, run.test.labels)
     run.save_table("probes", probes)
     title = f"What a linear classifier reads from each layer\n{run.source}"
     run.save_figure("probes", draw_probes(probes, accuracy, 1 / len(run.names)), title)
@@ -745,13 +752,13 @@ def split_logits(readout: Linear, network: Network) -> tuple[Tensor, Tensor]:
     parts.sum(0) + base is exact. A part holds what a filter says beyond its mean over the training images, so
     mean ablation of the filter takes its part away.
     """
-    mean_inputs = network.train.inputs["conv4"].mean(dim=0)
-    deviations = network.test.inputs["conv4"] - mean_inputs
-    filter_count = network.test.peaks["conv4"].shape[1]
+    mean_inputs = network.train_inputs.mean(dim=0)
+    deviations = network.test_inputs - mean_inputs
+    filter_count = int((network.tables.filters["layer"] == "conv4").sum())
     inputs_by_filter = deviations.unflatten(1, (filter_count, -1))  # (images, filters, regions)
-    weights = readout.weights.unflatten(0, (filter_count, -1))  # (filters, regions, classes)
-    parts = torch.einsum("nfr,frc->fnc", inputs_by_filter, weights)
-    return parts, mean_inputs @ readout.weights + readout.bias
+    weights = readout.weights.unflatten(1, (filter_count, -1))  # (classes, filters, regions)
+    parts = torch.einsum("nfr,cfr->fnc", inputs_by_filter, weights)
+    return parts, F.linear(mean_inputs, readout.weights, readout.bias)
 
 
 def ablate(readout: Linear, network: Network, labels: Tensor) -> Ablation:
@@ -946,8 +953,8 @@ def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame
 
     ablations = {
         "the network's own classifier": (network_ablation, trained),
-        "probe on trained features": (ablate(trained.probes["conv4"], trained, labels), trained),
-        "probe on untrained features": (ablate(untrained.probes["conv4"], untrained, labels), untrained),
+        "probe on trained features": (ablate(trained.readout, trained, labels), trained),
+        "probe on untrained features": (ablate(untrained.readout, untrained, labels), untrained),
     }
     rows = []
     for readout, (ablation, network) in ablations.items():
@@ -974,7 +981,10 @@ def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame
 
 
 class Windows(NamedTuple):
-    """Units of conv4 with the magnitudes of their projections in their windows, (units, rows, columns)."""
+    """Units of conv4 with the magnitudes of their projections in their windows, (units, rows, columns).
+
+    There may be several units of a filter: `draw_units` chooses one, `draw_partners` another.
+    """
 
     units: Units
     before_pooling: Array  # row and column of each unit in the map before pooling, (units, 2)
@@ -982,6 +992,17 @@ class Windows(NamedTuple):
     inside: Array  # whether a pixel of the window lies inside the image; windows may cross the border
     magnitude: Array  # of the projection, float32
     profile: Array  # mean window profile (rows, columns)
+
+    def select(self, indices: Array) -> "Windows":
+        """Return the units at `indices`, with the same profile."""
+        return Windows(
+            units=self.units.select(indices),
+            before_pooling=self.before_pooling[indices],
+            origin=self.origin[indices],
+            inside=self.inside[indices],
+            magnitude=self.magnitude[indices],
+            profile=self.profile,
+        )
 
 
 def crop_windows(frames: Array, origins: Array, size: int) -> Array:
@@ -998,36 +1019,54 @@ def to_frames(windows: Array, origins: Array) -> Array:
 
 
 def read_examples(path: Path, checkpoint: Checkpoint) -> Windows:
-    """Read conv4's top examples from projections.npz and keep one of each active filter, drawn at random.
+    """Read the top-9 examples of all filters of conv4 from projections.npz.
 
-    The examples of one filter are much alike and must not count as several. The mean window profile is the
-    mean magnitude over all examples whose window is inside the image there, each with the sum 1.
+    The mean window profile is the mean magnitude over all examples whose window is inside the image there,
+    each with the sum 1.
     """
     keys = [f"conv4_{key}" for key in ("image", "value", "position", "origin", "projection")]
     image, value, position, origin, projection = load_arrays(path, checkpoint, *keys)
     fires = image >= 0  # a filter that fires on fewer images leaves the rest empty
     filters, _ = np.nonzero(fires)
     row, column = position[fires].astype(np.int64).T
-    units = Units(image[fires].astype(np.int64), filters, row, column, value[fires])
     origin = origin[fires].astype(np.int64)
     magnitude = np.abs(projection[fires]).sum(axis=1)
 
     whole = np.broadcast_to(True, (len(filters), IMAGE_SIZE, IMAGE_SIZE))
     inside = crop_windows(whole, origin, magnitude.shape[-1])
     shares = magnitude / magnitude.sum(axis=(1, 2), keepdims=True)
-    profile = shares.sum(axis=0) / inside.sum(axis=0).clip(min=1)
+    return Windows(
+        units=Units(image[fires].astype(np.int64), filters, row, column, value[fires]),
+        before_pooling=Projector(checkpoint.net, len(LAYERS) - 1).before_pooling(origin),
+        origin=origin,
+        inside=inside,
+        magnitude=magnitude,
+        profile=shares.sum(axis=0) / inside.sum(axis=0).clip(min=1),
+    )
 
+
+def draw_units(filters: Array) -> Array:
+    """Draw one example of each active filter, because examples of one filter are much alike.
+
+    `filters` are the filters of the examples; the result are indices of examples, by rising filter.
+    """
     shuffled = random_stream("examples").permutation(len(filters))
     _, first = np.unique(filters[shuffled], return_index=True)
-    chosen = shuffled[first]
-    return Windows(
-        units=units.select(chosen),
-        before_pooling=Projector(checkpoint.net, len(LAYERS) - 1).before_pooling(origin[chosen]),
-        origin=origin[chosen],
-        inside=inside[chosen],
-        magnitude=magnitude[chosen],
-        profile=profile,
-    )
+    return np.asarray(shuffled[first])
+
+
+def draw_partners(filters: Array, chosen: Array, draw: int) -> Array:
+    """Draw for each of the `chosen` examples another example of the same filter.
+
+    An example that is the only one of its filter is its own partner. `filters` and the result are as for
+    `draw_units`.
+    """
+    rng = random_stream(f"partners {draw}")
+    partners = []
+    for example in chosen:
+        others = np.flatnonzero((filters == filters[example]) & (np.arange(len(filters)) != example))
+        partners.append(rng.choice(others) if len(others) else example)
+    return np.array(partners, np.int64)
 
 
 def project_elsewhere(run: Run, net: CNN, windows: Windows, units: Units, desc: str) -> Array:
@@ -1219,33 +1258,67 @@ def project_conditions(
         yield name, project_elsewhere(run, random_net, windows, units, f"draw {draw + 1}, {name}")
 
 
+def rank_pixels(magnitudes: Array, inside: Array) -> Array:
+    """Rank the pixels of each window that are `inside` the image, (units, rows, columns) -> (units, pixels).
+
+    Pixels outside have no rank (nan).
+    """
+    known = np.where(inside, magnitudes, np.nan)
+    return rank_rows(known.reshape(len(known), -1))
+
+
+def correlate_given(x: Array, y: Array, z: Array) -> Array:
+    """Return the partial correlation of each row of x with the same row of y, given the same row of z."""
+    return partial_correlation(correlate_rows(x, y), correlate_rows(x, z), correlate_rows(y, z))
+
+
 def compare_projections(run: Run, windows: Windows, norm_images: Array) -> pd.DataFrame:
     """Compare the magnitudes of the units' projections with others in the same windows.
 
     Returns a row a unit, condition and draw: the partial rank correlation (Spearman's) given the mean window
     profile, because all projections are strong in the middle of their window.
     """
-
-    def rank(magnitudes: Array) -> Array:  # (units, pixels)
-        return rank_rows(np.where(windows.inside, magnitudes, np.nan).reshape(len(magnitudes), -1))
-
-    ranks = rank(windows.magnitude)
-    profile = rank(np.broadcast_to(windows.profile, windows.magnitude.shape))
-    ranks_with_profile = correlate_rows(ranks, profile)
+    inside = windows.inside
+    ranks = rank_pixels(windows.magnitude, inside)
+    profile = rank_pixels(np.broadcast_to(windows.profile, inside.shape), inside)
     tables = []
     for draw in range(RANDOM_DRAWS):
         for condition, magnitudes in project_conditions(run, windows, norm_images, draw):
-            others = rank(magnitudes)
-            others_with_profile = correlate_rows(others, profile)
-            both = correlate_rows(ranks, others)
-            partial = partial_correlation(both, ranks_with_profile, others_with_profile)
             columns = {
                 "unit": np.arange(len(ranks)),
                 "condition": condition,
                 "draw": draw,
-                "partial": partial,
+                "partial": correlate_given(ranks, rank_pixels(magnitudes, inside), profile),
             }
             tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def compare_examples(examples: Windows, chosen: Array) -> pd.DataFrame:
+    """Compare the magnitudes of the `chosen` examples with other top-9 examples of the same filters.
+
+    This control asks more than another image drawn at random, on which the filter may not even fire. Both
+    units see their own windows, and the pixels that are inside the image in both are compared. A filter with
+    a single example is left out. The rows are as in `compare_projections`.
+    """
+    tables = []
+    for draw in range(RANDOM_DRAWS):
+        partners = draw_partners(examples.units.filter, chosen, draw)
+        units = np.flatnonzero(partners != chosen)
+        own = examples.select(chosen[units])
+        other = examples.select(partners[units])
+        inside = own.inside & other.inside
+        ranks, other_ranks, profile = (
+            rank_pixels(values, inside)
+            for values in (own.magnitude, other.magnitude, np.broadcast_to(own.profile, inside.shape))
+        )
+        columns = {
+            "unit": units,
+            "condition": "same filter, other top-9 example",
+            "draw": draw,
+            "partial": correlate_given(ranks, other_ranks, profile),
+        }
+        tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -1289,7 +1362,7 @@ def draw_trust(trust: pd.DataFrame) -> Figure:
     draw_intervals(axes[2], likeness, "condition", "test", horizontal=True)
     axes[2].axvline(0, color="0.5", linestyle=":", linewidth=1)
     axes[2].set_title("likeness to the unit's projection", fontsize=9)
-    axes[2].set(xlabel="partial rank correlation\nin the same window", xlim=(None, 1))
+    axes[2].set(xlabel="partial rank correlation of the pixels", xlim=(None, 1))
     return fig
 
 
@@ -1304,7 +1377,7 @@ def describe_trust(trust: pd.DataFrame) -> str:
     return (
         f"activation left in masked images (%), medians over {masked['n'].max()} units of conv4\n"
         f"{left.rename_axis(index=None, columns=None).to_string(float_format='{:.0f}'.format)}\n"
-        "partial rank correlation with the unit's own projection, in the same window\n"
+        "partial rank correlation with the unit's own projection\n"
         f"{likeness.rename_axis(index=None).to_string(float_format='{:.2f}'.format)}"
     )
 
@@ -1319,12 +1392,12 @@ def summarise_trust(trust: pd.DataFrame) -> pd.DataFrame:
         unit=np.where(shares["test"].str.endswith("minus"), "points", "%"),
     )
     correlations = trust[~is_share]
-    name = correlations["test"] + " in the same window: " + correlations["condition"]
+    name = correlations["test"] + " with the unit's projection: " + correlations["condition"]
     rows = pd.concat([shares, correlations.assign(name=name, unit="rho")])
     return rows.assign(layer="conv4", value=rows["median"])
 
 
-def run_trust(run: Run, windows: Windows, norm_images: Array, shares: Sequence[float]) -> pd.DataFrame:
+def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[float]) -> pd.DataFrame:
     """Mask images and compare projections; write trust.csv and its figure, return rows of summary.csv.
 
     test: insertion, deletion; either with ", projection minus", a paired difference; or the partial rank
@@ -1336,17 +1409,20 @@ def run_trust(run: Run, windows: Windows, norm_images: Array, shares: Sequence[f
     n: Number of units.
     """
     columns = ["test", "share", "condition", "median", "low", "high", "lowest_draw", "highest_draw", "n"]
-    if not len(windows.inside):
+    if not len(examples.inside):
         print("no filter of conv4 fires: trust.csv has no rows, trust.png is left out")
         run.save_table("trust", pd.DataFrame(columns=columns))
         return pd.DataFrame()
 
+    chosen = draw_units(examples.units.filter)
+    windows = examples.select(chosen)
     rng = random_stream("other filters")
     filters = draw_others(windows.units.filter, run.net.config["filters"][-1], rng)
     units = windows.units._replace(filter=filters)
     other_filter = project_elsewhere(run, run.net, windows, units, "other filters, same windows")
     masks = tabulate_masks(mask_images(run, windows, other_filter, shares))
-    likeness = tabulate_likeness(compare_projections(run, windows, norm_images))
+    compared = [compare_examples(examples, chosen), compare_projections(run, windows, norm_images)]
+    likeness = tabulate_likeness(pd.concat(compared))
     trust = pd.concat([masks, likeness], ignore_index=True)[columns]
     run.save_table("trust", trust)
     title = (
@@ -1447,8 +1523,8 @@ def main() -> None:
     start = load_start(CHECKPOINT, checkpoint)
     peaks = read_peaks(OUTPUTS / "activations.npz", checkpoint)
     projections = read_statistics(OUTPUTS / "projection_statistics.npz", checkpoint)
-    windows = read_examples(OUTPUTS / "projections.npz", checkpoint)
-    (examples,) = load_arrays(OUTPUTS / "projections.npz", checkpoint, "conv4_image")
+    examples = read_examples(OUTPUTS / "projections.npz", checkpoint)
+    (conv4_images,) = load_arrays(OUTPUTS / "projections.npz", checkpoint, "conv4_image")
     train = load_checkpoint_split(checkpoint, DATA_DIR, "train")
     test = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
@@ -1456,22 +1532,22 @@ def main() -> None:
     print(f"analysing {source}, on {run.net.mean.device}, torch {torch.__version__}")
 
     # one pass of each network over each split; then its tables and probes
-    n_top = examples.shape[1]
+    n_top = conv4_images.shape[1]
     norm_images = draw_norm_images(train)
     trained = measure_network(run, run.net, "trained", n_top, peaks)
     untrained = measure_network(run, recalibrate_batch_norm(start, 0, norm_images), "untrained", n_top)
 
     # the experiments
-    accuracy = measure_accuracy(own_classifier(run.net), trained.test.inputs["conv4"], test.labels)
+    accuracy = measure_accuracy(own_classifier(run.net), trained.test_inputs, test.labels)
     parts = [
         summarise_accuracy(run, accuracy),
         run_filters(run, trained.tables, projections),
         run_specialisation(run, trained.tables.filters, untrained.tables.filters),
-        run_probes(run, [trained, untrained], accuracy.value),
+        run_probes(run, pd.concat([trained.probes, untrained.probes]), accuracy.value),
         run_ablation(run, trained, untrained),
     ]
     print(describe_summary(pd.concat(parts)))
-    parts.append(run_trust(run, windows, norm_images, MASKED_SHARES))
+    parts.append(run_trust(run, examples, norm_images, MASKED_SHARES))
 
     summary = pd.concat(parts, ignore_index=True)[SUMMARY]
     run.save_table("summary", summary)

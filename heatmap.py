@@ -1792,7 +1792,7 @@ function readingParagraphs() {
   const edges = kept("edges x window profile");
   const otherFilter = kept("other filter, same window");
   const sameImage = alike("other filter, same window");
-  const sameFilter = alike("same filter, other image");
+  const sameFilter = alike("same filter, other top-9 example");
 
   const isKnown = (row) => row !== undefined && row.median !== null;
   if (![projection, chance, edges, otherFilter, sameImage, sameFilter].every(isKnown)) {
@@ -1809,7 +1809,8 @@ function readingParagraphs() {
     + `${percent(otherFilter.median)} is left.`,
     "A filter's projection has a partial rank correlation of "
     + `${twoDecimals(sameImage.median)} with another filter's projection in the same window, and of `
-    + `${twoDecimals(sameFilter.median)} with its own in an image drawn at random: a projection shows the `
+    + `${twoDecimals(sameFilter.median)} with its own projection in another of its top-9 examples: a `
+    + "projection shows the "
     + (showsImage ? "image first, and the filter second." : "filter first, and the image second."),
   ];
 }

@@ -47,7 +47,8 @@ def run_and_windows(make_net: MakeNet, count: int) -> tuple[ap.Run, ap.Windows]:
     top = project_top(images, net, measure_activations(images, net, 50, ""), count, 50)
     checkpoint = make_checkpoint(net)
     save_arrays(Path("top.npz"), checkpoint, **top)
-    return make_run([0] * count, images, net), ap.read_examples(Path("top.npz"), checkpoint)
+    examples = ap.read_examples(Path("top.npz"), checkpoint)
+    return make_run([0] * count, images, net), examples.select(ap.draw_units(examples.units.filter))
 
 
 def ran(pipeline: Path, data: Path) -> tuple[Checkpoint, Split, Split]:
@@ -237,7 +238,7 @@ def test_one_pass_measures_peaks_and_what_the_classifier_sees(
     regions = net.features(batch)[1][0].unfold(2, 3, 3).unfold(3, 3, 3).mean(dim=(4, 5))
     torch.testing.assert_close(measured.inputs["conv2"], regions.flatten(1), rtol=1e-4, atol=1e-5)
     own = ap.own_classifier(net)
-    logits = measured.inputs["conv4"] @ own.weights + own.bias
+    logits = measured.inputs["conv4"] @ own.weights.T + own.bias
     torch.testing.assert_close(logits, net(batch), rtol=1e-4, atol=1e-4)
     activations = measure_activations(images, net, 50, "")
     for layer in LAYERS:
@@ -282,7 +283,7 @@ def separable(count: int, distance: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def zero(inputs: int = 10) -> ap.Linear:
-    return ap.Linear(torch.zeros(inputs, 3), torch.zeros(3))
+    return ap.Linear(torch.zeros(3, inputs), torch.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -308,8 +309,8 @@ def test_a_probe_reaches_the_same_solution_from_another_start() -> None:
     torch.testing.assert_close(warm.weights, cold.weights, atol=1e-3, rtol=1e-2)
     gradients = [part.clone().requires_grad_() for part in cold[:2]]
     scale = features.std(dim=0, correction=0)
-    loss = cross_entropy(features @ gradients[0] + gradients[1], labels)
-    (loss + 0.005 * (gradients[0] * scale[:, None]).square().sum()).backward()
+    loss = cross_entropy(features @ gradients[0].T + gradients[1], labels)
+    (loss + 0.005 * (gradients[0] * scale).square().sum()).backward()
     assert all(part.grad is not None and part.grad.abs().max() < 1e-4 for part in gradients)
 
 
@@ -336,19 +337,14 @@ def test_probes_choose_the_decay_on_training_images_alone(monkeypatch: pytest.Mo
     assert math.isnan(starts[0]) and starts[1:] == [0.4, 0.2, 0.2]  # each from the one before
 
 
-def some_network(name: str = "trained", inputs: Tensor | None = None) -> ap.Network:
-    tables = ap.tabulate(PEAKS, make_run(LABELS), 9)
-    features = torch.eye(5, 3) if inputs is None else inputs
-    measured = ap.Measured(PEAKS, dict.fromkeys(LAYERS, features))
-    probe = ap.Linear(torch.eye(features.shape[1], 3), torch.zeros(3), 0.5)
-    return ap.Network(name, measured, measured, tables, dict.fromkeys(LAYERS, probe))
-
-
 def test_the_table_of_probes_by_hand() -> None:
     # of the images 0 to 4 the probe says 0, 1, 2, 0, 0
-    probes = ap.tabulate_probes([some_network(), some_network("untrained")], np.array([0, 1, 1, 1, 2]))
-    assert probes["layer"].tolist() == [*LAYERS, *LAYERS] and (probes["accuracy"] == 2 / 5).all()
-    assert probes["network"].tolist() == ["trained"] * 4 + ["untrained"] * 4
+    probe = ap.Linear(torch.eye(3), torch.zeros(3), 0.5)
+    inputs = dict.fromkeys(LAYERS, torch.eye(5, 3))
+    labels = np.array([0, 1, 1, 1, 2])
+    probes = ap.tabulate_probes("untrained", dict.fromkeys(LAYERS, probe), inputs, labels)
+    assert probes["layer"].tolist() == [*LAYERS] and (probes["accuracy"] == 2 / 5).all()
+    assert set(probes["network"]) == {"untrained"}
     assert set(map(tuple, probes[["inputs", "decay", "n"]].to_numpy())) == {(3, 0.5, 5)}
     np.testing.assert_allclose(probes[["low", "high"]].iloc[0], ap.wilson(2, 5)[1:])
 
@@ -356,15 +352,18 @@ def test_the_table_of_probes_by_hand() -> None:
 # ---------------------------------------------------------------- ablation
 
 
+def some_network(train_inputs: Tensor, test_inputs: Tensor, filter_count: int) -> ap.Network:
+    tables = ap.Tables(pd.DataFrame({"layer": ["conv4"] * filter_count}), pd.DataFrame())
+    return ap.Network(tables, pd.DataFrame(), zero(), train_inputs, test_inputs)
+
+
 def network_and_classifier(make_net: MakeNet) -> tuple[ap.Network, CNN, Array]:
     """What the classifier of a network sees of 9 training and 40 test images, and the labels of these."""
     net, generator = make_net(classes=3, dtype=torch.float64), torch.Generator().manual_seed(1)
     net.classifier.bias.copy_(torch.tensor([0.0, 2, 1]))
     inputs = net.average(9 * torch.randn(40, 8, 3, 3, generator=generator).double().clamp(min=0)).flatten(1)
-    peaks = {"conv4": np.zeros((40, 8))}
-    train, test = (ap.Measured(peaks, {"conv4": part}) for part in (inputs[:9], inputs))
     labels = np.repeat(np.arange(3), (10, 13, 17))
-    return ap.Network("trained", train, test, ap.Tables(pd.DataFrame(), pd.DataFrame()), {}), net, labels
+    return some_network(inputs[:9], inputs, 8), net, labels
 
 
 def logits_without(net: CNN, inputs: Tensor, filter_index: int, means: Tensor) -> Tensor:
@@ -376,7 +375,7 @@ def logits_without(net: CNN, inputs: Tensor, filter_index: int, means: Tensor) -
 
 def test_mean_ablation_replaces_what_a_readout_sees_of_a_filter(make_net: MakeNet) -> None:
     network, net, labels = network_and_classifier(make_net)
-    inputs, means = network.test.inputs["conv4"], network.train.inputs["conv4"].mean(dim=0)
+    inputs, means = network.test_inputs, network.train_inputs.mean(dim=0)
     parts, base = ap.split_logits(ap.own_classifier(net), network)
     logits = net.classifier(inputs)
     torch.testing.assert_close(parts.sum(dim=0) + base, logits)
@@ -395,10 +394,8 @@ def test_mean_ablation_replaces_what_a_readout_sees_of_a_filter(make_net: MakeNe
 
 def test_a_filter_that_moves_all_logits_alike_has_no_spread_and_costs_nothing() -> None:
     inputs = torch.tensor([[1.0, 2], [3, 0], [2, 4], [0, 1], [4, 3]])
-    readout = ap.Linear(torch.tensor([[5.0, 5, 5], [1, 0, 0]]), torch.zeros(3))
-    measured = ap.Measured({"conv4": np.zeros((5, 2))}, {"conv4": inputs})
-    network = some_network()._replace(train=measured, test=measured)
-    ablation = ap.ablate(readout, network, torch.tensor(LABELS))
+    readout = ap.Linear(torch.tensor([[5.0, 1], [5, 0], [5, 0]]), torch.zeros(3))
+    ablation = ap.ablate(readout, some_network(inputs, inputs, 2), torch.tensor(LABELS))
     np.testing.assert_allclose(ablation.spread[0], 0, atol=1e-6)
     np.testing.assert_allclose(ablation.loss_increase[:, 0], 0, atol=1e-6)
     assert ablation.spread[1] > 0.1
@@ -489,8 +486,7 @@ def test_the_table_of_ablation_is_that_of_the_network_and_the_test_images(
 def test_examples_are_projected_where_the_file_says(pipeline: Path, tiny_stl10: Path) -> None:
     (checkpoint, _, test), path = ran(pipeline, tiny_stl10), pipeline / "outputs/projections.npz"
     windows, net = ap.read_examples(path, checkpoint), checkpoint.net
-    assert windows.units.filter.tolist() == list(range(16))  # one of each
-    for k in range(0, 16, 3):
+    for k in range(0, len(windows.units.filter), 29):
         image, filter_index, row, column, value = (entry[k] for entry in windows.units)
         batch = net.normalise(torch.from_numpy(test.images[[image]]))
         pooled, switches = net.features(batch)[3]
@@ -510,8 +506,34 @@ def test_filters_without_an_example_have_no_unit(pipeline: Path, tiny_stl10: Pat
     arrays["conv4_image"][5, 1:] = -1
     np.savez("some.npz", **arrays)
     units = ap.read_examples(Path("some.npz"), checkpoint).units
-    assert units.filter.tolist() == [0, 1, 2, *range(4, 16)]
+    assert set(units.filter) == {0, 1, 2, *range(4, 16)}
     assert units.image[units.filter == 5] == arrays["conv4_image"][5, 0]
+
+
+def test_one_example_of_each_filter_is_drawn_and_another_as_its_partner() -> None:
+    filters = np.repeat([0, 2, 5, 7], (9, 1, 2, 40))
+    chosen = ap.draw_units(filters)
+    assert filters[chosen].tolist() == [0, 2, 5, 7]
+    partners = np.stack([ap.draw_partners(filters, chosen, draw) for draw in range(5)])
+    assert (filters[partners] == filters[chosen]).all()
+    assert (partners != chosen).tolist() == [[True, False, True, True]] * 5  # filter 2 has one example only
+    assert len(set(partners[:, 3])) > 1  # draws differ
+
+
+def test_other_examples_of_a_filter_are_compared_where_both_windows_lie_inside_the_image(
+    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, windows = run_and_windows(make_net, 4)
+    units = windows.units._replace(filter=np.array([0, 0, 1, *range(3, len(windows.units.filter))]))
+    examples = windows._replace(units=units)
+    monkeypatch.setattr(ap, "RANDOM_DRAWS", 1)
+    compared = ap.compare_examples(examples, np.array([0, 2]))  # the second is the only one of filter 1
+    assert compared["unit"].tolist() == [0]
+    inside = windows.inside[0] & windows.inside[1]
+    assert not inside.all()
+    values = [part[inside] for part in (windows.magnitude[0], windows.magnitude[1], windows.profile)]
+    expected = correlation_of_residuals(*ap.rank_rows(np.stack(values)))
+    assert compared["partial"].tolist() == pytest.approx([expected])
 
 
 def test_the_window_profile_is_the_mean_over_windows_that_reach_a_pixel(make_net: MakeNet) -> None:

@@ -712,7 +712,7 @@ def test_the_page_quotes_the_numbers_of_the_table_of_trust(page: Path) -> None:
         ("insertion", "edges x window profile"): 0.582,
         ("insertion", "other filter, same window"): 0.487,
         ("partial rank correlation", "other filter, same window"): 0.574,
-        ("partial rank correlation", "same filter, other image"): 0.118,
+        ("partial rank correlation", "same filter, other top-9 example"): 0.118,
     }
     table = pd.read_csv("outputs/trust.csv")
     named = set(zip(table["test"], table["condition"], strict=True))  # by analyse_projections.py

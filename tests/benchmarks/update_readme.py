@@ -104,6 +104,7 @@ CONDITIONS = (
     "random conv4 to conv3",
     "random conv4 to conv2",
     "random conv4 to conv1",
+    "same filter, other top-9 example",
     "same filter, other image",
     "other filter, other image",
 )
@@ -172,7 +173,7 @@ def table_similarity(comparison: Comparison) -> str:
     """Return table C: how alike projections in one window are, a row a condition, seed by seed."""
     rows = []
     for condition in CONDITIONS:
-        row = comparison[f"partial rank correlation in the same window: {condition}", "conv4"]
+        row = comparison[f"partial rank correlation with the unit's projection: {condition}", "conv4"]
         others = [row[seed].split(" (")[0] for seed in SEEDS[1:]]
         rows.append([condition, row["seed 0"], *others])
     header = ["a unit's projection compared with", "partial rank correlation, seed 0 (95 % interval)"]
