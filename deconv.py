@@ -744,13 +744,15 @@ figure { margin: 0; }
 #samples button { padding: 1px; margin: 0; border: 2px solid transparent; background: none; }
 #samples [aria-pressed=true] { border-color: var(--link); }
 #picture { position: relative; width: 288px; margin-bottom: 6px; overflow: hidden; cursor: crosshair; }
+@media (min-width: 1000px) and (max-height: 950px) { #picture { width: 234px; } }  /* the bars are in sight */
 #picture.covered { touch-action: none; }
 #picture div { position: absolute; pointer-events: none; }
 #frame { outline: 2px solid #000; outline-offset: -3px; border: 1px solid #fff; }
 /* bars */
 table { border-collapse: collapse; width: 100%; max-width: 420px; font-size: 13px; }
-td { padding: 1px 8px 1px 0; overflow-wrap: anywhere; }
-td:last-child { white-space: nowrap; text-align: right; }
+td { padding: 1px 8px 1px 0; white-space: nowrap; }
+td:first-child { max-width: 120px; overflow: hidden; text-overflow: ellipsis; }
+td:last-child { text-align: right; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
 .track { position: relative; min-width: 90px; height: 11px; }
 .track div { height: 100%; }
@@ -1083,8 +1085,8 @@ function bar(name, colour, value, before, text) {  // value and before are 0 to 
   const dot = el("span", { class: "dot", style: `background:${colour}` });
   const level = el("div", { style: `background:${colour};width:${100 * value}%` });
   const mark = square ? el("i", { style: `left:${99 * before}%` }) : "";
-  return el("tr", {}, el("td", {}, dot, name), el("td", {}, el("div", { class: "track" }, level, mark)),
-    el("td", {}, text));
+  return el("tr", {}, el("td", { title: name }, dot, name),
+    el("td", {}, el("div", { class: "track" }, level, mark)), el("td", {}, text));
 }
 function lay(node, { top, left, side }) {  // over the picture
   const [x, y, width] = [left, top, side].map((value) => `${(100 * value) / size}%`);
@@ -1164,7 +1166,7 @@ async function showTiles(layer) {
   }));
   let paused = performance.now();
   for (const [k, peak] of firing.entries()) {
-    if (performance.now() > paused + 20) {
+    if (performance.now() > paused + 50) {
       await new Promise((resolve) => setTimeout(resolve));  // the page stays usable
       paused = performance.now();
     }

@@ -19,6 +19,7 @@ normalised pixels.
 """
 
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -449,7 +450,9 @@ def picture_class(inputs: Inputs, label: int, filter_count: int, image_count: in
         "class. Right: the images of the class with the filter's highest peak activations. Beside each image "
         "stands the magnitude of its projection, laid over it. Each filter has a scale of its own."
     )
-    safe_name = re.sub(r"[^\w-]+", "_", name)[:40]
+    encoding = sys.getfilesystemencoding()
+    possible = name.encode(encoding, "replace").decode(encoding)  # letters that file names can have here
+    safe_name = re.sub(r"[^\w-]+", "_", possible)[:40]
     title = f"{inputs.short_names[label]}: top {len(filters)} filters of conv4"
     inputs.save_figure(f"class_{label}_{safe_name}", figure, title, caption)
 
@@ -1294,7 +1297,7 @@ dd { margin: 0; }
 table { border-collapse: collapse; width: 100%; max-width: 800px; font-size: 13px; }
 th, td { text-align: left; padding: 2px 8px 2px 0; }
 td { white-space: nowrap; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; }
+td:first-child { max-width: 170px; overflow: hidden; text-overflow: ellipsis; }
 .track { position: relative; width: 20vw; max-width: 110px; height: 11px; }
 .track * { position: absolute; top: 1px; bottom: 1px; }
 svg { max-width: 480px; font-size: 12px; fill: var(--soft); }

@@ -15,6 +15,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import tarfile
 import unicodedata
 import urllib.request
@@ -169,8 +170,12 @@ def class_folders(folder: Path) -> dict[str, Path]:
 
 
 def composed(name: str) -> str:
-    """Return a name as Unicode's NFC, because macOS and others may store Käse as Ka¨se."""
-    return unicodedata.normalize("NFC", name)
+    """Return a folder's name as text that can be drawn and printed.
+
+    It is Unicode's NFC, because macOS and others may store Käse as Ka¨se. Bytes that are no UTF-8, as an
+    archive from another system can bring, become the replacement character.
+    """
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "replace"))
 
 
 def list_folder(folder: Path) -> list[Path]:

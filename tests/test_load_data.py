@@ -1,8 +1,10 @@
 import io
 import math
+import os
 import re
 import shutil
 import socket
+import sys
 import tarfile
 import threading
 import warnings
@@ -587,6 +589,18 @@ def test_one_name_in_two_encodings_is_one_class() -> None:
     assert greys(load_split("folders", DATA, "test")) == {0: [100, 101], 1: [0, 1]}
     write_grey(DATA / "test/K\u00e4se/0.png", 1)
     assert "two folders called 'K\u00e4se': merge them" in error_of(load_split, "folders", DATA, "test")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems store names as Unicode")
+def test_a_name_that_is_no_utf_8_can_be_drawn_and_printed() -> None:
+    write_folders(["a", "b"])
+    for split in ("train", "test"):
+        (DATA / split / "b").rename(DATA / split / os.fsdecode(b"K\xe4se"))  # Latin-1
+    names = load_data.class_names("folders", DATA)
+    assert names == ["K\ufffdse", "a"]
+    assert len(load_split("folders", DATA, "test").labels) == 4
+    figure = load_data.draw_samples(load_split("folders", DATA, "test"), names, "classes")
+    load_data.save_figure("samples.png", figure)
 
 
 def test_names_that_look_alike_are_told_apart_in_the_error() -> None:
