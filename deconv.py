@@ -6,7 +6,7 @@ Writes: outputs/deconv_image.png, outputs/deconv_image.npz, outputs/deconv_live.
 
 Zeiler & Fergus 2014, section 2.1: to see what a unit responds to, keep its activation, set all others of the
 layer to zero, and go down layer by layer: unpool with the recorded switches, rectify, filter with the
-transposed weights. `project` below is all of it, one full frame at a time; deconv_full.py does the same for
+transposed weights. `project` below is all of it, on whole images; deconv_full.py does the same for
 millions of units.
 
 outputs/deconv_live.html is a page that holds the network and a `project` of its own in JavaScript. It opens
@@ -76,8 +76,9 @@ Color = tuple[float, float, float]  # red, green, blue from 0 to 1
 def fold_batch_norm(block: ConvBlock) -> Tensor:
     """Return the filters with batch norm's gain folded in, (filters, channels, rows, columns).
 
-    In evaluation mode batch norm multiplies filter f by gain_f = weight_f / sqrt(variance_f + eps), whatever
-    the data. It is part of the filter that is transposed; batch norm's offsets add nothing to a projection.
+    In evaluation mode batch norm is gain * x + offset, with gain_f = weight_f / sqrt(variance_f + eps) for
+    filter f, whatever the data. The way down transposes the linear part, filter and gain. The offset does not
+    depend on the input, so it adds nothing to a projection.
     """
     bn = block.bn
     gain = bn.weight / torch.sqrt(cast(Tensor, bn.running_var) + bn.eps)
@@ -89,12 +90,13 @@ def project(
 ) -> Tensor:
     """Project pooled maps of one layer back to pixels: unpool, rectify and filter, layer by layer.
 
-    Where an image has a single colour, as in the black bars of some STL-10 images, all values of a pooling
-    region are equal. Pooling before the ReLU does not help there: the switch is the region's first position
-    by convention, and signals that pass there draw stripes.
+    A known artefact: where an image has a single colour, as in the black bars of some STL-10 images, all
+    values of a pooling region are equal, and the switch is the region's first position by convention. Signals
+    pass there and draw stripes.
 
     Args:
-        net: In evaluation mode: any object whose `blocks` have conv, bn, pool and relu, run in this order.
+        net: In evaluation mode: any object whose `blocks` have conv, bn and pool, run in this order. The ReLU
+            comes last on the way up, and on the way down it is the step "rectify".
         layer: 0 for conv1 to 3 for conv4.
         pooled: What is to be seen, (images, filters, rows, columns): usually one activation, zero elsewhere.
         switches: The switches of each layer from conv1 up to `layer`, as `CNN.features` returns them.
@@ -107,13 +109,13 @@ def project(
         ValueError: If images of this size would have switches of another shape.
 
     Example:
-        A network of one's own needs blocks with these four parts.
+        A network of one's own needs blocks with these parts.
 
         >>> from types import SimpleNamespace as Block
         >>> def make_block():
         ...     conv = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
         ...     pool = torch.nn.MaxPool2d(2, return_indices=True)
-        ...     return Block(conv=conv, bn=torch.nn.BatchNorm2d(1).eval(), pool=pool, relu=F.relu)
+        ...     return Block(conv=conv, bn=torch.nn.BatchNorm2d(1).eval(), pool=pool)
         >>> net = Block(blocks=[make_block(), make_block()])
 
         The way up records the switches. The way down starts from the maps of the second block.
@@ -122,7 +124,7 @@ def project(
         >>> switches = []
         >>> for block in net.blocks:
         ...     x, block_switches = block.pool(block.bn(block.conv(x)))
-        ...     x = block.relu(x)
+        ...     x = F.relu(x)
         ...     switches.append(block_switches)
         >>> project(net, 1, x, switches, (8, 8)).shape
         torch.Size([1, 1, 8, 8])
@@ -134,7 +136,7 @@ def project(
     signal = pooled
     for k in reversed(range(layer + 1)):
         block = net.blocks[k]
-        _, stride, padding, pool = conv_geometry(block)
+        kernel, stride, padding, pool = conv_geometry(block)
 
         # Unpool: each value returns to the position of its region's maximum, all other positions are zero.
         # (images, filters, pooled rows, pooled columns) -> (images, filters, rows, columns)
@@ -146,12 +148,11 @@ def project(
 
         # Filter with the transposed weights: each value lays down a copy of its filter, scaled by the value.
         # (images, filters, rows, columns) -> (images, channels, input rows, input columns)
-        signal = F.conv_transpose2d(signal, fold_batch_norm(block), stride=stride)
-
-        # Return to the frame of the block's input: the padding is cut off; what no filter reached is zero.
-        missing_rows = rows.inputs[k] + padding - signal.shape[2]  # negative where there are too many
-        missing_columns = columns.inputs[k] + padding - signal.shape[3]
-        signal = F.pad(signal, (-padding, missing_columns, -padding, missing_rows))
+        # A stride can leave rows and columns at the lower and right border over on the way up.
+        left_over = [(size.inputs[k] + 2 * padding - kernel) % stride for size in (rows, columns)]
+        signal = F.conv_transpose2d(
+            signal, fold_batch_norm(block), stride=stride, padding=padding, output_padding=left_over
+        )
     return signal
 
 
@@ -205,12 +206,12 @@ class Rectifier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> tuple[Tensor, None]:
-        """Return the signal with zeros where the rule stops it.
+        """Return the signal with zeros where the rule stops it; the rule itself has no gradient.
 
         "deconvnet" stops negative signals, "gradient" stops the signal of every unit that did not fire on the
         way up, and "guided" stops both.
         """
-        (signal,) = signals
+        (signal,) = signals  # torch hands over one for each output
         if ctx.rule in ("gradient", "guided"):
             signal = signal * ctx.fired
         if ctx.rule in ("deconvnet", "guided"):
@@ -224,8 +225,8 @@ def backpropagate(
     """Send one activation of each image back to its pixels by backpropagation.
 
     The deconvnet, the gradient (Simonyan et al. 2014) and guided backpropagation (Springenberg et al. 2015)
-    differ in the ReLU alone. With the rule "deconvnet" this is `project` by another way, for an activation
-    of 1.
+    differ in the ReLU alone. With the rule "deconvnet", the result times the activation is what `project`
+    makes.
 
     Args:
         net: A network in evaluation mode.
@@ -423,7 +424,7 @@ def as_arrays(layers: dict[str, list[Unit]]) -> dict[str, Array]:
 
 
 def robust_scale(values: Array) -> float:
-    """Return the 99.5th percentile of the magnitudes above zero, which few outliers move; 1 for none."""
+    """Return the 99.5th percentile of the magnitudes above zero, which outliers hardly change; 1 for none."""
     magnitudes = np.abs(values[values != 0])
     return float(np.percentile(magnitudes, 99.5)) if magnitudes.size else 1.0
 

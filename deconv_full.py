@@ -15,7 +15,7 @@ The arithmetic is the one of deconv.py (Zeiler & Fergus 2014, section 2.1), arra
   maximum. A switch is a position in the whole map and would have to be counted anew for each window; a mask,
   made once for each image from its switches, can simply be cropped.
 - A transposed convolution of stride s equals s x s plain convolutions with flipped kernels, which are faster
-  here. `flip_kernels` draws them.
+  here and are run as one. `flip_kernels` explains and makes them.
 """
 
 import math
@@ -65,8 +65,8 @@ OUTPUTS = Path("outputs")  # where results go
 CPU_GROUP = 32  # units projected at once: on a CPU more would take more memory
 GPU_GROUP = 2048  # a GPU wants many
 GPU_IMAGES = 256  # images at once on a GPU, if BATCH_SIZE is smaller
-LEVELS = (99, 90, 75, 50)  # percentile examples: near these percentiles of a filter's activations above zero
-EXAMPLES = 3  # at each of these levels
+LEVELS = (99, 90, 75, 50)  # percentile examples: near these percentiles of a filter's peak activations
+EXAMPLES = 3  # images at each of these levels
 Arrays = dict[str, Array]
 
 
@@ -100,40 +100,44 @@ class Span(NamedTuple):
 
     Example: a 3 x 3 convolution with a padding of 1 has its unit at row 0. The kernel lies on rows -1, 0 and
     1, and row -1 is padding. So `first` is -1, `start` is 0 and `stop` is 2. The transposed convolution makes
-    all three rows; `cut` is slice(1, 3) and drops the one outside.
+    all three rows; `inside` is slice(1, 3) and leaves out the one in the padding.
     """
 
-    first: int  # the first row, negative where the window crosses the border
-    start: int  # the first row inside the frame
-    stop: int  # the row after the last one inside the frame
+    first: int  # the first row that the transposed convolution makes; it may be padding
+    start: int  # the first row inside the map
+    stop: int  # the row after the last one inside the map
 
-    def cut(self) -> slice:
-        """Return which of the rows that the transposed convolution makes lie inside the frame."""
+    def inside(self) -> slice:
+        """Return which of the rows that the transposed convolution makes lie inside the map."""
         return slice(self.start - self.first, self.stop - self.first)
 
     def size(self) -> int:
-        """Return the number of rows inside the frame."""
+        """Return the number of rows inside the map."""
         return self.stop - self.start
 
 
 class UnitTensors(NamedTuple):
     """Some units on the network's device; every field has the shape (units,)."""
 
-    image: Tensor  # index into the images of the masks
+    image: Tensor  # index into the masks
     filter: Tensor
     value: Tensor
-    row: Tensor  # in the map before pooling
-    column: Tensor  # likewise
+    map_row: Tensor  # in the map before pooling
+    map_column: Tensor  # likewise
 
 
 def flip_kernels(block: ConvBlock) -> Tensor:
     """Return the flipped kernels with which a plain convolution does the block's transposed convolution.
 
-    A transposed convolution of stride s lays a copy of the kernel W on every s-th row and column. Row
-    s r + e of the result, with e < s, therefore meets only the rows e, s + e, 2 s + e, ... of W. So the
-    transposed convolution falls apart into s x s plain convolutions of stride 1, one for each pair of
-    remainders: its phases (the polyphase decomposition). The four phases of a 6 x 6 kernel at stride 2 have
-    3 x 3 taps each. They are called A to D here::
+    A transposed convolution of stride s lays a copy of the kernel W on every s-th row and column, so along
+    the rows its result is::
+
+        out[s r + e] = sum over j of x[r - j] W[s j + e],   with a remainder e from 0 to s - 1
+
+    A row with the remainder e meets only the rows e, s + e, 2 s + e, ... of W. So the transposed convolution
+    falls apart into s x s plain convolutions of stride 1, one for each pair of remainders: its phases (the
+    polyphase decomposition). The four phases of a 6 x 6 kernel at stride 2 have 3 x 3 taps each. They are
+    called A to D here::
 
         A B A B A B
         C D C D C D
@@ -142,8 +146,8 @@ def flip_kernels(block: ConvBlock) -> Tensor:
         A B A B A B         C makes the odd rows and even columns.
         C D C D C D         D makes the odd rows and odd columns.
 
-    A copy of W spreads forward from its input row, whereas a plain convolution reads forward. That is why
-    each phase is flipped. `interleave` puts the results of the phases together.
+    F.conv2d sums x[r + j] K[j] where the formula has x[r - j]: that is why each phase is flipped. All phases
+    run as one convolution, because their channels are its output channels. `interleave` puts them together.
 
     Returns:
         (phases * channels, filters, taps, taps) with batch norm's gain included. A kernel that s does not
@@ -171,12 +175,13 @@ def flip_kernels(block: ConvBlock) -> Tensor:
 def interleave(phases: Tensor, stride: int, channels: int) -> Tensor:
     """Put the results of the stride * stride phases of `flip_kernels` side by side.
 
-    (units, rows, columns, phases * channels) -> (units, rows * stride, columns * stride, channels); what
-    filled vector registers is left out. torch's pixel_shuffle took seven times as long.
+    (units, rows, columns, phases * channels) -> (units, rows * stride, columns * stride, channels). The zero
+    channels that `flip_kernels` added are dropped. torch's pixel_shuffle took seven times as long.
     """
     n, rows, columns, _ = phases.shape
     phases = phases[..., : stride**2 * channels]
-    # (units, rows, columns, row phase, column phase * channels) -> row phases beside the rows
+    # (units, rows, columns, row phase, column phase * channels): a column's phases already follow one
+    # another, a row's phases must first be moved beside the rows
     phases = phases.reshape(n, rows, columns, stride, -1)
     return phases.transpose(2, 3).reshape(n, rows * stride, columns * stride, channels)
 
@@ -199,27 +204,30 @@ class Projector:
         self.field = receptive_fields(net)[layer]
 
         # (filters, channels, rows, columns) -> (filters, rows, columns, channels)
-        self.top_filters = fold_batch_norm(self.blocks[layer]).permute(0, 2, 3, 1).contiguous()
+        self.own_filters = fold_batch_norm(self.blocks[layer]).permute(0, 2, 3, 1).contiguous()
         self.flipped = [flip_kernels(block) for block in self.blocks[:layer]]
 
-        self.windows = [self.spans(row) for row in range(self.map_sizes[layer])]
+        self.spans_of_row = [self.spans(map_row) for map_row in range(self.map_sizes[layer])]
         self.pattern = self.find_patterns()
 
-    def spans(self, row: int) -> list[Span]:
-        """Return the rows of the window of a unit at `row`, at the input of conv1 up to its own layer.
+    def spans(self, map_row: int) -> list[Span]:
+        """Return what a unit at `map_row`, before pooling, sees at the input of each layer.
+
+        There is one `Span` for each layer from conv1 to the units' own. Where a layer above met the border,
+        the rows that it lost are missing below, too.
 
         Example: in the default network the unit at row 10 of conv2 sees rows 9 to 11 of conv1's pooled map,
         Span(9, 9, 12). These are rows 18 to 23 of conv1's map before pooling, which see rows 34 to 49 of the
         image, Span(34, 34, 50). The result is [Span(34, 34, 50), Span(9, 9, 12)].
         """
         spans: list[Span] = []
-        start = row  # rows of a map before pooling
-        stop = row + 1
+        start = map_row  # rows of a map before pooling
+        stop = map_row + 1
         for k in reversed(range(self.layer + 1)):
             kernel, stride, padding, _ = conv_geometry(self.blocks[k])
             first = start * stride - padding
-            last = (stop - 1) * stride - padding + kernel
-            span = Span(first, max(first, 0), min(last, self.input_sizes[k]))
+            end = (stop - 1) * stride - padding + kernel  # the row after the last one
+            span = Span(first, max(first, 0), min(end, self.input_sizes[k]))
             spans.insert(0, span)
 
             # an input of this layer is a pooled value of the layer below, spread over its pooling region
@@ -230,14 +238,17 @@ class Projector:
         return spans
 
     def find_patterns(self) -> Array:
-        """Number the ways in which the border cuts windows; rows of the same number are cut alike."""
+        """Number the ways in which the border cuts windows; rows of the same number are cut alike.
+
+        The windows of such rows differ by a shift alone, at every layer.
+        """
         patterns: list[list[slice]] = []
         numbers = []
-        for spans in self.windows:
-            cuts = [span.cut() for span in spans]
-            if cuts not in patterns:
-                patterns.append(cuts)
-            numbers.append(patterns.index(cuts))
+        for spans in self.spans_of_row:
+            parts_inside = [span.inside() for span in spans]
+            if parts_inside not in patterns:
+                patterns.append(parts_inside)
+            numbers.append(patterns.index(parts_inside))
         return np.array(numbers)
 
     def before_pooling(self, origins: Array) -> Array:
@@ -258,43 +269,50 @@ class Projector:
             masks.append(mask.permute(0, 2, 3, 1).contiguous())
         return masks
 
-    def project(self, masks: Sequence[Tensor], units: UnitTensors, row: int, column: int) -> Tensor:
+    def project(self, masks: Sequence[Tensor], units: UnitTensors, map_row: int, map_column: int) -> Tensor:
         """Project units that the border cuts alike: their windows have one shape at every layer.
 
-        `row` and `column` belong to any one of the units, before pooling. The result is the part of each
-        window inside the image, float32 (units, rows, columns, 3), signed, in normalised pixels.
+        `map_row` and `map_column` belong to any one of the units. They are numbers, because to read them from
+        the device would mean to wait for it. The result is the part of each window inside the image, float32
+        (units, rows, columns, 3), signed, in normalised pixels.
         """
-        rows = self.windows[row]
-        columns = self.windows[column]
-        down = units.row - row  # how far each unit lies below that one
-        right = units.column - column
+        row_spans = self.spans_of_row[map_row]
+        column_spans = self.spans_of_row[map_column]
+        down = units.map_row - map_row  # how far each unit lies below that one
+        right = units.map_column - map_column
 
-        # A transposed convolution turns a single activation into its filter times the activation.
+        # The units' own layer is unpooled already, since they are addressed where their switches point. Its
+        # transposed convolution turns a single activation into its filter times the activation.
         # (filters, kernel rows, kernel columns, channels) -> (units, rows, columns, channels)
-        filters = self.top_filters[:, rows[self.layer].cut(), columns[self.layer].cut()]
+        filters = self.own_filters[:, row_spans[self.layer].inside(), column_spans[self.layer].inside()]
         signal = filters[units.filter] * units.value[:, None, None, None]
 
-        step = 1  # rows of the map at hand that are as far as one row of the units' own map
+        step = 1  # one row further in the units' own map is `step` rows further in the map of layer k
         for k in reversed(range(self.layer)):
             block = self.blocks[k]
             pool = block.pool_size
-            step *= conv_geometry(self.blocks[k + 1]).stride * pool
+            step *= conv_geometry(self.blocks[k + 1]).stride * pool  # through a convolution and a pooling
 
-            # Unpool and rectify: a pooled value stands where the mask of its pooling region is 1.
-            map_rows = window_rows(rows[k + 1], pool, down * step)
-            map_columns = window_rows(columns[k + 1], pool, right * step)
-            unpooled = gather(masks[k], units.image, map_rows, map_columns)
-            # in place, as (units, pooled rows, rows of region, pooled columns, columns of region, filters)
-            _, height, width, filter_count = signal.shape
-            regions = unpooled.view(-1, height, pool, width, pool, filter_count)
-            regions *= signal.clamp_(min=0)[:, :, None, :, None]
+            # Rectify, before unpooling because there are fewer values; the result is the same.
+            signal = signal.clamp_(min=0)  # (units, pooled rows, pooled columns, filters)
 
-            # Filter: (units, rows, columns, filters) -> (units, rows, columns, channels) at the input.
-            flipped = self.flipped[k]
-            signal = F.conv2d(unpooled.permute(0, 3, 1, 2), flipped, padding=flipped.shape[-1] - 1)
+            # Unpool: repeat each value over its pooling region, and multiply by the mask of the region. This
+            # is done in the mask's own memory, which `regions` shares.
+            row_indices = window_rows(row_spans[k + 1], pool, down * step)
+            column_indices = window_rows(column_spans[k + 1], pool, right * step)
+            unpooled = gather(masks[k], units.image, row_indices, column_indices)  # so far the mask
+            _, pooled_rows, pooled_columns, filter_count = signal.shape
+            # (units, pooled rows, rows of a region, pooled columns, columns of a region, filters)
+            regions = unpooled.view(-1, pooled_rows, pool, pooled_columns, pool, filter_count)
+            regions *= signal[:, :, None, :, None]
+
+            # Filter: (units, rows, columns, filters) -> (units, rows, columns, channels) at the input. Padded
+            # by taps - 1, because the outermost copies of the kernel reach so far beyond the signal.
+            taps = self.flipped[k].shape[-1]
+            signal = F.conv2d(unpooled.permute(0, 3, 1, 2), self.flipped[k], padding=taps - 1)
             stride = conv_geometry(block).stride
             signal = interleave(signal.permute(0, 2, 3, 1), stride, block.conv.in_channels)
-            signal = signal[:, rows[k].cut(), columns[k].cut()]
+            signal = signal[:, row_spans[k].inside(), column_spans[k].inside()]
         return signal
 
     def project_batch(
@@ -304,36 +322,38 @@ class Projector:
 
         The arguments are described in `project_units`.
         """
-        needed, image = np.unique(units.image, return_inverse=True)
+        needed, mask_index = np.unique(units.image, return_inverse=True)
         features = self.net.features(self.net.normalise(torch.from_numpy(images[needed])))
         masks = self.masks(features)
 
         # the positions before pooling, and with them the windows
         if before_pooling is None:
-            pooled_position = self.to_device(image, units.filter, units.row, units.column)
-            switches = features[self.layer][1][tuple(pooled_position)]
-            row, column = np.divmod(switches.cpu().numpy(), self.map_sizes[self.layer])
+            _, switches = features[self.layer]
+            image, filters, rows, columns = self.to_device(mask_index, units.filter, units.row, units.column)
+            unit_switches = switches[image, filters, rows, columns].cpu().numpy()
+            map_row, map_column = np.divmod(unit_switches, self.map_sizes[self.layer])
         else:
-            row, column = before_pooling.T
-        origins = np.stack([row, column], axis=1) * self.field.jump + self.field.start
+            map_row, map_column = before_pooling.T
+        origins = np.stack([map_row, map_column], axis=1) * self.field.jump + self.field.start
 
         # groups of units whose windows have the same shape; all of them go to the device in one piece
         groups = group_equal(
-            self.pattern[row] * len(self.pattern) + self.pattern[column],
+            self.pattern[map_row] * len(self.pattern) + self.pattern[map_column],
             limit=CPU_GROUP if self.device_type == "cpu" else GPU_GROUP,
         )
         padded = [pad_to_power_of_two(group) for group in groups] if self.device_type == "mps" else groups
         order = np.concatenate(padded)
-        entries = (image, units.filter, units.value, row, column)
+        entries = (mask_index, units.filter, units.value, map_row, map_column)
         tensors = self.to_device(*(entry[order] for entry in entries))
         lengths = [len(group) for group in padded]
         pieces = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
 
         results = []
         for indices, piece in zip(groups, pieces, strict=True):
-            windows = self.project(masks, UnitTensors(*piece), int(row[indices[0]]), int(column[indices[0]]))
-            kept = reduce(windows[: len(indices)]).cpu().numpy()
-            results.append(ProjectedBatch(indices, origins[indices], kept))
+            one = indices[0]
+            projections = self.project(masks, UnitTensors(*piece), int(map_row[one]), int(map_column[one]))
+            projections = projections[: len(indices)]  # without what `pad_to_power_of_two` repeated
+            results.append(ProjectedBatch(indices, origins[indices], reduce(projections).cpu().numpy()))
         return results
 
     def to_device(self, *arrays: Array) -> list[Tensor]:
@@ -377,7 +397,8 @@ def window_rows(span: Span, pool: int, shift: Tensor) -> Tensor:
 def gather(masks: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Copy one window for each unit out of masks (images, rows, columns, filters).
 
-    `rows` (units, window rows) and `columns` (units, window columns) say which window of which `image`.
+    `image` (units,) says from which mask; `rows` (units, window rows) and `columns` (units, window columns)
+    say which window of it.
     """
     _, map_rows, map_columns, filters = masks.shape
     first = (image[:, None] * map_rows + rows) * map_columns  # position of each row's first column
@@ -396,9 +417,9 @@ def project_units(
 ) -> Iterator[ProjectedBatch]:
     """Project units of many images; on a CPU each thread takes whole batches of images.
 
-    A unit's window is where its switch lies. To project another filter or another network in the window of a
-    given unit, say in `before_pooling` where that unit lies (`Projector.before_pooling` finds it). This
-    position then stands for the switch in the units' own layer; the layers below use their own switches.
+    The switch of a unit decides which pixels its window covers. To compare filters or networks in one and
+    the same window, pass its position as `before_pooling`, which `Projector.before_pooling` finds. Then the
+    switches of the units' own layer are ignored; the layers below use their own.
 
     Args:
         projector: The `Projector` of the units' layer.
@@ -406,7 +427,7 @@ def project_units(
         units: What is projected, in any order.
         desc: Label of the progress bar.
         reduce: Turns projections (units, rows, columns, 3) into what is kept of them, (units, ...); by
-            default everything is kept.
+            default everything is kept, as a copy.
         before_pooling: Row and column of each unit in its map before pooling, int64 (units, 2); by default
             where its switch points.
 
@@ -419,21 +440,21 @@ def project_units(
     batches = split_by_image(units.image, projector.batch_size)
 
     def work(batch: Array) -> list[ProjectedBatch]:
-        forced = None if before_pooling is None else before_pooling[batch]
-        return projector.project_batch(images, units.select(batch), forced, reduce)
+        positions = None if before_pooling is None else before_pooling[batch]
+        return projector.project_batch(images, units.select(batch), positions, reduce)
 
-    pool = ThreadPoolExecutor(threads)
+    executor = ThreadPoolExecutor(threads)
     try:
         if on_cpu:
             torch.set_num_threads(1)  # threads started from here on take it over
-        results = pool.map(work, batches) if on_cpu else map(work, batches)
+        results = executor.map(work, batches) if on_cpu else map(work, batches)
         with tqdm(total=len(batches), desc=desc, unit=" batches", disable=None) as bar:
             for batch, groups in zip(batches, results, strict=True):
                 for group in groups:
                     yield group._replace(indices=batch[group.indices])
                 bar.update()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C no further batch is begun
+        executor.shutdown(cancel_futures=True)  # after an error or Ctrl-C no further batch is begun
         torch.set_num_threads(threads)
 
 
@@ -629,7 +650,7 @@ def project_examples(
         patch[:] = crop(images[number], top, left, size, 0)
 
     def spread(values: Array) -> Array:
-        """(existing examples, ...) -> (filters, examples, ...)."""
+        """Put existing examples into the order of `image`, (existing, ...) -> (filters, examples, ...)."""
         if exists.all():  # the usual case, and then no copy is needed
             return values.reshape(*image.shape, *values.shape[1:])
         spread_values = np.zeros((*image.shape, *values.shape[1:]), values.dtype)
@@ -693,7 +714,8 @@ def title_filters(top: Arrays, layer: str, labels: Array, names: Sequence[str]) 
 def draw_pages(top: Arrays, titles: dict[str, list[str]], heading: str, per_page: int, folder: Path) -> None:
     """Draw the top projections of every filter of every layer, `per_page` filters a picture, conv1 in one.
 
-    Earlier pages go first: pages of a network with more filters would otherwise stay among the new ones.
+    Earlier pages are deleted first: pages of a network with more filters would otherwise stay beside the new
+    ones.
     """
     for page in folder.expanduser().glob("conv*_filters_*.png"):
         page.unlink()
@@ -760,8 +782,8 @@ def lay_out_filter(projections: Array, patches: Array, inside: Array, only_one: 
     """
     columns = math.ceil(len(patches) ** 0.5)
     panels = displayed(projections)  # (examples, size, size, 3)
-    whitened = np.where(inside[:, None], patches / 255, 1)
-    patch_grid = tile(np.moveaxis(whitened, 1, 3), columns, 1)
+    patches_on_white = np.where(inside[:, None], patches / 255, 1)
+    patch_grid = tile(np.moveaxis(patches_on_white, 1, 3), columns, 1)
 
     if only_one:
         whole = int(inside.all(axis=(1, 2)).argmax())  # one that the border does not cut, if there is one
@@ -913,11 +935,11 @@ def measure_projections(
     projector = Projector(net, len(LAYERS) - 1, batch_size)
     for start in range(0, len(chosen), 1000):  # all at once, millions of units would fill the memory
         part = chosen[start : start + 1000]
-        row, filter_index = np.nonzero(peaks[part] > 0)
-        units = strongest_of(peaks, activations["conv4_position"], part[row], filter_index)
+        index_in_part, filter_index = np.nonzero(peaks[part] > 0)
+        units = strongest_of(peaks, activations["conv4_position"], part[index_in_part], filter_index)
         desc = f"projections of {start + len(part):,} of {len(chosen):,} images"
         for indices, _, values in project_units(projector, images, units, desc, magnitude_statistics):
-            statistics[start + row[indices], filter_index[indices]] = values
+            statistics[start + index_in_part[indices], filter_index[indices]] = values
 
     names = ("nonzero_count", "mean", "max", "variance")
     return dict(zip(names, np.moveaxis(statistics, 2, 0), strict=True))

@@ -219,8 +219,8 @@ def test_a_gpu_has_all_the_operators_and_no_tensor_is_left_on_the_cpu() -> None:
             image=numbers(0, 1, 1),
             filter=numbers(0, 1, 255),
             value=torch.ones(3, device="cuda"),
-            row=numbers(5, 5, 5),
-            column=numbers(4, 4, 4),
+            map_row=numbers(5, 5, 5),
+            map_column=numbers(4, 4, 4),
         )
         windows = projector.project(projector.masks(features), units, 5, 4)
         measured = magnitude_statistics(windows)

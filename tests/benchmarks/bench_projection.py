@@ -84,7 +84,7 @@ def multiply_adds(projector: Projector, origins: Array) -> float:
     for row, column in projector.before_pooling(origins):
         for k in range(projector.layer):
             block = projector.blocks[k]
-            pooled = projector.windows[row][k + 1].size() * projector.windows[column][k + 1].size()
+            pooled = projector.spans_of_row[row][k + 1].size() * projector.spans_of_row[column][k + 1].size()
             total += pooled * block.pool_size**2 * block.conv.weight.numel()
     return total / len(origins)
 
