@@ -62,6 +62,7 @@ SEED = 0  # decides everything that is drawn at random here
 RESAMPLINGS = 1000  # bootstrap samples behind an interval
 NEARLY_DEAD = 0.01  # an active filter is nearly dead if it fires on a smaller share of the test images
 NORM_IMAGES = 500  # training images that give batch norm of new weights its means and variances
+NORM_BATCH = 100  # of them at once; means and variances are averaged over such batches
 PROBE_INPUTS = 1_024  # at most so many numbers of each of conv1 to conv3 go into its linear probe
 PROBE_DECAYS = (0.1, 0.01, 0.001)  # weight decays to choose from; each fit starts from the one before
 PROBE_STEPS = 100  # of L-BFGS at most; with fewer the smaller decays stay short of their optimum
@@ -127,6 +128,15 @@ def random_stream(purpose: str) -> np.random.Generator:
     return np.random.default_rng([SEED, *purpose.encode()])
 
 
+def percentile_limits(samples: Array) -> tuple[float, float]:
+    """Return the 2.5th and the 97.5th percentile of the samples that are not nan; nan if there are none."""
+    defined = samples[~np.isnan(samples)]
+    if not len(defined):
+        return math.nan, math.nan
+    low, high = np.percentile(defined, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def bootstrap(statistic: Callable[[Array], Array], count: int) -> Interval:
     """Return a statistic of all `count` items, with its 95 % percentile interval over resampled items.
 
@@ -135,11 +145,8 @@ def bootstrap(statistic: Callable[[Array], Array], count: int) -> Interval:
     if count == 0:
         return Interval(math.nan, math.nan, math.nan)
     resampled = np.random.default_rng(SEED).integers(count, size=(RESAMPLINGS, count))
-    samples = statistic(resampled)
-    defined = samples[~np.isnan(samples)]
-    low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (math.nan, math.nan)
     (value,) = statistic(np.arange(count)[None])
-    return Interval(float(value), float(low), float(high))
+    return Interval(float(value), *percentile_limits(statistic(resampled)))
 
 
 def median(values: Array) -> Interval:
@@ -199,6 +206,11 @@ def partial_correlation(xy: Array, xz: Array, yz: Array) -> Array:
         return np.asarray((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
 
 
+def correlate_given(x: Array, y: Array, z: Array) -> Array:
+    """Return the partial correlation of each row of x with the same row of y, given the same row of z."""
+    return partial_correlation(correlate_rows(x, y), correlate_rows(x, z), correlate_rows(y, z))
+
+
 def reduce_by_class(reduce: Callable[..., Any], values: Array, labels: Array, class_count: int) -> Array:
     """Reduce (images, filters) to (classes, filters) by np.mean or np.max."""
     groups = [values[labels == label].astype(np.float64) for label in range(class_count)]
@@ -222,11 +234,14 @@ def class_selectivity(means: Array) -> Array:
 
 
 def draw_intervals(
-    ax: Axes, table: pd.DataFrame, category: str, series: str, horizontal: bool = False
+    ax: Axes, table: pd.DataFrame, category: str, series: str | None = None, horizontal: bool = False
 ) -> None:
-    """Draw the columns median, low and high: a position for each category, a marker for each series."""
+    """Draw the columns median, low and high: a position for each category, a marker for each series.
+
+    Without `series` there is one series.
+    """
     positions = {name: position for position, name in enumerate(table[category].unique())}
-    groups = list(table.groupby(series, sort=False))
+    groups = list(table.groupby(series, sort=False)) if series else [("all", table)]
     for number, (name, rows) in enumerate(groups):
         shift = 0.14 * (number - (len(groups) - 1) / 2)  # side by side
         position = rows[category].map(positions) + shift
@@ -280,7 +295,7 @@ def measure_images(net: CNN, images: Array, desc: str) -> Measured:
         for layer, block in zip(LAYERS, net.blocks, strict=True):
             x = block(x)
             regions = net.average(x) if layer == "conv4" else average_regions(x)
-            if start == 0:  # put together at the end, small arrays between large ones would fill the memory
+            if start == 0:  # filled in place, because joining many small arrays would fragment the memory
                 peaks[layer] = np.empty((len(images), x.shape[1]), np.float32)
                 inputs[layer] = x.new_empty(len(images), regions[0].numel())
             peaks[layer][batch] = x.amax(dim=(2, 3)).cpu().numpy()
@@ -301,8 +316,8 @@ def load_start(path: Path, checkpoint: Checkpoint) -> CNN:
     return start.net
 
 
-def draw_norm_images(train: Split) -> Array:
-    """Draw NORM_IMAGES training images, whatever order the data set has."""
+def pick_norm_images(train: Split) -> Array:
+    """Pick NORM_IMAGES training images at random, whatever order the data set has."""
     order = random_stream("batch norm").permutation(len(train.labels))
     return train.images[order[:NORM_IMAGES]]
 
@@ -311,13 +326,13 @@ def recalibrate_batch_norm(net: CNN, first: int, images: Array) -> CNN:
     """Measure batch norm's means and variances anew, in block `first` (0 for conv1) and all blocks above.
 
     Batch norm of a trained network holds the statistics of its own maps. With other weights in the blocks
-    below they would not fit, and activations would be off scale. Each is the average over batches of 100 of
-    the training `images`.
+    below they would not fit, and activations would be off scale. Each mean and each variance is the average
+    over batches of the training `images`. The network itself is changed, and returned.
     """
     for block in net.blocks[first:]:
         block.train()
         block.bn.momentum = None  # average all batches alike; by default the last ones count most
-    for batch in torch.from_numpy(images).split(100):
+    for batch in torch.from_numpy(images).split(NORM_BATCH):
         x = net.normalise(batch)
         for block in net.blocks:
             x = block(x)
@@ -338,14 +353,15 @@ def area_under_roc(values: Array, is_member: Array) -> Array:
     """Return how probably each filter fires more on an image of its class than on one of another class.
 
     This is the area under the receiver operating characteristic, from ranks (Mann-Whitney); a tie counts
-    half. Gale et al. 2020 (arXiv 2007.01062) ask for it beside selectivity, which one strong image can carry.
+    half. Gale et al. 2020 (arXiv 2007.01062) recommend measures of signal detection such as this one, because
+    selectivity alone can be misleadingly high: a few strong images can carry it.
     `values` and `is_member`, whether an image is of the filter's class, are (images, filters).
     """
     ranks = pd.DataFrame(values).rank().to_numpy()
-    inside = is_member.sum(axis=0)
-    outside = len(values) - inside
-    pairs_won = (ranks * is_member).sum(axis=0) - inside * (inside + 1) / 2
-    return np.asarray(pairs_won / (inside * outside))
+    members = is_member.sum(axis=0)
+    others = len(values) - members
+    pairs_won = (ranks * is_member).sum(axis=0) - members * (members + 1) / 2
+    return np.asarray(pairs_won / (members * others))
 
 
 def count_classes(images: Array, labels: Array, class_count: int) -> Array:
@@ -372,7 +388,9 @@ def tabulate_filters(layer: str, peaks: Array, samples: Array, run: Run, n_top: 
     votes[preferred, numbers] += 0.5  # a tie goes to the preferred class
     selectivity = class_selectivity(means).max(axis=0)
     resampled = class_selectivity(samples)[:, preferred, numbers]  # (samples, filters)
-    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+    limits = np.array([percentile_limits(values) for values in resampled.T])
+    # the preferred class of each sample; -1 where no image on which the filter fires was drawn
+    first = np.where(samples.any(axis=1), samples.argmax(axis=1), -1)
 
     table = pd.DataFrame(
         {
@@ -385,10 +403,10 @@ def tabulate_filters(layer: str, peaks: Array, samples: Array, run: Run, n_top: 
             "preferred_class": names[preferred],
             "runner_up": names[runner_up],
             "top_class": names[votes.argmax(axis=0)],
-            "preferred_share": (samples.argmax(axis=1) == preferred).mean(axis=0),
+            "preferred_share": (first == preferred).mean(axis=0),
             "selectivity": selectivity,
-            "selectivity_low": low,
-            "selectivity_high": high,
+            "selectivity_low": limits[:, 0],
+            "selectivity_high": limits[:, 1],
             "auc": area_under_roc(peaks, labels[:, None] == preferred),
         }
     )
@@ -437,6 +455,10 @@ def tabulate(peaks: Mapping[str, Array], run: Run, n_top: int) -> Tables:
             selectivity: See `class_selectivity`, for the preferred class.
             selectivity_low, selectivity_high: Limits of its 95 % bootstrap interval over images.
             auc: See `area_under_roc`, for the preferred class.
+
+        The preferred class is chosen on the same images, and the intervals hold it fixed. So a filter that
+        is indifferent to classes has a selectivity above 0 and an auc above 0.5, most of all if it fires on
+        few images. The untrained network's filters are chosen alike: compare with them.
 
         One row a filter and class:
             layer, filter, class: The filter, and the name of the class.
@@ -496,12 +518,12 @@ def count_filters(filters: pd.DataFrame) -> pd.DataFrame:
     for layer, table in filters.groupby("layer"):
         active = table[~table["dead"]]
         is_uncertain = active["preferred_share"] < 0.9
-        top_differs = active["preferred_class"] != active["top_class"]
+        differs = active["preferred_class"] != active["top_class"]
         counts = {
             "dead filters": table["dead"].sum(),
             "nearly dead filters": (active["activation_nonzero"] < NEARLY_DEAD).sum(),
             "filters that prefer another class in over 10 % of the bootstrap samples": is_uncertain.sum(),
-            "filters whose top examples are mostly of another class than the preferred": top_differs.sum(),
+            "filters whose top examples are most often of another class than the preferred": differs.sum(),
         }
         rows += [(name, layer, count, len(table)) for name, count in counts.items()]
     return pd.DataFrame(rows, columns=["name", "layer", "value", "n"]).assign(unit="filters")
@@ -581,7 +603,10 @@ def run_specialisation(run: Run, trained: pd.DataFrame, untrained: pd.DataFrame)
 
 
 class Linear(NamedTuple):
-    """A linear classifier, stored as torch.nn.Linear stores its own: logits = features @ weights.T + bias."""
+    """A linear classifier that reads features: a probe, or the network's own. Both are called readouts.
+
+    It is stored as torch.nn.Linear stores its own: logits = features @ weights.T + bias.
+    """
 
     weights: Tensor  # (classes, inputs)
     bias: Tensor  # (classes,)
@@ -602,6 +627,8 @@ def fit_probe(features: Tensor, labels: Tensor, decay: float, start: Linear) -> 
     deviation = features.std(dim=0, correction=0)
     scale = deviation.where(deviation > 0, 1)
     standardised = (features - centre) / scale
+
+    # the start, for standardised features
     weights = (start.weights * scale).requires_grad_()
     bias = (start.bias + start.weights @ centre).requires_grad_()
     optimiser = torch.optim.LBFGS([weights, bias], max_iter=PROBE_STEPS, line_search_fn="strong_wolfe")
@@ -637,7 +664,7 @@ def choose_probe(features: Tensor, labels: Tensor, class_count: int) -> Linear:
     return fit_probe(features, labels, best.decay, start=best)
 
 
-class Network(NamedTuple):
+class NetworkResults(NamedTuple):
     """What the experiments need to know of the trained, or of the untrained, network."""
 
     tables: Tables
@@ -679,10 +706,12 @@ def tabulate_probes(
 
 def measure_network(
     run: Run, net: CNN, name: str, n_top: int, peaks: Mapping[str, Array] | None = None
-) -> Network:
+) -> NetworkResults:
     """Pass all images through a network once; make its tables and its probes.
 
-    `peaks` are its peak activations in the test images where they are known, `n_top` is as for `tabulate`.
+    `peaks` are its peak activations in the test images where activations.npz has them, so that the tables
+    agree with that file bit by bit. `n_top` is as for `tabulate`.
+
     Only conv4's inputs are kept, because the inputs of all layers would fill the memory.
     """
     train = measure_images(net, run.train.images, f"{name} network, training images")
@@ -692,7 +721,7 @@ def measure_network(
     labels = torch.from_numpy(run.train.labels).to(net.mean.device)
     layers = tqdm(LAYERS, f"{name} network, probes", unit=" layers", disable=None)
     probes = {layer: choose_probe(train.inputs[layer], labels, len(run.names)) for layer in layers}
-    return Network(
+    return NetworkResults(
         tables=tables,
         probes=tabulate_probes(name, probes, test.inputs, run.test.labels),
         readout=probes["conv4"],
@@ -734,18 +763,18 @@ def run_probes(run: Run, probes: pd.DataFrame, accuracy: float) -> pd.DataFrame:
 
 # ---------------------------------------------------------------- ablation: what filters are needed for
 
-HITS = "filters that cost their preferred class most"
+HITS = "filters whose ablation hurts their preferred class most"
 
 
 class Ablation(NamedTuple):
     """What the mean ablation of each filter of conv4 does to the test images, seen by one readout."""
 
     loss_increase: Array  # rise of each image's cross-entropy in nats, (images, filters)
-    contribution: Array  # what the filter adds to the logit of the image's own class, (images, filters)
+    contribution: Array  # what the filter adds to the logit of the image's class beyond its mean, likewise
     spread: Array  # how much the filter moves the logits against each other, (filters,)
 
 
-def split_logits(readout: Linear, network: Network) -> tuple[Tensor, Tensor]:
+def split_logits(readout: Linear, network: NetworkResults) -> tuple[Tensor, Tensor]:
     """Split a readout's logits of the test images into what each filter of conv4 says, and the rest.
 
     Returns parts (filters, images, classes) and a base (classes,). A readout is linear, so logits =
@@ -761,7 +790,7 @@ def split_logits(readout: Linear, network: Network) -> tuple[Tensor, Tensor]:
     return parts, F.linear(mean_inputs, readout.weights, readout.bias)
 
 
-def ablate(readout: Linear, network: Network, labels: Tensor) -> Ablation:
+def ablate(readout: Linear, network: NetworkResults, labels: Tensor) -> Ablation:
     """Replace each filter of conv4 by its mean, one at a time.
 
     The loss says more than accuracy, which for a single filter counts the few images that tip over. `spread`
@@ -786,7 +815,8 @@ def tabulate_ablation(ablation: Ablation, selectivity: Array, run: Run) -> pd.Da
 
     filter, class: The filter of conv4; the name of the class, or "all".
     selectivity: See `class_selectivity`, (classes, filters); empty for a dead filter, and for all classes.
-    contribution: What the filter adds to the logit of the class, mean over the class's test images.
+    contribution: What the filter adds to the logit of the class beyond its mean over the training images;
+        mean over the class's test images.
     loss_increase: Mean rise of the cross-entropy by mean ablation, over the class's (or all) test images.
     """
     numbers = np.arange(selectivity.shape[1])
@@ -812,6 +842,11 @@ def values_by_filter(ablation: pd.DataFrame, column: str) -> Array:
     return np.asarray(ablation[column].to_numpy().reshape(-1, rows_per_filter)[:, :-1])
 
 
+def preferred_classes(peak_means: Array) -> tuple[Array, Array]:
+    """Return which filters are active, and the preferred class of each, from `class_means`."""
+    return np.any(peak_means, axis=0), np.asarray(np.argmax(peak_means, axis=0))
+
+
 def average_costs(ablation: Ablation, peak_means: Array, labels: Array) -> pd.DataFrame:
     """Return rows of summary.csv: mean loss increase of a filter's preferred class and of each other class.
 
@@ -819,27 +854,27 @@ def average_costs(ablation: Ablation, peak_means: Array, labels: Array) -> pd.Da
     `class_means` (classes, filters).
     """
     class_count = len(peak_means)
-    active = peak_means.any(axis=0)
-    is_preferred = np.arange(class_count)[:, None] == peak_means.argmax(axis=0)  # (classes, filters)
+    active, preferred = preferred_classes(peak_means)
+    is_preferred = np.arange(class_count)[:, None] == preferred  # (classes, filters)
     means = reduce_by_class(np.mean, ablation.loss_increase, labels, class_count)
     samples = bootstrap_means(ablation.loss_increase, labels)  # (samples, classes, filters)
     rows = []
-    for classes, mask in (("the preferred class", is_preferred), ("each other class", ~is_preferred)):
+    for which, mask in (("the preferred class", is_preferred), ("each other class", ~is_preferred)):
         counted = mask & active
         interval = Interval(math.nan, math.nan, math.nan)
         if counted.any():
             low, high = np.percentile(samples[:, counted].mean(axis=1), (2.5, 97.5))
             interval = Interval(means[counted].mean(), low, high)
-        rows.append((f"loss increase of {classes}", *interval, "nats", active.sum()))
+        rows.append((f"loss increase of {which}", *interval, "nats", active.sum()))
     return pd.DataFrame(rows, columns=["name", *Interval._fields, "unit", "n"])
 
 
 def share_of_hits(ablation: Ablation, peak_means: Array, labels: Array) -> Interval:
-    """Return the share of active filters that cost their preferred class more than any other (Wilson)."""
-    active = peak_means.any(axis=0)
+    """Return the share of active filters whose ablation hurts their preferred class most (Wilson)."""
+    active, preferred = preferred_classes(peak_means)
     loss_increase = reduce_by_class(np.mean, ablation.loss_increase, labels, len(peak_means))
-    hits = active & (loss_increase.argmax(axis=0) == peak_means.argmax(axis=0))
-    return wilson(hits.sum(), active.sum())
+    is_hit = active & (loss_increase.argmax(axis=0) == preferred)
+    return wilson(is_hit.sum(), active.sum())
 
 
 def correlate_samples(x: Array, y: Array) -> Interval:
@@ -855,10 +890,11 @@ def correlate_samples(x: Array, y: Array) -> Interval:
 def correlate_costs(ablation: pd.DataFrame, spread: Array) -> pd.DataFrame:
     """Return rows of summary.csv: rank correlations of loss increases with what might predict them.
 
-    They are over active filters. A filter's preferred class is kept apart from the others, or ranks would mix
-    what the filter drives with what it avoids. Selectivity has a control: a filter that moves the logits more
-    costs more, whatever class it prefers. So there is a partial correlation given the `spread` (filters,) of
-    what the filter adds to the logits.
+    They are over active filters, or over pairs of an active filter and an other class; the intervals are over
+    filters. A filter's preferred class is kept apart from the others, or ranks would mix what the filter
+    drives with what it avoids. A filter that moves the logits more costs more, whatever class it prefers. So
+    a partial correlation says what selectivity tells beyond the `spread` (filters,) of what the filter adds
+    to the logits.
     """
     active = ~np.isnan(values_by_filter(ablation, "selectivity")).any(axis=1)
     selectivity = values_by_filter(ablation, "selectivity")[active]  # (filters, classes)
@@ -873,8 +909,7 @@ def correlate_costs(ablation: pd.DataFrame, spread: Array) -> pd.DataFrame:
         return np.asarray(values[~is_preferred].reshape(len(values), selectivity.shape[1] - 1))
 
     def given_spread(indices: Array) -> Array:
-        x, y, z = (rank_rows(values[indices]) for values in (largest, overall, spread))
-        return partial_correlation(correlate_rows(x, y), correlate_rows(x, z), correlate_rows(y, z))
+        return correlate_given(*(rank_rows(values[indices]) for values in (largest, overall, spread)))
 
     preferred_cost = loss_increase[is_preferred]
     other_cost = others(loss_increase)
@@ -930,20 +965,19 @@ def draw_ablation(ablation: pd.DataFrame, hits: pd.DataFrame, chance: float) -> 
     above.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
 
     readouts = hits["name"].str.removeprefix(f"{HITS}: ")
-    draw_intervals(
-        below, hits.assign(readout=readouts, median=hits["value"]), "readout", "unit", horizontal=True
-    )
+    shares = hits.assign(readout=readouts, median=hits["value"])
+    draw_intervals(below, shares, "readout", horizontal=True)
     below.axvline(100 * chance, color="0.5", linestyle=":", linewidth=1)
     below.set(xlabel=f"{HITS} (%); dotted: a class picked at random", xlim=(0, 100))
     return fig
 
 
-def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame:
+def run_ablation(run: Run, trained: NetworkResults, untrained: NetworkResults) -> pd.DataFrame:
     """Ablate each filter of conv4; write table and figure, return rows of summary.csv.
 
     The share of filters that cost their preferred class most belongs to the readout as much as to the
-    filters. So it is compared with the same share of a probe on the same features, and of a probe on the
-    untrained network's features, which is the right chance.
+    filters. So it is compared with the same share of a probe on the same features, and with the share of a
+    probe on the untrained network's features: the baseline, which needs no training of the network.
     """
     labels = torch.from_numpy(run.test.labels).to(run.net.mean.device)
     peak_means = class_means(trained.tables.classes)
@@ -960,7 +994,8 @@ def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame
     for readout, (ablation, network) in ablations.items():
         means = class_means(network.tables.classes)
         share = share_of_hits(ablation, means, run.test.labels)
-        rows.append((f"{HITS}: {readout}", *share, means.any(axis=0).sum()))
+        active, _ = preferred_classes(means)
+        rows.append((f"{HITS}: {readout}", *share, active.sum()))
     hits = to_percent(pd.DataFrame(rows, columns=["name", *Interval._fields, "n"]).assign(unit="%"))
 
     costs = average_costs(network_ablation, peak_means, run.test.labels)
@@ -975,7 +1010,8 @@ def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame
 
 # ---------------------------------------------------------------- what a projection shows
 #
-# Insertion and deletion (Petsiuk et al. 2018): do the pixels of a projection matter to its unit?
+# Insertion and deletion (Petsiuk et al. 2018, at single shares of the window instead of the area under the
+# curve over all shares): do the pixels of a projection matter to its unit?
 # Sanity check by weight randomisation (Adebayo et al. 2018, section 3.1): what of a projection was learned?
 # Both look at one unit of each filter of conv4, in the unit's own window.
 
@@ -983,7 +1019,7 @@ def run_ablation(run: Run, trained: Network, untrained: Network) -> pd.DataFrame
 class Windows(NamedTuple):
     """Units of conv4 with the magnitudes of their projections in their windows, (units, rows, columns).
 
-    There may be several units of a filter: `draw_units` chooses one, `draw_partners` another.
+    There may be several units of a filter: `pick_units` chooses one, `pick_partners` another.
     """
 
     units: Units
@@ -1014,15 +1050,18 @@ def crop_windows(frames: Array, origins: Array, size: int) -> Array:
 
 
 def to_frames(windows: Array, origins: Array) -> Array:
-    """Put windows (units, rows, columns) into frames of the image's size, 0 elsewhere."""
+    """Put windows (units, rows, columns) into frames of the image's size, 0 elsewhere.
+
+    The frame is cropped out of what surrounds the window, and so its origin lies at minus the window's.
+    """
     return crop_windows(windows, -origins, IMAGE_SIZE)
 
 
 def read_examples(path: Path, checkpoint: Checkpoint) -> Windows:
     """Read the top-9 examples of all filters of conv4 from projections.npz.
 
-    The mean window profile is the mean magnitude over all examples whose window is inside the image there,
-    each with the sum 1.
+    Each example's magnitudes are scaled to the sum 1. The mean window profile is their mean at each pixel of
+    the window, over the examples in which that pixel lies inside the image.
     """
     keys = [f"conv4_{key}" for key in ("image", "value", "position", "origin", "projection")]
     image, value, position, origin, projection = load_arrays(path, checkpoint, *keys)
@@ -1045,8 +1084,8 @@ def read_examples(path: Path, checkpoint: Checkpoint) -> Windows:
     )
 
 
-def draw_units(filters: Array) -> Array:
-    """Draw one example of each active filter, because examples of one filter are much alike.
+def pick_units(filters: Array) -> Array:
+    """Pick one example of each active filter at random, because examples of one filter are much alike.
 
     `filters` are the filters of the examples; the result are indices of examples, by rising filter.
     """
@@ -1055,11 +1094,11 @@ def draw_units(filters: Array) -> Array:
     return np.asarray(shuffled[first])
 
 
-def draw_partners(filters: Array, chosen: Array, draw: int) -> Array:
-    """Draw for each of the `chosen` examples another example of the same filter.
+def pick_partners(filters: Array, chosen: Array, draw: int) -> Array:
+    """Pick at random for each of the `chosen` examples another example of the same filter.
 
     An example that is the only one of its filter is its own partner. `filters` and the result are as for
-    `draw_units`.
+    `pick_units`.
     """
     rng = random_stream(f"partners {draw}")
     partners = []
@@ -1074,89 +1113,104 @@ def project_elsewhere(run: Run, net: CNN, windows: Windows, units: Units, desc: 
 
     The same window means that both projections start from the same position before pooling.
     """
+    # the start is 1, because the activation can be 0 here; ranks do not depend on it
+    ones = np.ones(len(units.image), np.float32)
     projections, _ = project_windows(
         Projector(net, len(LAYERS) - 1),
         run.test.images,
-        units._replace(value=np.ones(len(units.image), np.float32)),  # ranks do not depend on it
+        units._replace(value=ones),
         desc,
         before_pooling=windows.before_pooling,
     )
     return np.asarray(np.abs(projections).sum(axis=1))
 
 
-def draw_others(numbers: Array, count: int, rng: np.random.Generator) -> Array:
-    """Draw for each number another one from 0 to count - 1."""
+def pick_others(numbers: Array, count: int, rng: np.random.Generator) -> Array:
+    """Pick for each number another one at random from 0 to count - 1, if there is another."""
+    # steps of 1 to count - 1 never lead back to the number
     return (numbers + rng.integers(1, max(count, 2), len(numbers))) % count
 
 
 # -------------------------------- insertion and deletion
 
 
-def average_blocks(scores: Array, inside: Array) -> Array:
-    """Average scores over blocks of the frame, BLOCK x BLOCK pixels, so that no method gains by its grain.
+def average_blocks(scores: Array, in_window: Array) -> Array:
+    """Average scores over blocks of the frame, BLOCK x BLOCK pixels.
 
-    Of a block only the pixels `inside` the window count. Both arrays, and the result, are frames (units,
-    rows, columns).
+    So fine and coarse scores choose equally coarse pixels, and no method gains by its grain. A block counts
+    with its pixels `in_window`. Both arrays, and the result, are frames (units, rows, columns).
     """
     starts = np.arange(0, IMAGE_SIZE, BLOCK)
 
-    def sum_blocks(frames: Array) -> Array:
+    def sum_blocks(frames: Array) -> Array:  # (units, rows, columns) -> (units, blocks down, blocks across)
         return np.add.reduceat(np.add.reduceat(frames, starts, axis=1), starts, axis=2)
 
-    counts = sum_blocks(inside.astype(np.int64)).clip(min=1)
-    means = sum_blocks(np.where(inside, scores, 0)) / counts
+    counts = sum_blocks(in_window.astype(np.int64)).clip(min=1)
+    means = sum_blocks(np.where(in_window, scores, 0)) / counts
     block = np.arange(IMAGE_SIZE) // BLOCK  # of each row or column
     return np.asarray(means[:, block[:, None], block])
 
 
-def topk_mask(scores: Array, inside: Array, share: float) -> Array:
+def topk_mask(scores: Array, in_window: Array, share: float) -> Array:
     """Return which pixels are among the `share` of their window that score highest; ties in reading order.
 
-    All arrays are (units, rows, columns); only pixels `inside` the window are counted and chosen.
+    All arrays are (units, rows, columns); only pixels `in_window` are counted and chosen.
     """
-    order = np.where(inside, -scores, np.inf).reshape(len(scores), -1).argsort(axis=1, kind="stable")
-    wanted = np.maximum(1, np.round(share * inside.sum(axis=(1, 2))))
+    order = np.where(in_window, -scores, np.inf).reshape(len(scores), -1).argsort(axis=1, kind="stable")
+    wanted = np.maximum(1, np.round(share * in_window.sum(axis=(1, 2))))
     mask = np.zeros(order.shape, np.bool_)
     np.put_along_axis(mask, order, np.arange(order.shape[1]) < wanted[:, None], axis=1)
     return mask.reshape(scores.shape)
 
 
+def edge_strength(images: Tensor) -> Array:
+    """Return how much each pixel differs from its neighbours, (images, 3, rows, columns) -> without the 3."""
+    differences = torch.stack(torch.gradient(images, dim=(2, 3)))  # down and right, (2, images, 3, ...)
+    return np.asarray(differences.abs().sum(dim=(0, 2)).cpu().numpy())
+
+
+def nearness(size: int) -> Array:
+    """Return how near each pixel of a window (size, size) is to its centre: minus the distance."""
+    distance = np.arange(size) - (size - 1) / 2
+    return np.asarray(-np.hypot(distance[:, None], distance))
+
+
+def backpropagate_units(net: CNN, images: Tensor, units: Units, rule: str) -> Array:
+    """Return the magnitudes of `deconv.backpropagate` for one unit of each image, (images, rows, columns)."""
+    magnitudes = []
+    for batch in np.split(np.arange(len(images)), range(BATCH, len(images), BATCH)):
+        indices = (units.filter[batch], units.row[batch], units.column[batch])
+        signed = backpropagate(net, images[batch], len(LAYERS) - 1, *indices, rule)
+        magnitudes.append(signed.abs().sum(dim=1).cpu().numpy())
+    return np.concatenate(magnitudes)
+
+
 def score_pixels(run: Run, windows: Windows, other_filter: Array) -> dict[str, Array]:
     """Score the pixels of the frame for each unit, (units, rows, columns), by several methods.
 
-    The projection; `deconv.backpropagate` with two other rules, magnitudes summed over RGB; the image's edges
-    times the mean window profile, which know neither filter nor network; the projection of another filter
-    in the same window (magnitudes `other_filter`); nearness to the window's centre; and chance, a number for
-    each block.
+    They are the projection; the magnitudes of two other rules of `deconv.backpropagate`; the image's edges
+    times the mean window profile, which know no filter, and of the network only where in a window its
+    projections are strong on average; the projection of another filter in the same window (magnitudes
+    `other_filter`); nearness to the window's centre; and chance, a random number for each block. Scores
+    outside a unit's window mean nothing.
     """
     units = windows.units
     count = len(units.image)
     images = run.net.normalise(torch.from_numpy(run.test.images[units.image]))
 
-    def backpropagate_units(rule: str) -> Array:
-        sums = []
-        for batch in np.split(np.arange(count), range(BATCH, count, BATCH)):
-            indices = (units.filter[batch], units.row[batch], units.column[batch])
-            signed = backpropagate(run.net, images[batch], len(LAYERS) - 1, *indices, rule)
-            sums.append(signed.abs().sum(dim=1).cpu().numpy())
-        return np.concatenate(sums)
+    def in_frames(window: Array) -> Array:  # the same window for all units
+        return to_frames(np.tile(window, (count, 1, 1)), windows.origin)
 
-    # |difference| to the next rows and columns, (2, units, 3, rows, columns) -> (units, rows, columns)
-    edges = torch.stack(torch.gradient(images, dim=(2, 3))).abs().sum(dim=(0, 2)).cpu().numpy()
-    size = len(windows.profile)
-    distance = np.arange(size) - (size - 1) / 2
-    nearness = -np.hypot(distance[:, None], distance)
     blocks = math.ceil(IMAGE_SIZE / BLOCK)
-    chance = (
-        random_stream("chance").random((count, blocks, blocks)).repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
-    )
+    chance = random_stream("chance").random((count, blocks, blocks))
+    chance = chance.repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)
     return {
         "projection": to_frames(windows.magnitude, windows.origin),
-        "guided backpropagation": backpropagate_units("guided"),
-        "gradient": backpropagate_units("gradient"),
-        "edges x window profile": edges * to_frames(np.tile(windows.profile, (count, 1, 1)), windows.origin),
+        "guided backpropagation": backpropagate_units(run.net, images, units, "guided"),
+        "gradient": backpropagate_units(run.net, images, units, "gradient"),
+        "edges x window profile": edge_strength(images) * in_frames(windows.profile),
         "other filter, same window": to_frames(other_filter, windows.origin),
-        "centre": to_frames(np.tile(nearness, (count, 1, 1)), windows.origin),
+        "centre": in_frames(nearness(len(windows.profile))),
         "chance": chance[:, :IMAGE_SIZE, :IMAGE_SIZE],
     }
 
@@ -1187,13 +1241,13 @@ def mask_images(run: Run, windows: Windows, other_filter: Array, shares: Sequenc
     image divided by its activation in the image.
     """
     images = run.net.normalise(torch.from_numpy(run.test.images[windows.units.image]))
-    inside = to_frames(windows.inside, windows.origin)
+    in_window = to_frames(windows.inside, windows.origin)
     scores = score_pixels(run, windows, other_filter)
     tables = []
     for method in tqdm(scores, "insertion and deletion", unit=" methods", disable=None):
-        averaged = average_blocks(scores[method], inside)
+        averaged = average_blocks(scores[method], in_window)
         for share in shares:
-            mask = torch.from_numpy(topk_mask(averaged, inside, share))[:, None].to(images.device)
+            mask = torch.from_numpy(topk_mask(averaged, in_window, share))[:, None].to(images.device)
             columns = {
                 "unit": np.arange(len(images)),
                 "method": method,
@@ -1215,7 +1269,8 @@ def tabulate_masks(masked: pd.DataFrame) -> pd.DataFrame:
                 rows.append((test, share, method, *median(values[method].to_numpy())))
                 if method != "projection":
                     differences = (values["projection"] - values[method]).to_numpy()
-                    rows.append((f"{test}, projection minus", share, method, *median(differences)))
+                    name = f"projection minus {method}"
+                    rows.append((f"{test} difference", share, name, *median(differences)))
     table = pd.DataFrame(rows, columns=["test", "share", "condition", "median", "low", "high"])
     return table.assign(n=masked["unit"].nunique())
 
@@ -1239,14 +1294,25 @@ def randomise_weights(net: CNN, images: Array, draw: int) -> Iterator[tuple[str,
         yield name, recalibrate_batch_norm(random_net.to(net.mean.device), first, images)
 
 
+def pick_other_filters(windows: Windows, draw: int) -> Units:
+    """Give each unit another filter that is active, but need not fire in that unit's image and window.
+
+    `windows` holds one unit of each active filter.
+    """
+    units = windows.units
+    count = len(units.filter)
+    others = pick_others(np.arange(count), count, random_stream(f"other filters {draw}"))
+    return units._replace(filter=units.filter[others])
+
+
 def project_conditions(
     run: Run, windows: Windows, norm_images: Array, draw: int
 ) -> Iterator[tuple[str, Array]]:
     """Yield the names of the controls and of the random networks, with magnitudes in the same windows."""
-    rng = random_stream(f"others {draw}")
     units = windows.units
-    other_filter = units._replace(filter=draw_others(units.filter, run.net.config["filters"][-1], rng))
-    other_image = draw_others(units.image, len(run.test.images), rng)
+    other_filter = pick_other_filters(windows, draw)
+    rng = random_stream(f"other images {draw}")
+    other_image = pick_others(units.image, len(run.test.images), rng)
     controls = {
         "other filter, same window": other_filter,
         "same filter, other image": units._replace(image=other_image),
@@ -1265,11 +1331,6 @@ def rank_pixels(magnitudes: Array, inside: Array) -> Array:
     """
     known = np.where(inside, magnitudes, np.nan)
     return rank_rows(known.reshape(len(known), -1))
-
-
-def correlate_given(x: Array, y: Array, z: Array) -> Array:
-    """Return the partial correlation of each row of x with the same row of y, given the same row of z."""
-    return partial_correlation(correlate_rows(x, y), correlate_rows(x, z), correlate_rows(y, z))
 
 
 def compare_projections(run: Run, windows: Windows, norm_images: Array) -> pd.DataFrame:
@@ -1298,20 +1359,21 @@ def compare_examples(examples: Windows, chosen: Array) -> pd.DataFrame:
     """Compare the magnitudes of the `chosen` examples with other top-9 examples of the same filters.
 
     This control asks more than another image drawn at random, on which the filter may not even fire. Both
-    units see their own windows, and the pixels that are inside the image in both are compared. A filter with
-    a single example is left out. The rows are as in `compare_projections`.
+    units see their own windows, and the pixels that are inside the image in both are compared. The comparison
+    is pixel by pixel: the same pattern a few pixels further counts as another one. A filter with a single
+    example is left out. The rows are as in `compare_projections`.
     """
     tables = []
     for draw in range(RANDOM_DRAWS):
-        partners = draw_partners(examples.units.filter, chosen, draw)
+        partners = pick_partners(examples.units.filter, chosen, draw)
         units = np.flatnonzero(partners != chosen)
-        own = examples.select(chosen[units])
-        other = examples.select(partners[units])
-        inside = own.inside & other.inside
-        ranks, other_ranks, profile = (
-            rank_pixels(values, inside)
-            for values in (own.magnitude, other.magnitude, np.broadcast_to(own.profile, inside.shape))
-        )
+        windows = examples.select(chosen[units])
+        others = examples.select(partners[units])
+        inside = windows.inside & others.inside
+
+        ranks = rank_pixels(windows.magnitude, inside)
+        other_ranks = rank_pixels(others.magnitude, inside)
+        profile = rank_pixels(np.broadcast_to(examples.profile, inside.shape), inside)
         columns = {
             "unit": units,
             "condition": "same filter, other top-9 example",
@@ -1359,7 +1421,7 @@ def draw_trust(trust: pd.DataFrame) -> Figure:
     fig.legend(handles, shares, loc="outside lower left", ncols=len(shares), frameon=False)
 
     likeness = trust[trust["test"] == "partial rank correlation"]
-    draw_intervals(axes[2], likeness, "condition", "test", horizontal=True)
+    draw_intervals(axes[2], likeness, "condition", horizontal=True)
     axes[2].axvline(0, color="0.5", linestyle=":", linewidth=1)
     axes[2].set_title("likeness to the unit's projection", fontsize=9)
     axes[2].set(xlabel="partial rank correlation of the pixels", xlim=(None, 1))
@@ -1389,7 +1451,7 @@ def summarise_trust(trust: pd.DataFrame) -> pd.DataFrame:
     window_part = ", " + shares["share"].map(percentage) + " of the window: "
     shares = shares.assign(
         name=shares["test"] + window_part + shares["condition"],
-        unit=np.where(shares["test"].str.endswith("minus"), "points", "%"),
+        unit=np.where(shares["test"].str.endswith("difference"), "points", "%"),
     )
     correlations = trust[~is_share]
     name = correlations["test"] + " with the unit's projection: " + correlations["condition"]
@@ -1400,8 +1462,8 @@ def summarise_trust(trust: pd.DataFrame) -> pd.DataFrame:
 def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[float]) -> pd.DataFrame:
     """Mask images and compare projections; write trust.csv and its figure, return rows of summary.csv.
 
-    test: insertion, deletion; either with ", projection minus", a paired difference; or the partial rank
-        correlation of two projections.
+    test: insertion, deletion; insertion difference, deletion difference, which are paired; or the partial
+        rank correlation of two projections.
     share: Of the window's pixels that are kept or removed; empty for correlations.
     condition: What chose the pixels; or what the unit's projection is compared with.
     median, low, high: Over units, with a 95 % bootstrap interval over units.
@@ -1414,12 +1476,10 @@ def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[
         run.save_table("trust", pd.DataFrame(columns=columns))
         return pd.DataFrame()
 
-    chosen = draw_units(examples.units.filter)
+    chosen = pick_units(examples.units.filter)
     windows = examples.select(chosen)
-    rng = random_stream("other filters")
-    filters = draw_others(windows.units.filter, run.net.config["filters"][-1], rng)
-    units = windows.units._replace(filter=filters)
-    other_filter = project_elsewhere(run, run.net, windows, units, "other filters, same windows")
+    others = pick_other_filters(windows, draw=0)
+    other_filter = project_elsewhere(run, run.net, windows, others, "other filters, same windows")
     masks = tabulate_masks(mask_images(run, windows, other_filter, shares))
     compared = [compare_examples(examples, chosen), compare_projections(run, windows, norm_images)]
     likeness = tabulate_likeness(pd.concat(compared))
@@ -1524,7 +1584,7 @@ def main() -> None:
     peaks = read_peaks(OUTPUTS / "activations.npz", checkpoint)
     projections = read_statistics(OUTPUTS / "projection_statistics.npz", checkpoint)
     examples = read_examples(OUTPUTS / "projections.npz", checkpoint)
-    (conv4_images,) = load_arrays(OUTPUTS / "projections.npz", checkpoint, "conv4_image")
+    (conv4_images,) = load_arrays(OUTPUTS / "projections.npz", checkpoint, "conv4_image")  # (filters, N_TOP)
     train = load_checkpoint_split(checkpoint, DATA_DIR, "train")
     test = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     source = f"{TITLES[checkpoint.dataset]}, {len(test.labels):,} test images, {checkpoint.accuracy()}"
@@ -1533,7 +1593,7 @@ def main() -> None:
 
     # one pass of each network over each split; then its tables and probes
     n_top = conv4_images.shape[1]
-    norm_images = draw_norm_images(train)
+    norm_images = pick_norm_images(train)
     trained = measure_network(run, run.net, "trained", n_top, peaks)
     untrained = measure_network(run, recalibrate_batch_norm(start, 0, norm_images), "untrained", n_top)
 

@@ -48,7 +48,7 @@ def run_and_windows(make_net: MakeNet, count: int) -> tuple[ap.Run, ap.Windows]:
     checkpoint = make_checkpoint(net)
     save_arrays(Path("top.npz"), checkpoint, **top)
     examples = ap.read_examples(Path("top.npz"), checkpoint)
-    return make_run([0] * count, images, net), examples.select(ap.draw_units(examples.units.filter))
+    return make_run([0] * count, images, net), examples.select(ap.pick_units(examples.units.filter))
 
 
 def ran(pipeline: Path, data: Path) -> tuple[Checkpoint, Split, Split]:
@@ -174,6 +174,18 @@ def test_the_table_of_filters_by_hand() -> None:
     assert table.loc[table["layer"] == "conv1", "auc"].tolist()[0] == conv4["auc"][0]
 
 
+def test_a_filter_that_fires_on_one_image_has_an_interval_over_the_samples_with_that_image() -> None:
+    labels = np.repeat([0, 1, 2], 40)
+    strength = np.zeros((120, 1), np.float32)
+    strength[70] = 2  # of class 1
+    table = ap.tabulate(dict.fromkeys(LAYERS, strength), make_run(labels), 9).filters
+    row = table.iloc[-1]
+    assert row["preferred_class"] == NAMES[1]
+    assert (row["selectivity_low"], row["selectivity_high"]) == (1, 1)  # it fires on this class only
+    # a sample of 40 images holds the one with a probability of 1 - (39 / 40) ** 40 = 0.64
+    assert row["preferred_share"] == pytest.approx(0.64, abs=0.12)
+
+
 def test_the_top_class_counts_as_many_images_as_projections_npz_holds() -> None:
     tables = [ap.tabulate(PEAKS, make_run(LABELS), n_top).filters for n_top in (1, 9)]
     assert [table["top_class"][0] for table in tables] == ["dog", "cat"]
@@ -221,7 +233,7 @@ def test_batch_norm_takes_the_average_over_batches_and_blocks_below_stay(make_ne
 def test_images_for_batch_norm_are_of_all_classes_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ap, "NORM_IMAGES", 30)
     images = np.arange(300).reshape(-1, 1, 1, 1)  # an image's number is its only pixel
-    drawn = ap.draw_norm_images(Split(images, np.repeat([0, 1, 2], 100))).ravel()
+    drawn = ap.pick_norm_images(Split(images, np.repeat([0, 1, 2], 100))).ravel()
     assert len(np.unique(drawn)) == 30 and set(drawn // 100) == {0, 1, 2}
 
 
@@ -250,7 +262,7 @@ def test_the_untrained_network_is_the_start_of_this_training(
 ) -> None:
     (_, train, test), path = ran(pipeline, tiny_stl10), pipeline_copy / "snapshots/epoch_000.pth"
     start, old = (load_checkpoint(path).net for _ in range(2))
-    ap.recalibrate_batch_norm(start, 0, ap.draw_norm_images(train))
+    ap.recalibrate_batch_norm(start, 0, ap.pick_norm_images(train))
     assert all(map(torch.equal, start.parameters(), old.parameters()))
     measured = measure_activations(test.images, start, 50, "")
     means = np.concatenate([measured[f"{layer}_max"].mean(axis=0) for layer in LAYERS])
@@ -352,12 +364,12 @@ def test_the_table_of_probes_by_hand() -> None:
 # ---------------------------------------------------------------- ablation
 
 
-def some_network(train_inputs: Tensor, test_inputs: Tensor, filter_count: int) -> ap.Network:
+def some_network(train_inputs: Tensor, test_inputs: Tensor, filter_count: int) -> ap.NetworkResults:
     tables = ap.Tables(pd.DataFrame({"layer": ["conv4"] * filter_count}), pd.DataFrame())
-    return ap.Network(tables, pd.DataFrame(), zero(), train_inputs, test_inputs)
+    return ap.NetworkResults(tables, pd.DataFrame(), zero(), train_inputs, test_inputs)
 
 
-def network_and_classifier(make_net: MakeNet) -> tuple[ap.Network, CNN, Array]:
+def network_and_classifier(make_net: MakeNet) -> tuple[ap.NetworkResults, CNN, Array]:
     """What the classifier of a network sees of 9 training and 40 test images, and the labels of these."""
     net, generator = make_net(classes=3, dtype=torch.float64), torch.Generator().manual_seed(1)
     net.classifier.bias.copy_(torch.tensor([0.0, 2, 1]))
@@ -512,9 +524,9 @@ def test_filters_without_an_example_have_no_unit(pipeline: Path, tiny_stl10: Pat
 
 def test_one_example_of_each_filter_is_drawn_and_another_as_its_partner() -> None:
     filters = np.repeat([0, 2, 5, 7], (9, 1, 2, 40))
-    chosen = ap.draw_units(filters)
+    chosen = ap.pick_units(filters)
     assert filters[chosen].tolist() == [0, 2, 5, 7]
-    partners = np.stack([ap.draw_partners(filters, chosen, draw) for draw in range(5)])
+    partners = np.stack([ap.pick_partners(filters, chosen, draw) for draw in range(5)])
     assert (filters[partners] == filters[chosen]).all()
     assert (partners != chosen).tolist() == [[True, False, True, True]] * 5  # filter 2 has one example only
     assert len(set(partners[:, 3])) > 1  # draws differ
@@ -573,7 +585,7 @@ def test_other_units_are_projected_from_the_same_position_before_pooling(make_ne
 
 
 def test_other_numbers_are_drawn_evenly() -> None:
-    drawn = ap.draw_others(np.full(6000, 2), 4, np.random.default_rng(0))
+    drawn = ap.pick_others(np.full(6000, 2), 4, np.random.default_rng(0))
     assert np.bincount(drawn).tolist()[2] == 0 and min(np.bincount(drawn)[[0, 1, 3]]) > 1800
 
 
@@ -671,7 +683,7 @@ def test_differences_of_methods_are_paired() -> None:
     masked = pd.DataFrame(rows, columns=["unit", "method", "insertion"]).assign(share=0.1, deletion=0.0)
     table = ap.tabulate_masks(masked).set_index(["test", "condition"])
     assert table.loc[("insertion", "projection"), "median"] == 5
-    assert table.loc[("insertion, projection minus", "centre"), "median"] == 1  # of 1, -1 and 6
+    assert table.loc[("insertion difference", "projection minus centre"), "median"] == 1  # of 1, -1 and 6
     assert (table["n"] == 3).all() and len(table) == 6
 
 
@@ -905,8 +917,9 @@ def test_the_summary_holds_the_numbers_of_the_tables(pipeline: Path, tiny_stl10:
     name = "test accuracy of a linear probe, untrained network"
     assert value[name, "conv2"] == pytest.approx(100 * probes["untrained", "conv2"])
     trust = pd.read_csv(outputs / "trust.csv").set_index(["test", "condition", "share"])["median"]
-    name = "insertion, projection minus, 25 % of the window: centre"
-    assert value[name, "conv4"] == pytest.approx(100 * trust["insertion, projection minus", "centre", 0.25])
+    name = "insertion difference, 25 % of the window: projection minus centre"
+    expected = trust["insertion difference", "projection minus centre", 0.25]
+    assert value[name, "conv4"] == pytest.approx(100 * expected)
     specialisation = pd.read_csv(outputs / "specialisation.csv").set_index(["metric", "network", "layer"])[
         "median"
     ]

@@ -42,7 +42,7 @@ PAGE = "deconv/conv4_filters_032_to_047.png"  # an example of the pages of decon
 SEEDS = ("seed 0", "seed 1", "seed 2")  # the columns of comparison.csv, in order
 
 # Table A: what is written first, name and layer in comparison.csv, and the row it is compared with.
-MOST = "filters that cost their preferred class most"
+MOST = "filters whose ablation hurts their preferred class most"
 NETWORK = [
     ("test accuracy", "test accuracy", "", None),
     (
@@ -71,8 +71,8 @@ NETWORK = [
         "auc, median over filters, untrained network",
     ),
     (
-        "filters of conv4 whose top-9 examples are mostly of another class than the preferred one",
-        "filters whose top examples are mostly of another class than the preferred",
+        "filters of conv4 whose top-9 examples are most often of another class than the preferred one",
+        "filters whose top examples are most often of another class than the preferred",
         "conv4",
         None,
     ),
@@ -83,7 +83,7 @@ NETWORK = [
         "loss increase of each other class",
     ),
     (
-        "filters that cost their preferred class most, and the same for an untrained readout",
+        "filters whose ablation hurts their preferred class most, and the same for an untrained readout",
         f"{MOST}: the network's own classifier",
         "conv4",
         f"{MOST}: probe on untrained features",
