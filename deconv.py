@@ -830,7 +830,7 @@ const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.c
 const numbersOf = (text) => new Float32Array(bytesOf(text).buffer);
 
 // ---- the way up; maps are flat arrays, (rows, columns, channels)
-function windows(kernel, stride, padding, inputRows, outputRows) {  // what each output position reads
+function readsOf(kernel, stride, padding, inputRows, outputRows) {  // what each output position reads
   return Array.from({ length: outputRows ** 2 }, (_, output) => {
     const reads = [];
     for (let tap = 0; tap < kernel ** 2; tap++) {
@@ -848,9 +848,10 @@ const blocks = data.blocks.map((block) => {
   const { kernel, stride, padding, pool, filters, input_rows, map_rows, pooled_rows } = block;
   const weights = numbersOf(block.weights);  // (filters, rows, columns, channels), with batch norm's gain
   const inputs = weights.length / filters;
+  // (rows, columns, channels, filters), so that the innermost loop of convolve reads one number after another
   const filtersLast = weights.map((_, k) => weights[(k % filters) * inputs + Math.floor(k / filters)]);
-  const reads = windows(kernel, stride, padding, input_rows, map_rows);
-  const regions = windows(pool, pool, 0, map_rows, pooled_rows);
+  const reads = readsOf(kernel, stride, padding, input_rows, map_rows);
+  const regions = readsOf(pool, pool, 0, map_rows, pooled_rows);
   return { ...block, weights, filtersLast, reads, regions, offsets: numbersOf(block.offsets) };
 });
 
@@ -861,9 +862,9 @@ function normalise(pixels) {  // 0 to 255, (rows, columns, 3)
 function cover(image, { top, left, side }) {  // with grey: zero is the mean of the training images
   const covered = image.slice();
   const first = Math.max(0, left);
-  const last = Math.min(size, left + side);
+  const end = Math.min(size, left + side);
   for (let row = Math.max(0, top); row < Math.min(size, top + side); row++) {
-    covered.fill(0, 3 * (row * size + first), 3 * (row * size + last));
+    covered.fill(0, 3 * (row * size + first), 3 * (row * size + end));
   }
   return covered;
 }
@@ -890,10 +891,10 @@ function convolve(input, { reads, channels, filters, filtersLast, offsets }) {
 function pool(map, { regions, filters }) {
   const pooled = new Float32Array(regions.length * filters);
   const switches = new Int32Array(pooled.length);  // where in the map the maximum of a region was
-  for (let unit = 0; unit < pooled.length; unit++) {
-    const places = regions[Math.floor(unit / filters)].map((read) => read.input * filters + (unit % filters));
-    switches[unit] = places.reduce((best, place) => (map[place] > map[best] ? place : best));
-    pooled[unit] = Math.max(map[switches[unit]], 0);  // ReLU
+  for (let k = 0; k < pooled.length; k++) {
+    const places = regions[Math.floor(k / filters)].map((read) => read.input * filters + (k % filters));
+    switches[k] = places.reduce((best, place) => (map[place] > map[best] ? place : best));
+    pooled[k] = Math.max(map[switches[k]], 0);  // ReLU
   }
   return { map, pooled, switches };
 }
@@ -915,8 +916,8 @@ function forward(image) {  // normalised
 // ---- the way down: `project` of deconv.py, and the other two rules of its `backpropagate`
 function unpool(signal, switches, { map_rows, filters }) {  // each value to its switch, all others are zero
   const unpooled = new Float32Array(map_rows ** 2 * filters);
-  for (let unit = 0; unit < signal.length; unit++) {
-    if (signal[unit] !== 0) unpooled[switches[unit]] = signal[unit];
+  for (let k = 0; k < signal.length; k++) {
+    if (signal[k] !== 0) unpooled[switches[k]] = signal[k];
   }
   return unpooled;
 }
