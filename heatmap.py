@@ -13,9 +13,9 @@ The projection of a filter in an image starts from the unit with the filter's pe
 magnitude of a projection at a pixel is the sum over RGB of its absolute values, in normalised pixels.
 
 Zeiler & Fergus (arXiv 1311.2901) change images in two ways to see what the network uses. A grey square
-slides over them (Figure 7), and they are translated, scaled and rotated (Figure 5). Both are done here on
-test images that are classified correctly. Grey is the mean colour of the training images, which is 0 in
-normalised pixels.
+slides over them (Figure 7), and they are translated, scaled and rotated (Figure 5). The examples are test
+images that are classified correctly; means over many images include mistakes. Grey is the mean colour of the
+training images, which is 0 in normalised pixels.
 """
 
 import re
@@ -77,7 +77,7 @@ OCCLUDER = 24  # pixels, side of the grey square that slides over an image: it h
 OCCLUSION_STRIDE = 2  # pixels from one position of the square to the next
 INVARIANCE_IMAGES = 5  # images in invariance.png, each of another class; the paper has 5
 MEAN_IMAGES = 500  # images behind the means there, as many of each class, however they are classified
-DEGREES: dict[str, list[float]] = {  # how far they are transformed
+AMOUNTS: dict[str, list[float]] = {  # how far images are transformed
     "shift": [*range(-24, 25, 2)],  # pixels, down is positive
     "zoom": [1 + step / 20 for step in range(17)],  # factor
     "angle": [*range(0, 351, 10)],  # degrees clockwise
@@ -148,7 +148,7 @@ class Inputs(NamedTuple):
         return strongest_of(self.maxima, self.positions, image_indices, filter_indices)
 
     def leaves_out(self, figure: str, one_class: bool = False) -> bool:
-        """Say in one line why a figure of conv4 cannot be drawn, if it cannot."""
+        """Return whether a figure of conv4 cannot be drawn; if so, print the reason in one line."""
         reason = ""
         if not one_class and len(self.names) > MOST_CLASSES:
             reason = f"{len(self.names):,} classes are too many for one figure"
@@ -215,7 +215,10 @@ class Group(NamedTuple):
 
 
 def break_into_lines(groups: Sequence[Sequence[int]], columns: int) -> list[list[Group]]:
-    """Break groups of filters, one a class, into lines of `columns` columns, with one empty after each."""
+    """Break groups of filters, one a class, into lines of `columns` columns.
+
+    One column stays empty after each group.
+    """
     lines: list[list[Group]] = [[]]
     for row, filters in enumerate(groups):
         for start in range(0, len(filters), columns):
@@ -255,9 +258,14 @@ def draw_class_filters(means: Array, filters: pd.DataFrame, names: Sequence[str]
         filters: Rows of filter_metrics.csv for this layer; dead filters are left out.
         names: Names of the classes.
     """
-    # vehicles, then animals; the filters of a class by falling selectivity
+    # vehicles, then animals
     order = sorted(range(len(names)), key=lambda label: names[label] not in VEHICLES)
-    active = filters[~filters["dead"]].sort_values("selectivity", ascending=False)
+
+    # the filters of a class in the order of `rank_filters`, nearly dead ones last
+    active = filters[~filters["dead"]]
+    active = active.assign(nearly_dead=active["activation_nonzero"] < NEARLY_DEAD)
+    keys = ["nearly_dead", "selectivity", "activation_mean", "filter"]
+    active = active.sort_values(keys, ascending=[True, False, False, True])
     groups = [active.loc[active["preferred_class"] == names[label], "filter"].tolist() for label in order]
     lines = break_into_lines(groups, FILTERS_PER_LINE)
 
@@ -286,8 +294,10 @@ def picture_all_classes(inputs: Inputs) -> None:
     figure = draw_class_filters(class_means(inputs.classes), conv4, inputs.names)
     caption = (
         "Each column is a filter, with its number below. Filters stand by their preferred class, the most "
-        "selective first. The frame marks this class, which by definition has the largest value of the "
-        f"column. Dead filters, here {conv4['dead'].sum()}, are left out."
+        f"selective first; those that fire on less than {100 * NEARLY_DEAD:g} % of the test images come last "
+        "in their class. The frame marks the preferred class, which by definition has the largest value of "
+        "the column. "
+        f"Dead filters, here {conv4['dead'].sum()}, are left out."
     )
     inputs.save_figure("class_filter_heatmap", figure, "Filters of conv4 over all classes", caption)
 
@@ -314,9 +324,9 @@ def sum_projections(
     image_indices, filter_indices = np.broadcast_arrays(image_indices, filter_indices)
     shape = image_indices.shape[:-1]
     units = inputs.peak_units(image_indices.ravel(), filter_indices.ravel())
-    sums = np.arange(image_indices.size) // image_indices.shape[-1]  # to which sum each unit belongs
-
     count = int(np.prod(shape))
+    sums = np.arange(count).repeat(image_indices.shape[-1])  # to which sum each unit belongs
+
     magnitude = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE))
     signed = np.zeros((count, 3, IMAGE_SIZE, IMAGE_SIZE))
     projector = Projector(inputs.net, len(LAYERS) - 1)
@@ -367,17 +377,17 @@ def rank_filters(filters: pd.DataFrame, classes: pd.DataFrame, names: list[str],
     return ranking.sort_values(order, ascending=[True, False, False, False, True], ignore_index=True)
 
 
-def describe_ranked(filter_metrics: Any) -> str:
+def describe_ranked(filter_row: Any) -> str:
     """Return what stands beside the row of a filter: its numbers, a row of `rank_filters`."""
     lines = [
-        f"filter {filter_metrics.filter}",
-        f"selectivity {filter_metrics.selectivity:.2f}",
-        f"mean peak activation {filter_metrics.activation_mean:.2f}",
-        f"prefers {shorten(filter_metrics.preferred_class)}",
-        f"in {100 * filter_metrics.preferred_share:.0f} % of bootstrap samples",
+        f"filter {filter_row.filter}",
+        f"selectivity {filter_row.selectivity:.2f}",
+        f"mean peak activation {filter_row.activation_mean:.2f}",
+        f"prefers {shorten(filter_row.preferred_class)}",
+        f"in {100 * filter_row.preferred_share:.0f} % of bootstrap samples",
     ]
-    if str(filter_metrics.top_class) != str(filter_metrics.preferred_class):
-        lines.append(f"top images: mostly\n{shorten(filter_metrics.top_class)}")
+    if str(filter_row.top_class) != str(filter_row.preferred_class):
+        lines.append(f"top images: most often\n{shorten(filter_row.top_class)}")
     return "\n".join(lines)
 
 
@@ -400,18 +410,18 @@ def draw_class(ranking: pd.DataFrame, means: Array, images: Array, magnitudes: A
     colours[:, 3] = np.linspace(0, 1, 256) ** 0.6  # clear at zero, so that the image stays visible
     overlay = ListedColormap(colours)
 
-    for k, filter_metrics in enumerate(ranking.itertuples()):
+    for k, filter_row in enumerate(ranking.itertuples()):
         title = "mean over the class" if k == 0 else ""
         largest = means[k].max() or 1  # 0 where the filter fires on no image of the class
         mean = show(axes[k, 0], means[k] / largest, title, cmap="mako", vmin=0, vmax=1)
-        numbers = describe_ranked(filter_metrics)
+        numbers = describe_ranked(filter_row)
         axes[k, 0].set_ylabel(numbers, rotation=0, ha="right", va="center", fontsize=8)
         scale = robust_scale(magnitudes[k])
         for i in range(per_filter):
             left, right = axes[k, 1 + 2 * i : 3 + 2 * i]
             picture = np.moveaxis(images[k, i], 0, 2)
             show(left, picture, f"peak activation {peaks[k, i]:.2f}")
-            # below the projection: the image in grey, dimmed, since its brightest pixel is 255 of 400
+            # under the projection: the image in grey, dimmed, since its brightest pixel is 255 of 400
             show(right, picture.mean(axis=2), cmap="gray", vmin=0, vmax=400)
             over = show(right, magnitudes[k, i] / scale, cmap=overlay, vmin=0, vmax=1)
 
@@ -496,6 +506,9 @@ def picture_images(inputs: Inputs, filter_count: int) -> None:
         return
     first = np.array([np.flatnonzero(inputs.test.labels == label)[0] for label in range(len(inputs.names))])
     maxima = inputs.maxima[first]  # (classes, filters)
+    if not maxima.any():
+        print("images.png is left out: no filter of conv4 fires in the first image of any class", flush=True)
+        return
     strongest = np.argsort(-maxima, axis=1, kind="stable")[:, :filter_count]
     sums = sum_projections(inputs, first[:, None], strongest, "images")
 
@@ -522,8 +535,8 @@ def predict(net: CNN, images: Array) -> Array:
 
 def first_correct(predictions: Array, labels: Array) -> Array:
     """Return, for each class in turn, its first image that is classified correctly, if there is one."""
-    correct = pd.Series(np.flatnonzero(predictions == labels))
-    return correct.groupby(labels[correct]).first().to_numpy(np.int64)
+    correct_images = pd.Series(np.flatnonzero(predictions == labels))
+    return correct_images.groupby(labels[correct_images]).first().to_numpy(np.int64)
 
 
 class Occluder(NamedTuple):
@@ -551,8 +564,8 @@ class Occluder(NamedTuple):
 class Occlusion(NamedTuple):
     """What the network makes of an image with the square at each position, arrays (down, across, ...)."""
 
-    activity: Array  # sum over the filter's map, as a share of the sum without the square
-    unit: Array  # activation of the unit with the filter's peak activation, likewise
+    map_left: Array  # sum over the filter's map, as a share of the sum without the square
+    unit_left: Array  # activation of the unit with the filter's peak, as a share of it without the square
     probability: Array  # of each class, (down, across, classes)
     label: int  # the true class
 
@@ -574,21 +587,25 @@ def occlusion_sensitivity(
     """
     normalised = net.normalise(torch.from_numpy(image[None]))
     filter_index, row, column = unit
-    before = net.features(normalised)[-1][0][0, filter_index]
+    pooled, _ = net.features(normalised)[-1]  # (1, filters, rows, columns)
+    before = pooled[0, filter_index]  # (rows, columns)
+
     lines = torch.from_numpy(covered).to(normalised.device)
-    activities = []
-    activations = []
+    map_left = []
+    unit_left = []
     probabilities = []
     for rows in lines:  # one copy of the image for each position across
         squares = rows[None, :, None] & lines[:, None, :]  # (positions across, 96, 96)
-        pooled = net.features(normalised.masked_fill(squares[:, None], 0))[-1][0]
+        occluded = normalised.masked_fill(squares[:, None], 0)
+        pooled, _ = net.features(occluded)[-1]  # (positions across, filters, rows, columns)
         maps = pooled[:, filter_index]
-        activities.append(maps.sum(dim=(1, 2)) / before.sum())
-        activations.append(maps[:, row, column] / before[row, column])
+        map_left.append(maps.sum(dim=(1, 2)) / before.sum())
+        # pooled: a neighbour in the pooling region may take over
+        unit_left.append(maps[:, row, column] / before[row, column])
         probabilities.append(net.classify(pooled).softmax(dim=1))
     return Occlusion(
-        activity=torch.stack(activities).cpu().numpy(),
-        unit=torch.stack(activations).cpu().numpy(),
+        map_left=torch.stack(map_left).cpu().numpy(),
+        unit_left=torch.stack(unit_left).cpu().numpy(),
         probability=torch.stack(probabilities).cpu().numpy(),
         label=label,
     )
@@ -617,16 +634,17 @@ def tabulate_occlusion(occlusions: Sequence[Occlusion], units: Units, names: Seq
         "filter": units.filter,  # the filter of conv4 with the highest peak activation
         "label": [names[occlusion.label] for occlusion in occlusions],  # the true class
         "activation": units.value,  # peak activation without the square
-        "activity": [occlusion.activity.min() for occlusion in occlusions],  # lowest share that is left
-        "unit": [occlusion.unit.min() for occlusion in occlusions],  # likewise
+        # what the square leaves of the sum over the map and of the unit's activation, where it leaves least
+        "lowest_map_left": [occlusion.map_left.min() for occlusion in occlusions],
+        "lowest_unit_left": [occlusion.unit_left.min() for occlusion in occlusions],
         "taken_for": [describe_mistakes(occlusion, names) for occlusion in occlusions],
     }
     return pd.DataFrame(columns)
 
 
-def mark_lowest(ax: Axes, unit: Array, occluder: Occluder) -> None:
+def mark_lowest(ax: Axes, unit_left: Array, occluder: Occluder) -> None:
     """Frame the square that leaves least of the unit's activation."""
-    down, across = np.unravel_index(unit.argmin(), unit.shape)
+    down, across = np.unravel_index(unit_left.argmin(), unit_left.shape)
     left = occluder.centres[across] - occluder.side / 2
     top = occluder.centres[down] - occluder.side / 2
     for colour, width in (("black", 2.2), ("white", 1.0)):  # visible on any image
@@ -663,8 +681,8 @@ def draw_occlusion(
     last = occluder.centres[-1] + occluder.stride / 2
     maps: dict[str, Any] = {"extent": (first, last, last, first)}
 
-    # shares are symmetric about 1, on one scale for all images; so are magnitudes
-    shares = np.array([(occlusion.activity, occlusion.unit) for occlusion in occlusions])
+    # Colours of shares are symmetric about 1. These and the magnitudes have one scale for all images.
+    shares = np.array([(occlusion.map_left, occlusion.unit_left) for occlusion in occlusions])
     reach = abs(shares - 1).max()
     share: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 1 - reach, "vmax": 1 + reach, **maps}
     magnitude: dict[str, Any] = {"cmap": "mako", "vmin": 0, "vmax": robust_scale(magnitudes), **whole}
@@ -674,12 +692,12 @@ def draw_occlusion(
         row = axes[k]
         drawn = [
             show(row[0], np.moveaxis(images[k], 0, 2), **whole),
-            show(row[1], occlusion.activity, **share),
-            show(row[2], occlusion.unit, **share),
+            show(row[1], occlusion.map_left, **share),
+            show(row[2], occlusion.unit_left, **share),
             show(row[3], magnitudes[k], **magnitude),
             show(row[4], occlusion.probability[:, :, occlusion.label], **probability),
         ]
-        mark_lowest(row[0], occlusion.unit, occluder)
+        mark_lowest(row[0], occlusion.unit_left, occluder)
         outline_mistakes(row[4], occlusion, occluder)
         name = f"{shorten(str(entry.label))}\nfilter {entry.filter}\npeak activation\n{entry.activation:.2f}"
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
@@ -708,23 +726,31 @@ def label_columns(fig: Figure, axes: Array, drawn: Sequence[AxesImage]) -> None:
             bar.set_label(label, fontsize=8)
 
 
-def run_occlusion(inputs: Inputs, correct: Array, occluder: Occluder) -> None:
+def run_occlusion(inputs: Inputs, correct_images: Array, occluder: Occluder) -> None:
     """Write occlusion.csv and occlusion.png.
 
-    `correct` are the indices of the images, each of another class and classified correctly.
+    `correct_images` are the indices of the images, each of another class and classified correctly. Images in
+    which no filter of conv4 fires are left out.
     """
     if inputs.leaves_out("occlusion.png"):
         return
-    correct = correct[inputs.maxima[correct].any(axis=1)]  # without images in which nothing fires
-    if not len(correct):
+    if not len(correct_images):
         print("occlusion.png is left out: no image is classified correctly")
         return
-    images = inputs.test.images[correct]
-    labels = inputs.test.labels[correct]
-    units = inputs.peak_units(correct, inputs.maxima[correct].argmax(axis=1))
+    image_indices = correct_images[inputs.maxima[correct_images].any(axis=1)]
+    if not len(image_indices):
+        print(
+            "occlusion.png is left out: no filter of conv4 fires in the first correctly classified image of "
+            "any class"
+        )
+        return
+
+    images = inputs.test.images[image_indices]
+    labels = inputs.test.labels[image_indices]
+    units = inputs.peak_units(image_indices, inputs.maxima[image_indices].argmax(axis=1))
     covered = occluder.covered()
     occlusions = []
-    for k in tqdm(range(len(correct)), "occlusion", disable=None):
+    for k in tqdm(range(len(image_indices)), "occlusion", disable=None):
         unit = [int(units.filter[k]), int(units.row[k]), int(units.column[k])]
         occlusions.append(occlusion_sensitivity(images[k], int(labels[k]), unit, inputs.net, covered))
 
@@ -745,7 +771,12 @@ def run_occlusion(inputs: Inputs, correct: Array, occluder: Occluder) -> None:
 
 # ---------------------------------------------------------------- invariance (Figure 5)
 
-MEASURES = ("distance in conv1", "distance in averaged conv4", "probability of the true class", "accuracy")
+MEASURES = {  # what is measured, and the titles of figures
+    "distance in conv1": "distance\nin conv1",
+    "distance in averaged conv4": "distance in conv4,\naveraged over regions",
+    "probability of the true class": "probability of\nthe true class",
+    "accuracy": "accuracy",
+}
 
 
 def transform(images: Tensor, shift: float = 0, zoom: float = 1, angle: float = 0) -> Tensor:
@@ -770,7 +801,7 @@ def relative_distance(after: Tensor, before: Tensor) -> Tensor:
     return distances / norms
 
 
-def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Sequence[float]) -> pd.DataFrame:
+def measure_invariance(net: CNN, split: Split, transformation: str, amounts: Sequence[float]) -> pd.DataFrame:
     """Measure how far features of images move when these are transformed (Figure 5 of the paper).
 
     The paper compares the features of the first layer and of a fully connected one. The only fully connected
@@ -780,11 +811,11 @@ def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Seq
         net: The network.
         split: Images and labels.
         transformation: One of `TRANSFORMATIONS`.
-        degrees: How far the images are transformed.
+        amounts: How far the images are transformed, in the unit of the transformation.
 
     Returns:
-        One row an image and degree: kind, the transformation; degree; image, a number from 0; and `MEASURES`:
-        the distances between the features of the transformed and of the untransformed image, as shares of the
+        One row an image and amount: transformation; amount; image, a number from 0; and `MEASURES`: the
+        distances between the features of the transformed and of the untransformed image, as shares of the
         norm of the second; the probability of the true class; 1 where that class comes first, else 0.
     """
     tables = []
@@ -792,20 +823,27 @@ def measure_invariance(net: CNN, split: Split, transformation: str, degrees: Seq
         indices = np.arange(start, min(start + 50, len(split.images)))
         batch = net.normalise(torch.from_numpy(split.images[indices]))
         truth = torch.from_numpy(split.labels[indices]).to(batch.device)
-        before = net.features(batch)
-        for degree in degrees:
-            after = net.features(transform(batch, **{transformation: degree}))
-            probabilities = net.classify(after[-1][0]).softmax(dim=1)
-            columns = [
-                relative_distance(after[0][0], before[0][0]),
-                relative_distance(net.average(after[-1][0]), net.average(before[-1][0])),
-                probabilities.gather(1, truth[:, None])[:, 0],
-                (probabilities.argmax(dim=1) == truth).float(),
-            ]
-            table = pd.DataFrame({"kind": transformation, "degree": degree, "image": indices})
-            values = torch.stack(columns, dim=1).cpu().numpy().astype(np.float64)
-            tables.append(table.join(pd.DataFrame(values, columns=list(MEASURES))))
-    return pd.concat(tables, ignore_index=True).sort_values(["image", "degree"], ignore_index=True)
+        layers = net.features(batch)
+        conv1_before, _ = layers[0]  # (images, filters, rows, columns)
+        conv4_before, _ = layers[-1]
+        for amount in amounts:
+            layers = net.features(transform(batch, **{transformation: amount}))
+            conv1, _ = layers[0]
+            conv4, _ = layers[-1]
+            probabilities = net.classify(conv4).softmax(dim=1)
+            measured = {
+                "distance in conv1": relative_distance(conv1, conv1_before),
+                "distance in averaged conv4": relative_distance(
+                    net.average(conv4), net.average(conv4_before)
+                ),
+                "probability of the true class": probabilities.gather(1, truth[:, None])[:, 0],
+                "accuracy": (probabilities.argmax(dim=1) == truth).float(),
+            }
+            columns: dict[str, Any] = {"transformation": transformation, "amount": amount, "image": indices}
+            for measure, values in measured.items():
+                columns[measure] = values.cpu().numpy().astype(np.float64)
+            tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True).sort_values(["image", "amount"], ignore_index=True)
 
 
 def tabulate_invariance(measured: pd.DataFrame) -> pd.DataFrame:
@@ -814,14 +852,14 @@ def tabulate_invariance(measured: pd.DataFrame) -> pd.DataFrame:
     `measured` is what `measure_invariance` returned. The accuracy, a share, has an interval after Wilson, the
     other measures have a normal one. A distance is undefined, and left out, where the norm is 0.
     """
-    values = measured.melt(["kind", "degree", "image"], list(MEASURES), var_name="measure")
-    groups = values.groupby(["kind", "measure", "degree"], sort=False)["value"]
+    values = measured.melt(["transformation", "amount", "image"], list(MEASURES), var_name="measure")
+    groups = values.groupby(["transformation", "measure", "amount"], sort=False)["value"]
     table = pd.DataFrame({"mean": groups.mean(), "n": groups.count()})
     reach = 1.96 * groups.std(ddof=1) / table["n"] ** 0.5
     table["low"] = table["mean"] - reach
     table["high"] = table["mean"] + reach
 
-    table = table.reset_index()[["kind", "degree", "measure", "mean", "low", "high", "n"]]
+    table = table.reset_index()[["transformation", "amount", "measure", "mean", "low", "high", "n"]]
     for row in table.index[table["measure"] == "accuracy"]:
         count = table.loc[row, "n"]
         correct = round(table.loc[row, "mean"] * count)
@@ -829,53 +867,53 @@ def tabulate_invariance(measured: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def draw_examples(ax: Axes, net: CNN, images: Array, transformation: str, degrees: Sequence[float]) -> None:
-    """Draw the images, one a row with a bar in its colour, transformed by five of the degrees."""
-    chosen = np.linspace(0, len(degrees) - 1, 5).round().astype(int)
-    drawn_degrees = [degrees[k] for k in chosen]
+def draw_examples(ax: Axes, net: CNN, images: Array, transformation: str, amounts: Sequence[float]) -> None:
+    """Draw the images, one a row with a bar in its colour, transformed by five of the amounts."""
+    chosen = np.linspace(0, len(amounts) - 1, 5).round().astype(int)
+    drawn_amounts = [amounts[k] for k in chosen]
     normalised = net.normalise(torch.from_numpy(images))
     transformed = torch.stack(
-        [transform(normalised, **{transformation: degree}) for degree in drawn_degrees], dim=1
+        [transform(normalised, **{transformation: amount}) for amount in drawn_amounts], dim=1
     )
     pixels = (255 * (transformed * net.std + net.mean)).clamp(0, 255).byte().cpu().numpy()
 
-    # (images, degrees, 3, rows, columns) -> one sheet (images * rows, degrees * columns, 3)
+    # (images, amounts, 3, rows, columns) -> one sheet (images * rows, amounts * columns, 3)
     sheet = pixels.transpose(0, 3, 1, 4, 2).reshape(len(images) * IMAGE_SIZE, -1, 3)
     ax.imshow(sheet, interpolation="nearest", extent=(0, len(chosen), len(images), 0))
-    ax.set_xticks(np.arange(len(chosen)) + 0.5, [f"{degree:g}" for degree in drawn_degrees])
+    ax.set_xticks(np.arange(len(chosen)) + 0.5, [f"{amount:g}" for amount in drawn_amounts])
     for k in range(len(images)):
         ax.add_patch(Rectangle((-0.16, k + 0.04), 0.1, 0.92, color=f"C{k}", clip_on=False))
 
 
-def draw_curves(ax: Axes, measure: str, examples: pd.DataFrame, means: pd.DataFrame) -> None:
-    """Draw a measure over the degrees of one transformation: of each example, and the mean of many images.
+def draw_curves(ax: Axes, measure: str, curves: pd.DataFrame, means: pd.DataFrame) -> None:
+    """Draw a measure over the amounts of one transformation: of each example, and the mean of many images.
 
-    `examples` is what `measure_invariance` returned, `means` has the rows of `tabulate_invariance`. The
-    accuracy of a single image says nothing, so there only the mean is drawn.
+    `curves` is what `measure_invariance` returned for the examples, `means` has the rows of
+    `tabulate_invariance`. The accuracy of a single image says nothing, so there only the mean is drawn.
     """
-    for number in examples["image"].unique() if measure != "accuracy" else ():
-        curve = examples[examples["image"] == number]
+    for number in curves["image"].unique() if measure != "accuracy" else ():
+        curve = curves[curves["image"] == number]
         style = ("-", "--", "-.", ":")[number % 4]
         options: dict[str, Any] = {"color": f"C{number}", "linestyle": style, "linewidth": 0.9}
-        ax.plot(curve["degree"], curve[measure], **options)
+        ax.plot(curve["amount"], curve[measure], **options)
     rows = means[means["measure"] == measure]
-    ax.plot(rows["degree"], rows["mean"], color="black", linewidth=1.6)
-    ax.fill_between(rows["degree"], rows["low"], rows["high"], color="black", alpha=0.25, linewidth=0)
+    ax.plot(rows["amount"], rows["mean"], color="black", linewidth=1.6)
+    ax.fill_between(rows["amount"], rows["low"], rows["high"], color="black", alpha=0.25, linewidth=0)
 
 
 def draw_invariance(
-    net: CNN, images: Array, examples: pd.DataFrame, means: pd.DataFrame, names: Sequence[str]
+    net: CNN, images: Array, example_curves: pd.DataFrame, means: pd.DataFrame, names: Sequence[str]
 ) -> Figure:
     """Draw the layout of the paper's Figure 5, one transformation a row, and means over many images.
 
     Args:
         net: The network.
         images: The examples, uint8 (images, 3, 96, 96).
-        examples: What `measure_invariance` returned for them, all transformations.
+        example_curves: What `measure_invariance` returned for them, all transformations.
         means: invariance.csv.
         names: What stands beside the examples.
     """
-    transformations = list(examples["kind"].unique())
+    transformations = list(example_curves["transformation"].unique())
     fig, axes = plt.subplots(
         len(transformations),
         5,
@@ -886,9 +924,9 @@ def draw_invariance(
         layout="constrained",
     )
     for row, transformation in zip(axes, transformations, strict=True):
-        curves = examples[examples["kind"] == transformation]
-        rows = means[means["kind"] == transformation]
-        draw_examples(row[0], net, images, transformation, list(curves["degree"].unique()))
+        curves = example_curves[example_curves["transformation"] == transformation]
+        rows = means[means["transformation"] == transformation]
+        draw_examples(row[0], net, images, transformation, list(curves["amount"].unique()))
         for ax, measure in zip(row[1:], MEASURES, strict=True):
             draw_curves(ax, measure, curves, rows)
         for ax in row:
@@ -899,14 +937,7 @@ def draw_invariance(
         row[0].set_yticks(np.arange(len(names)) + 0.5, names)
         row[0].tick_params(axis="y", pad=10)
 
-    titles = (
-        "examples",
-        "distance\nin conv1",
-        "distance in conv4,\naveraged over regions",
-        "probability of\nthe true class",
-        "accuracy",
-    )
-    for ax, title in zip(axes[0], titles, strict=True):
+    for ax, title in zip(axes[0], ["examples", *MEASURES.values()], strict=True):
         ax.set_title(title, fontsize=9)
     for ax in axes[0, 1:]:  # the axes of a column share their limits
         ax.set_ylim(bottom=0)
@@ -914,34 +945,35 @@ def draw_invariance(
 
 
 def run_invariance(
-    inputs: Inputs, examples: Array, degrees: Mapping[str, Sequence[float]], mean_images: int
+    inputs: Inputs, example_indices: Array, amounts: Mapping[str, Sequence[float]], mean_images: int
 ) -> None:
     """Write invariance.csv and invariance.png.
 
     Args:
         inputs: What all figures are made from.
-        examples: Indices of the images that are drawn, classified correctly.
-        degrees: How far the images are transformed, for each of `TRANSFORMATIONS`.
+        example_indices: Indices of the images that are drawn, classified correctly.
+        amounts: How far the images are transformed, for each of `TRANSFORMATIONS`.
         mean_images: Number of the images behind the means, as many of each class, right or wrong; they are
-            transformed by every other degree.
+            transformed by every other amount.
     """
-    if not len(examples):
+    if not len(example_indices):
         print("invariance.png is left out: no image is classified correctly")
         return
     number_in_class = pd.Series(inputs.test.labels).groupby(inputs.test.labels).cumcount()
     many = np.flatnonzero(number_in_class < max(1, mean_images // len(inputs.names)))
-    curves = []
+    example_split = inputs.test.select(example_indices)
+    example_curves = []
     tables = []
-    for transformation, amounts in tqdm(degrees.items(), "invariance", disable=None):
-        curves.append(measure_invariance(inputs.net, inputs.test.select(examples), transformation, amounts))
-        measured = measure_invariance(inputs.net, inputs.test.select(many), transformation, amounts[::2])
+    for transformation, all_amounts in tqdm(amounts.items(), "invariance", disable=None):
+        example_curves.append(measure_invariance(inputs.net, example_split, transformation, all_amounts))
+        measured = measure_invariance(inputs.net, inputs.test.select(many), transformation, all_amounts[::2])
         tables.append(tabulate_invariance(measured))
     table = pd.concat(tables, ignore_index=True)
     save_table(inputs.outputs / "invariance.csv", inputs.checkpoint, table)
 
-    names = [inputs.short_names[label] for label in inputs.test.labels[examples]]
-    figure = draw_invariance(inputs.net, inputs.test.images[examples], pd.concat(curves), table, names)
-    title = f"{len(examples)} correctly classified images, translated, scaled and rotated"
+    names = [inputs.short_names[label] for label in example_split.labels]
+    figure = draw_invariance(inputs.net, example_split.images, pd.concat(example_curves), table, names)
+    title = f"{len(example_indices)} correctly classified images, translated, scaled and rotated"
     caption = (
         "Distance: Euclidean distance between the features of the transformed and of the untransformed "
         "image, as a share of the norm of the second. conv4 is averaged over regions, as the classifier sees "
@@ -1176,8 +1208,10 @@ def write_explorer(
     outputs = inputs.outputs.expanduser()
     folder = outputs / "explorer"
     searched = inputs.test.images[:evolution_images]
+    # as many filters as the widest layer has, so that all filters of every layer are projected
     widest = max(checkpoint.net.config["filters"])
-    evolution = project_evolution(searched, snapshots, widest, 16)
+    evolution = project_evolution(searched, snapshots, widest, batch_size=16)
+    # pop frees the memory of a layer's projections once they are written
     layers = {layer: write_layer(folder, layer, inputs, evolution.pop(layer).projections) for layer in LAYERS}
 
     colours = class_colours(len(inputs.names))
@@ -1228,9 +1262,9 @@ def main() -> None:
 
     # what the network uses
     predictions = predict(inputs.net, inputs.test.images)
-    correct = first_correct(predictions, inputs.test.labels)
-    run_occlusion(inputs, correct, Occluder(OCCLUDER, OCCLUSION_STRIDE))
-    run_invariance(inputs, correct[:INVARIANCE_IMAGES], DEGREES, MEAN_IMAGES)
+    correct_images = first_correct(predictions, inputs.test.labels)
+    run_occlusion(inputs, correct_images, Occluder(OCCLUDER, OCCLUSION_STRIDE))
+    run_invariance(inputs, correct_images[:INVARIANCE_IMAGES], AMOUNTS, MEAN_IMAGES)
 
     # every filter on one page
     write_explorer(inputs, snapshots, predictions, EVOLUTION_IMAGES)
@@ -1345,12 +1379,12 @@ const METRICS = {
   filter: {
     label: "number",
     meaning: "The filter's number in its layer. The order has no meaning.",
-    value: (filter) => -filter.filter,
+    value: (filter) => -filter.filter,  // negated: tiles are sorted with the largest first
   },
   preferred_class: {
     label: "preferred class",
     meaning: "The class with the largest mean peak activation.",
-    value: (filter) => -data.classes.indexOf(filter.preferred_class),
+    value: (filter) => -data.classes.indexOf(filter.preferred_class),  // negated, too
   },
   selectivity: {
     label: "selectivity",
@@ -1401,8 +1435,9 @@ const METRICS = {
   projections: {
     label: "projections",
     meaning: "Statistics of a projection's magnitude, which is the sum over RGB of the absolute values in "
-      + "normalised pixels. Number of pixels, mean and variance are averaged over the projected images; "
-      + "the maximum is the largest of all.",
+      + "normalised pixels. The mean is over the pixels above zero, the variance over the whole frame. The "
+      + "number of pixels, the mean and the variance are averaged over the projected images, and are 0 "
+      + "where the filter does not fire; the maximum is the largest of all images.",
   },
 };
 
@@ -1574,13 +1609,16 @@ function histogram(filter) {
   return [drawing, note(own, others)];
 }
 
-function numbers(filter) {
+function metricList(filter) {
   const metric = (key) => [metricLabel(key), METRICS[key].write(METRICS[key].value(filter), filter)];
   const preferred = `${filter.preferred_class}, in ${percent(filter.preferred_share)} of the bootstrap `
     + `samples; the runner-up is ${filter.runner_up}. The most frequent class of the top images is `
     + `${filter.top_class}.`;
-  const selectivity = `${twoDecimals(filter.selectivity)} (95 % interval `
-    + `${twoDecimals(filter.selectivity_low)} to ${twoDecimals(filter.selectivity_high)})`;
+  let selectivity = twoDecimals(filter.selectivity);
+  if (filter.selectivity_low !== null && filter.selectivity_high !== null) {  // null: there is no interval
+    selectivity += ` (95 % interval ${twoDecimals(filter.selectivity_low)} to `
+      + `${twoDecimals(filter.selectivity_high)})`;
+  }
   const rows = [
     [metricLabel("preferred_class"), preferred],
     [metricLabel("selectivity"), selectivity],
@@ -1589,8 +1627,8 @@ function numbers(filter) {
     metric("activation_mean"),
   ];
   if (filter.nonzero_count !== null) {
-    const statistics = `${fourDigits(filter.nonzero_count)} pixels above zero; mean of these `
-      + `${fourDigits(filter.mean)}; variance ${fourDigits(filter.variance)}; `
+    const statistics = `${fourDigits(filter.nonzero_count)} pixels above zero; mean over such pixels `
+      + `${fourDigits(filter.mean)}; variance over the whole frame ${fourDigits(filter.variance)}; `
       + `maximum ${fourDigits(filter.max)}`;
     rows.push([metricLabel("projections"), statistics]);
   }
@@ -1714,7 +1752,7 @@ function filterNumbers(layer, filter) {
   return element("div", {},
     section("By class", "", classTable(filter)),
     section("Peak activations in the test images", "", histogram(filter)),
-    section("In numbers", "", numbers(filter)),
+    section("In numbers", "", metricList(filter)),
     section("Similar filters", "r is the correlation of peak activations over the test images.", similar));
 }
 
@@ -1748,7 +1786,7 @@ function classSentence(index) {
 }
 
 // Numbers of a layer's filters, largest value first; filters whose value is null are left out.
-function rankFilters(layer, value) {
+function sortByMetric(layer, value) {
   const filters = data.layers[layer].filters.filter((filter) => value(filter) !== null);
   filters.sort((a, b) => value(b) - value(a));
   return filters.map((filter) => filter.filter);
@@ -1757,10 +1795,10 @@ function rankFilters(layer, value) {
 function classView(name) {
   const index = data.classes.indexOf(name);
   const loss = (filter) => filter.loss_increase[index];
-  const needed = rankFilters(deepest, loss).slice(0, 12);
+  const needed = sortByMetric(deepest, loss).slice(0, 12);
   const preferring = [...layers].reverse().map((layer) => {
     const selectivity = (filter) => filter.preferred_class === name ? filter.selectivity : null;
-    const numbers = rankFilters(layer, selectivity);
+    const numbers = sortByMetric(layer, selectivity);
     const text = numbers.length ? "The most selective come first." : "There are none.";
     const describe = (filter) => `selectivity ${twoDecimals(filter.selectivity)}`;
     return section(`Filters of ${layer} that prefer ${name}`, text, tiles(layer, numbers, describe));
@@ -1801,20 +1839,21 @@ function readingParagraphs() {
   if (![projection, chance, edges, otherFilter, sameImage, sameFilter].every(isKnown)) {
     return [reading, "How far a projection can be trusted is not known, because trust.csv lacks a number."];
   }
-  const showsImage = sameImage.median > sameFilter.median;
+  const caveat = " The second is lower also because the same pattern rarely lies at the same pixels of two "
+    + "windows.";
   return [
     reading,
     `If only the ${percent(projection.share)} of a window that the projection ranks highest are kept, `
     + `${percent(projection.median)} of the unit's activation is left. If chance chooses them, `
-    + `${percent(chance.median)} is left (medians over ${projection.n} units of conv4).`,
+    + `${percent(chance.median)} is left. These are medians over ${projection.n} units of conv4, each in one `
+    + "of its filter's top examples.",
     "If the edges of the image choose them, weighted by the mean window profile, "
     + `${percent(edges.median)} is left. If another filter's projection in the same window does, `
     + `${percent(otherFilter.median)} is left.`,
-    "A filter's projection has a partial rank correlation of "
-    + `${twoDecimals(sameImage.median)} with another filter's projection in the same window, and of `
-    + `${twoDecimals(sameFilter.median)} with its own projection in another of its top-9 examples: a `
-    + "projection shows the "
-    + (showsImage ? "image first, and the filter second." : "filter first, and the image second."),
+    "The partial rank correlation of a filter's projection with another filter's projection in the same "
+    + `window is ${twoDecimals(sameImage.median)}. Its correlation with the filter's own projection in `
+    + `another of the top-9 examples is ${twoDecimals(sameFilter.median)}.`
+    + (sameFilter.median < sameImage.median ? caveat : ""),
   ];
 }
 

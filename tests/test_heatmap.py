@@ -105,24 +105,27 @@ def drawn(pipeline: Path) -> Drawn:
 
 
 def test_filters_stand_by_class_vehicles_first_then_by_falling_selectivity_without_the_dead() -> None:
+    # 2 is dead; 5 is nearly dead; 6 is as selective as 0, and stronger
     filters = pd.DataFrame(
         {
-            "filter": range(5),
-            "dead": [False, False, True, False, False],
-            "preferred_class": ["bird", "car", None, "bird", "car"],
-            "selectivity": [0.2, 0.5, np.nan, 0.9, 0.4],
+            "filter": range(7),
+            "dead": [False, False, True, False, False, False, False],
+            "preferred_class": ["bird", "car", None, "bird", "car", "car", "bird"],
+            "selectivity": [0.2, 0.5, np.nan, 0.9, 0.4, 1.0, 0.2],
+            "activation_mean": [3.0, 1.5, 0, 4.5, 2.5, 0.1, 8],
+            "activation_nonzero": [0.5, 0.5, 0, 0.01, 0.5, 0.0099, 0.5],
         }
     )
-    means = np.array([[4.0, 1, 0, 6, 1], [2, 2, 0, 3, 4]])  # of bird and car
+    means = np.array([[4.0, 1, 0, 6, 1, 0, 10], [2, 2, 0, 3, 4, 0.2, 6]])  # of bird and car
     figure = heatmap.draw_class_filters(means, filters, ["bird", "car"])
     ax = figure.axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["car", "bird"]
-    assert [label.get_text() for label in ax.texts] == ["1", "4", "3", "0"]
+    assert [label.get_text() for label in ax.texts] == ["1", "4", "5", "3", "6", "0"]
     car, bird = (np.asarray(image.get_array()) for image in ax.images)
-    np.testing.assert_allclose(car, [[2 / 1.5, 4 / 2.5], [1 / 1.5, 1 / 2.5]])
-    np.testing.assert_allclose(bird, [[3 / 4.5, 2 / 3], [6 / 4.5, 4 / 3]])
+    np.testing.assert_allclose(car, [[2 / 1.5, 4 / 2.5, 2], [1 / 1.5, 1 / 2.5, 0]])
+    np.testing.assert_allclose(bird, [[3 / 4.5, 6 / 8, 2 / 3], [6 / 4.5, 10 / 8, 4 / 3]])
     frames: Any = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
-    assert [(*frame.get_xy(), frame.get_width()) for frame in frames] == [(0, 0, 2), (3, 1, 2)]
+    assert [(*frame.get_xy(), frame.get_width()) for frame in frames] == [(0, 0, 3), (4, 1, 3)]
     plt.close(figure)
 
 
@@ -253,7 +256,7 @@ def test_squares_are_cut_by_the_border() -> None:
     assert Occluder(24, 2).covered()[[0, -1]].sum(axis=1).tolist() == [13, 13]  # rows 0 to 12 and 83 to 95
 
 
-def test_activity_drops_where_the_bright_patch_is_hidden() -> None:
+def test_less_is_left_where_the_bright_patch_is_hidden() -> None:
     net = CNN((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), head_size=1).eval()
     for block in net.blocks:
         torch.nn.init.ones_(block.conv.weight)  # conv4 is the sum of the channels
@@ -263,8 +266,8 @@ def test_activity_drops_where_the_bright_patch_is_hidden() -> None:
     occlusion = heatmap.occlusion_sensitivity(image, 0, (0, 41, 18), net.requires_grad_(False), covered)
     expected = np.ones((12, 12))
     expected[5, 2] = 0  # row 40 of the image, column 16
-    np.testing.assert_allclose(occlusion.activity, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(occlusion.unit, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(occlusion.map_left, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(occlusion.unit_left, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_occlusion_is_what_the_network_makes_of_a_grey_square(make_net: MakeNet) -> None:
@@ -280,27 +283,27 @@ def test_occlusion_is_what_the_network_makes_of_a_grey_square(make_net: MakeNet)
     for down, across in ((0, 2), (2, 0), (3, 3)):
         masked = batch * ~torch.from_numpy(covered[down][:, None] & covered[across])
         pooled = net.features(masked)[3][0][0]
-        activity = float(pooled[unit[0]].sum() / maps[unit[0]].sum())
-        assert occlusion.activity[down, across] == pytest.approx(activity, rel=1e-4) != 1
-        activation = float(pooled[tuple(unit)] / maps[tuple(unit)])
-        assert occlusion.unit[down, across] == pytest.approx(activation, rel=1e-4, abs=1e-5)
+        map_left = float(pooled[unit[0]].sum() / maps[unit[0]].sum())
+        assert occlusion.map_left[down, across] == pytest.approx(map_left, rel=1e-4) != 1
+        unit_left = float(pooled[tuple(unit)] / maps[tuple(unit)])
+        assert occlusion.unit_left[down, across] == pytest.approx(unit_left, rel=1e-4, abs=1e-5)
         probability = net(masked).softmax(dim=1)[0].tolist()
         assert occlusion.probability[down, across] == pytest.approx(probability, rel=1e-4)
 
 
 def test_the_figure_of_occlusion_frames_the_square_and_names_the_classes() -> None:
-    unit = np.array([[0.5, 0.25], [1, 0.75]])
+    unit_left = np.array([[0.5, 0.25], [1, 0.75]])
     probability = np.zeros((2, 2, 3))
     probability[..., 0] = 0.4
     probability[1, 0, 2] = 0.6
-    occlusions = [Occlusion(2 * unit, unit, probability, 2)]
+    occlusions = [Occlusion(2 * unit_left, unit_left, probability, 2)]
     zero = np.array([0])
     units = Units(image=np.array([7]), filter=np.array([5]), row=zero, column=zero, value=np.array([1.5]))
     table = heatmap.tabulate_occlusion(occlusions, units, ["ant", "bee", "cow"])
     assert table.to_numpy().tolist() == [[7, 5, "cow", 1.5, 0.5, 0.25, "ant 75 %"]]
     figure = heatmap.draw_occlusion(some_images(1), occlusions, np.ones((1, 96, 96)), table, Occluder(24, 48))
-    assert shown(figure, 1).tolist() == (2 * unit).tolist()
-    assert shown(figure, 2).tolist() == unit.tolist()
+    assert shown(figure, 1).tolist() == (2 * unit_left).tolist()
+    assert shown(figure, 2).tolist() == unit_left.tolist()
     assert shown(figure, 4).tolist() == [[0, 0], [0.6, 0]]
     assert figure.axes[4].get_xlabel() == "ant 75 %"
     frame: Any = figure.axes[0].patches[0]
@@ -334,8 +337,8 @@ def test_features_move_by_a_share_of_their_norm_and_not_in_an_unchanged_image(ma
     before = net.features(batch)
     after = net.features(down)
     measured = heatmap.measure_invariance(net, split, "shift", [0, 3])
-    unchanged = measured[measured["degree"] == 0]
-    changed = measured[measured["degree"] == 3]
+    unchanged = measured[measured["amount"] == 0]
+    changed = measured[measured["amount"] == 3]
     assert changed["image"].tolist() == list(range(60))
     # the first layer by its map; the last by what the classifier sees, 2 x 2 regions
     first = [layers[0][0].flatten(1) for layers in (before, after)]
@@ -349,20 +352,20 @@ def test_features_move_by_a_share_of_their_norm_and_not_in_an_unchanged_image(ma
         truth = probabilities[np.arange(60), split.labels]
         np.testing.assert_allclose(rows["probability of the true class"], truth, rtol=1e-3)
         assert (rows["accuracy"] == (probabilities.argmax(axis=1) == split.labels)).all()
-    for transformation, degree in (("zoom", 1), ("angle", 0)):
-        table = heatmap.measure_invariance(net, split, transformation, [degree])
-        assert table[list(heatmap.MEASURES[:2])].to_numpy().max() < 1e-3
+    for transformation, amount in (("zoom", 1), ("angle", 0)):
+        table = heatmap.measure_invariance(net, split, transformation, [amount])
+        assert table[["distance in conv1", "distance in averaged conv4"]].to_numpy().max() < 1e-3
 
 
 def test_examples_are_the_transformed_images_and_means_have_normal_intervals(make_net: MakeNet) -> None:
     net = lively(make_net)
     net.mean.fill_(0.4)
     images = some_images(2)
-    degrees = list(range(-40, 50, 10))
-    curves = heatmap.measure_invariance(net, Split(images, np.array([0, 2])), "shift", degrees)
+    amounts = list(range(-40, 50, 10))
+    curves = heatmap.measure_invariance(net, Split(images, np.array([0, 2])), "shift", amounts)
     means = heatmap.tabulate_invariance(curves)
-    row = means.query("measure == 'distance in conv1' and degree == 40").iloc[0]
-    first, second = curves.query("degree == 40")["distance in conv1"]
+    row = means.query("measure == 'distance in conv1' and amount == 40").iloc[0]
+    first, second = curves.query("amount == 40")["distance in conv1"]
     reach = 1.96 * abs(first - second) / 2  # deviation of two values over the root of two
     assert row["mean"] == pytest.approx((first + second) / 2)
     assert [row["low"], row["high"]] == pytest.approx([row["mean"] - reach, row["mean"] + reach])
@@ -370,19 +373,19 @@ def test_examples_are_the_transformed_images_and_means_have_normal_intervals(mak
     figure = heatmap.draw_invariance(net, images, curves, means, ["_a", "$b$"])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["_a", "$b$"]
     sheet = shown(figure, 0).reshape(2, 96, 5, 96, 3)  # of -40, -20, ... 40
-    sheet = sheet.transpose(0, 2, 4, 1, 3).astype(int)  # (images, degrees, 3, rows, columns)
+    sheet = sheet.transpose(0, 2, 4, 1, 3).astype(int)  # (images, amounts, 3, rows, columns)
     np.testing.assert_allclose(sheet[:, 2], images, atol=1)
     np.testing.assert_allclose(sheet[:, 4, :, 40:], images[:, :, :56], atol=1)
     assert (abs(sheet[:, 4, :, :40] - 0.4 * 255) <= 1).all()  # grey is the mean colour
     second_image = curves[curves["image"] == 1]
     for ax, measure in zip(figure.axes[1:4], heatmap.MEASURES, strict=False):
         line: Any = ax.lines[1].get_xydata()
-        np.testing.assert_allclose(line, second_image[["degree", measure]])
+        np.testing.assert_allclose(line, second_image[["amount", measure]])
     plt.close(figure)
 
 
 def test_the_accuracy_of_changed_images_has_an_interval_after_wilson() -> None:
-    curves = pd.DataFrame({"kind": "shift", "degree": 2, "image": range(20)})
+    curves = pd.DataFrame({"transformation": "shift", "amount": 2, "image": range(20)})
     for measure in heatmap.MEASURES:
         curves[measure] = 1.0
     means = heatmap.tabulate_invariance(curves)
@@ -403,6 +406,22 @@ def test_figures_of_images_are_left_out_with_a_line_if_no_image_is_right(
     assert capsys.readouterr().out.splitlines() == [
         "occlusion.png is left out: no image is classified correctly",
         "invariance.png is left out: no image is classified correctly",
+    ]
+    assert not list(Path().iterdir())
+
+
+def test_figures_of_images_are_left_out_with_a_line_if_no_filter_fires_in_the_images_they_show(
+    make_net: MakeNet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = make_inputs(lively(make_net), Split(some_images(4), np.array([0, 1, 2, 0])))
+    inputs.maxima[:3] = 0
+    assert inputs.maxima.any()
+    heatmap.picture_images(inputs, 4)
+    heatmap.run_occlusion(inputs, np.arange(3), Occluder(24, 24))
+    assert capsys.readouterr().out.splitlines() == [
+        "images.png is left out: no filter of conv4 fires in the first image of any class",
+        "occlusion.png is left out: no filter of conv4 fires in the first correctly classified image of any "
+        "class",
     ]
     assert not list(Path().iterdir())
 
@@ -704,6 +723,18 @@ def test_a_filter_is_linked_to_the_live_page_and_the_command_that_writes_it(page
 
 
 @NEEDS_CHROMIUM
+def test_a_filter_whose_selectivity_has_no_interval_is_shown_without_one(page: Path) -> None:
+    layers = embedded(page)["layers"]
+    with_interval, without = [entry for entry in layers["conv4"]["filters"] if not entry["dead"]][:2]
+    with_interval |= {"selectivity": 0.987, "selectivity_low": 0.876, "selectivity_high": 0.998}
+    without |= {"selectivity": 0.987, "selectivity_low": None, "selectivity_high": None}
+    change(page, layers=layers)
+    documents = browse(page, *(f"#conv4/{entry['filter']}" for entry in (with_interval, without)))
+    assert "<dd>0.99 (95 % interval 0.88 to 1.00)</dd>" in documents[0]
+    assert "<dd>0.99</dd>" in documents[1]
+
+
+@NEEDS_CHROMIUM
 def test_the_page_quotes_the_numbers_of_the_table_of_trust(page: Path) -> None:
     rows: list[dict[str, Any]] = []
     medians = {
@@ -731,7 +762,8 @@ def test_the_page_quotes_the_numbers_of_the_table_of_trust(page: Path) -> None:
     rows[-1]["median"] = 0.9
     change(page, trust=rows)
     (other_way_round,) = browse(page, "#run")
-    assert "image first" in document and "filter first" in other_way_round
+    assert "0.57" in other_way_round and "0.90" in other_way_round
+    assert "The second is lower" in document and "The second is lower" not in other_way_round
     rows[-1]["median"] = None
     change(page, trust=rows)
     assert "lacks a number" in browse(page, "#run")[0]

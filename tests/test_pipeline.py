@@ -109,8 +109,8 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
         ("ablation", 11 * FILTERS[-1], "filter class selectivity contribution loss_increase"),
         ("trust", 2 * 2 * 13 + 8, "test share condition median low high lowest_draw highest_draw n"),
         ("summary", 2 + 4 * 4 + 24 + 8 + 12 + 2 * 2 * 13 + 8, "name layer value low high unit n"),
-        ("occlusion", -1, "image filter label activation activity unit taken_for"),
-        ("invariance", 4 * (13 + 9 + 18), "kind degree measure mean low high n"),
+        ("occlusion", -1, "image filter label activation lowest_map_left lowest_unit_left taken_for"),
+        ("invariance", 4 * (13 + 9 + 18), "transformation amount measure mean low high n"),
         ("probes", 8, "layer network accuracy low high inputs decay n"),
         (
             "training_log",
