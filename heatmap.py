@@ -1397,7 +1397,7 @@ const METRICS = {
   auc: {
     label: "AUC",
     meaning: "The probability that an image of the preferred class activates the filter more than an image "
-      + "of another class does. Chance is 0.5.",
+      + "of another class does. For a class chosen beforehand, chance is 0.5.",
     value: (filter) => filter.auc,
     write: twoDecimals,
   },
