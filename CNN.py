@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4")
-IMAGE_SIZE = 96  # rows and columns of an image
+IMAGE_SIZE = 96  # rows and columns of an image; fixed, because STL-10 and all geometry here have it
 
-WRITE_ERRORS = (  # of a file or folder that cannot be written, whatever is written
+WRITE_ERRORS = (  # error numbers that say that a path cannot be written, whatever its content is
     errno.EACCES,
     errno.EDQUOT,
     errno.EEXIST,
@@ -149,7 +149,14 @@ class CNN(nn.Module):
         self.register_buffer("std", torch.ones(3, 1, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return uint8 images (images, 3, rows, columns) normalised, in float32, on the network's device."""
+        """Return uint8 images (images, 3, rows, columns) normalised, in float32, on the network's device.
+
+        Raises:
+            TypeError: If the images are of another type; they could be normalised already.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"the images are {images.dtype}, expected torch.uint8, 0 to 255")
+        # the conversion from uint8 makes a copy, so that the steps in place leave the caller's images alone
         pixels = images.to(self.mean.device).float().div_(255)
         pixels = pixels.sub_(self.mean).div_(self.std)
         return pixels.contiguous(memory_format=torch.channels_last)  # convolutions are faster with it
@@ -209,9 +216,10 @@ class ReceptiveField(NamedTuple):
 def receptive_fields(net: CNN) -> list[ReceptiveField]:
     """Return the receptive field of a unit of conv1 to conv4, from kernels, strides, paddings and pools.
 
-    `jump` is the distance in the image between neighbouring inputs of a block, `size` is how many pixels an
-    input sees. A convolution adds (kernel - 1) jumps to the size and starts `padding` jumps earlier. Pooling
-    then widens an input of the next block by (pool - 1) jumps, and makes the jump `pool` times as large.
+    `size` is how many pixels a unit sees, and `jump` is the distance in the image between neighbouring units.
+    The convolution adds (kernel - 1) jumps of its inputs to the size, starts `padding` of these jumps earlier
+    and makes the jump `stride` times as large; the field is stored here. Pooling adds (pool - 1) of the new
+    jumps to the size and makes the jump `pool` times as large.
     """
     fields = []
     size = 1  # an input of conv1 is a pixel
@@ -428,6 +436,7 @@ def main() -> None:
     print(f"{'classifier':<12}{net.classifier.out_features:>16}{parameters:>12,}{f'{IMAGE_SIZE} px':>17}")
     print(f"{'total':<12}{'':>16}{sum(p.numel() for p in net.parameters()):>12,}")
     print("A projection is drawn in a window: the receptive field of a unit before pooling.")
+    print("This is the default network; the settings of train_CNN.py may make another.")
 
 
 if __name__ == "__main__":

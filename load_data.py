@@ -46,6 +46,7 @@ from CNN import IMAGE_SIZE, Checkpoint, atomic_write, run_script
 
 Array = NDArray[Any]  # docstrings say shape and type
 
+# for this script alone; train_CNN.py has its own
 DATASET = "auto"  # "stl10", "folders" (your own), "shapes" (generated) or "auto": STL-10, else shapes
 DATA_DIR = Path("data")  # holds the folder stl10_binary, or the folders train and test
 
@@ -62,7 +63,7 @@ FILES = {  # name: (bytes, md5 sum)
 }
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 TITLES = {"stl10": "STL-10", "folders": "your pictures", "shapes": "generated shapes"}  # in figures and logs
-HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin that file managers and notebooks hide among pictures
+HIDDEN = (".", "@eaDir", "__MACOSX")  # beginnings of names of hidden files, which are no pictures of the user
 DPI = 200  # of figures
 FONTS = (  # that have Chinese, Japanese or Korean letters, on Linux, Windows and macOS
     "Noto Sans CJK JP",
@@ -88,8 +89,9 @@ FONTS = (  # that have Chinese, Japanese or Korean letters, on Linux, Windows an
 TEXT_COLUMNS = ("checkpoint", "dataset", "class", "preferred_class", "runner_up", "top_class", "taken_for")
 
 # The generated stand-in. A function returns the signed distance of points to the outline of a shape, negative
-# inside, in units of its radius. x and y are a point's coordinates, r and t its polar ones, t in turns. The
-# distances are approximate for the last four, the textures. All shapes are cut off beyond r = 1.
+# inside, in units of its radius. x and y are a point's coordinates, r and t its polar ones, t in turns.
+# The distance is exact near straight edges and circles. It is approximate near corners, for the blob and for
+# the last four shapes, the textures. All shapes are cut off beyond r = 1.
 SHAPES: dict[str, Callable[..., Any]] = {
     "disc": lambda x, y, r, t: r - 0.9,
     "ring": lambda x, y, r, t: abs(r - 0.72) - 0.2,
@@ -111,7 +113,7 @@ SHAPES_SEEDS = {"train": 1, "test": 2}
 
 
 class Split(NamedTuple):
-    """Images (images, 3, 96, 96) uint8, upright and row-major, and labels (images,) int64, 0 to 9."""
+    """Images (images, 3, rows, columns), uint8, upright, and labels (images,), int64, 0 to classes - 1."""
 
     images: Array
     labels: Array
@@ -225,14 +227,9 @@ def find_dataset(dataset: str, data_dir: str | Path) -> str:
     # an archive on disk is unpacked; without one, STL-10 is downloaded
     archives = [parent / PurePosixPath(URL).name for parent in (Path(data_dir).expanduser(), folder)]
     archive = next((path for path in archives if path.is_file()), None)
-    source = archive or URL
-    print(f"reading STL-10 from {source} to {folder}", flush=True)
-    try:
-        download(folder, archive)
+    failure = obtain_stl10(folder, archive)
+    if not failure:
         return "stl10"
-    except DownloadError as error:
-        verb = "unpacked" if archive else "downloaded"
-        failure = f"STL-10 could not be {verb} from {source} ({error})"
 
     # where one of the files or the archive is, STL-10 can be had, and shapes would be a surprise
     by_hand = f"put {', '.join(FILES)} into {folder}"
@@ -244,6 +241,18 @@ def find_dataset(dataset: str, data_dir: str | Path) -> str:
     )
     print(f"!!  {by_hand}\n!!  and run again.\n{rule}", flush=True)
     return "shapes"
+
+
+def obtain_stl10(folder: Path, archive: Path | None) -> str:
+    """Unpack `archive`, or download STL-10 if it is None; return "", or why that failed, in one line."""
+    source = archive or URL
+    print(f"reading STL-10 from {source} to {folder}", flush=True)
+    try:
+        download(folder, archive)
+    except DownloadError as error:
+        verb = "unpacked" if archive else "downloaded"
+        return f"STL-10 could not be {verb} from {source} ({error})"
+    return ""
 
 
 def load_split(dataset: str, data_dir: str | Path, split: str) -> Split:
@@ -258,7 +267,8 @@ def load_split(dataset: str, data_dir: str | Path, split: str) -> Split:
         Images and labels.
 
     Raises:
-        SystemExit: If a file is missing or is not the published one.
+        SystemExit: If a file of STL-10 is missing or is not the published one; if a folder is missing or
+            cannot be read, the classes of both splits differ, or a class has no picture.
     """
     if dataset == "shapes":
         return generate_shapes(split)
@@ -337,8 +347,8 @@ def read_picture(path: str | Path) -> Array:
 
     Args:
         path: A file of any format that Pillow reads, of any size. The picture is turned as its camera says
-            (EXIF) and put on white where it is transparent. Where a channel has more than 8 bits, the
-            brightest value becomes white.
+            (EXIF) and put on white where it is transparent. A grey picture of 16 or 32 bits is scaled so that
+            its brightest value becomes white. Pillow itself reduces colours of 16 bits to 8.
 
     Returns:
         The picture, uint8 (3, 96, 96).
@@ -370,7 +380,7 @@ def to_grey_levels(values: Array) -> Array:
     and infinity counts as the largest finite value.
     """
     finite = values[np.isfinite(values)]
-    low = min(0.0, finite.min(initial=0))
+    low = finite.min(initial=0)  # at most 0
     high = finite.max(initial=low)
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     levels: Array = 255 * (values - low) / max(high - low, np.finfo(np.float64).tiny)
@@ -478,12 +488,14 @@ def draw_image(shape: str, rng: np.random.Generator) -> Array:
     # conv1 must see edges between any two colours. With light shapes on dark ground its filters stayed noisy.
     ground = rng.random((3, 1, 1))
     direction = rng.standard_normal((3, 1, 1))
+    # One channel differs by 0.5, the others by less. A channel that leaves 0 to 1 comes back in at the other
+    # end (% 1), where a difference of 0.5 is one of 0.5 again.
     shape_colour = (ground + 0.5 * direction / abs(direction).max()) % 1
 
-    # four pieces of clutter, some behind the shape and up to two before it
+    # four pieces of clutter, some behind the shape and up to two in front of it
     clutter = rng.choice(list(CLUTTER), 4).tolist()
-    before = rng.integers(3)
-    layers = [*clutter[before:], shape, *clutter[:before]]
+    in_front = rng.integers(3)
+    layers = [*clutter[in_front:], shape, *clutter[:in_front]]
 
     # a point of the plane is a complex number: column + i * row
     grid = np.arange(IMAGE_SIZE, dtype=np.complex64) + 1j * np.arange(IMAGE_SIZE, dtype=np.float32)[:, None]
@@ -530,7 +542,11 @@ def mean_and_std(images: Array) -> tuple[Array, Array]:
 
 
 class Augmentation(NamedTuple):
-    """How far training images are changed at most, drawn anew for every image; flipping is always on."""
+    """How far training images are changed at most, drawn anew for every image.
+
+    Half of the images are flipped, always. For classes that a mirror image would change, such as letters,
+    remove `flip` from `x_scale` in `warp`.
+    """
 
     shift: float = 0  # pixels in each direction
     zoom: float = 0  # change of size and of aspect ratio: 0.25 makes a side 0.64 to 1.56 times as long
@@ -558,9 +574,9 @@ def augment(images: Tensor, strength: Augmentation, generator: torch.Generator) 
     return cut_out(images, strength.cutout, generator) if strength.cutout else images
 
 
-def draw_uniform(limit: float, rows: int, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw numbers from -limit to limit, (rows, images), on the device of the images."""
-    numbers = torch.rand(rows, len(images), generator=generator)
+def draw_uniform(limit: float, draws: int, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw numbers from -limit to limit, (draws, images), on the device of the images."""
+    numbers = torch.rand(draws, len(images), generator=generator)
     return ((2 * numbers - 1) * limit).to(images.device)
 
 
@@ -570,8 +586,10 @@ def warp(images: Tensor, strength: Augmentation, generator: torch.Generator) -> 
     Beyond the border the image is continued by its mirror image. See `augment` for the arguments.
     """
     count, _, _, width = images.shape
+    # what is drawn has one number for each image, (images,)
     flip = draw_uniform(1, 1, images, generator).sign()[0]  # -1 or 1
-    size, aspect = torch.exp(draw_uniform(math.log1p(strength.zoom), 2, images, generator))
+    # `stretch` is the square root of the aspect ratio
+    size, stretch = torch.exp(draw_uniform(math.log1p(strength.zoom), 2, images, generator))
     angle = draw_uniform(math.radians(strength.rotation), 1, images, generator)[0]
     # affine_grid measures positions in half frames from the centre
     right, down = draw_uniform(2 * strength.shift / width, 2, images, generator)
@@ -579,12 +597,12 @@ def warp(images: Tensor, strength: Augmentation, generator: torch.Generator) -> 
     # a matrix for each image: from a position in the new image to the position where its colour is taken
     #   ( cos  -sin ) ( x_scale     0    ) ( x )     ( right )
     #   ( sin   cos ) (    0     y_scale ) ( y )  +  ( down  )
-    x_scale = flip * size * aspect
-    y_scale = size / aspect
+    x_scale = flip * size * stretch
+    y_scale = size / stretch
     cos = angle.cos()
     sin = angle.sin()
     entries = [x_scale * cos, -y_scale * sin, right, x_scale * sin, y_scale * cos, down]
-    matrices = torch.stack(entries, dim=1).view(count, 2, 3)
+    matrices = torch.stack(entries, dim=1).view(count, 2, 3)  # six entries (images,) -> (images, 2, 3)
     positions = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images, positions, padding_mode="reflection", align_corners=False)
 
@@ -596,6 +614,7 @@ def recolour(images: Tensor, strength: float, generator: torch.Generator) -> Ten
     grey is the mean of the three. This is one 3 x 3 matrix and one offset for each image, which takes a third
     of the time of one operation after another.
     """
+    # (draws, images) -> (images, 1, 1) each
     contrast, saturation = 1 + draw_uniform(strength, 2, images, generator)[:, :, None, None]
     brightness = draw_uniform(strength, 1, images, generator)[0][:, None, None]
 
@@ -612,7 +631,7 @@ def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     Its centre is anywhere in the image, so the border cuts some squares off.
     """
     height, width = images.shape[2:]
-    shares = draw_uniform(0.5, 2, images, generator) + 0.5
+    shares = draw_uniform(0.5, 2, images, generator) + 0.5  # (2, images), 0 to 1, of height and of width
     centres = shares * torch.tensor([[height], [width]], device=images.device)
     top, left = (centres.long() - side // 2)[:, :, None]  # (images, 1) each
 
@@ -747,14 +766,17 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     return max((centre - reach) / scale, 0.0), min((centre + reach) / scale, 1.0)  # rounding can lead beyond
 
 
-def tile(pictures: Array, columns: int, gap: int) -> Array:
-    """Lay out pictures (n, rows, columns, channels), `columns` a row, on ones, `gap` pixels apart."""
+def tile(pictures: Array, per_row: int, gap: int) -> Array:
+    """Lay out pictures (n, rows, columns, channels), values 0 to 1, on white, `per_row` to a row.
+
+    They are `gap` pixels apart.
+    """
     count, height, width, channels = pictures.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)  # rounded up
-    sheet = np.ones((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), pictures.dtype)
+    per_row = min(per_row, count)
+    rows = -(-count // per_row)  # rounded up
+    sheet = np.ones((rows * (height + gap) + gap, per_row * (width + gap) + gap, channels), pictures.dtype)
     for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
+        row, column = divmod(index, per_row)
         top = gap + row * (height + gap)
         left = gap + column * (width + gap)
         sheet[top : top + height, left : left + width] = picture

@@ -8,7 +8,8 @@ Writes: outputs/CNN.pth, outputs/snapshots/epoch_*.pth, outputs/training_log.csv
 
 An interrupted run goes on from the last finished epoch when the script is started again with the same
 settings. Until a training ends, outputs/training_state_*.pth keeps its state and the folder
-outputs/training_state_* its snapshots, so that a finished network and its snapshots stay together.
+outputs/training_state_* its snapshots, so that a finished network and its snapshots stay together. After a
+change of the code, delete outputs/training_state_* first, because its name stands for the settings alone.
 """
 
 import hashlib
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from CNN import (
     CNN,
     IMAGE_SIZE,
+    LAYERS,
     choose_device,
     load_checkpoint,
     retry,
@@ -65,21 +67,22 @@ from load_data import (
 # data
 DATASET = "auto"  # "stl10", "folders" (your own), "shapes" (generated) or "auto": STL-10, else shapes
 DATA_DIR = Path("data")  # holds stl10_binary, or train/CLASS and test/CLASS with pictures
-TRAIN_ON = "all"  # "all"; "validation": 4,000 images, measured on the other 1,000; "fold 0" to "fold 9"
+TRAIN_ON = "all"  # "all"; "validation": a fifth of it is held out; "fold 0" to "fold 9": of STL-10 alone
 # network
-FILTERS = (48, 96, 192, 256)  # of conv1 to conv4, as the three below
+FILTERS = (48, 96, 192, 256)  # how many conv1 to conv4 have; the next three also hold a number for each layer
 KERNEL_SIZES = (6, 3, 3, 3)  # each a multiple of its stride, so that a projection reaches all pixels alike
 STRIDES = (2, 1, 1, 1)  # 2 in conv1 makes training several times faster
 POOL_SIZES = (2, 2, 2, 2)  # rows and columns of a pooling region; 1 for none
-HEAD_SIZE = 2  # the classifier sees conv4 averaged over 2 x 2 regions
+HEAD_SIZE = 2  # conv4 is averaged over a grid of 2 x 2 regions, which overlap where 2 does not divide the map
 DROPOUT = 0.3  # of the classifier's inputs
 # training
 EPOCHS = 60  # passes over the training images
 SHAPES_EPOCHS = 30  # passes over the generated images, at most EPOCHS
 BATCH_SIZE = 64  # images a step
-FILTER_RATE = 0.03  # of Muon: how far a filter, of norm 1, moves in a step; largest, after the warm-up
-LEARNING_RATE = 3e-3  # of AdamW, for batch norm and the classifier; likewise
-WARM_UP = 0.15  # share of the training in which the learning rates rise; then they fall along a cosine
+FILTER_RATE = 0.03  # largest learning rate of Muon: how far it moves a filter, of norm 1, in a step
+LEARNING_RATE = 3e-3  # largest learning rate of AdamW, which trains batch norm and the classifier
+# OneCycleLR lets both rates rise from 1/25 of the largest and then fall to 1/250,000 of it, along cosines
+WARM_UP = 0.15  # share of the training in which they rise, 0 to 1
 WEIGHT_DECAY = 0.05  # of the classifier's weights, not of batch norm
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes
 AUGMENTATION = Augmentation(shift=12, zoom=0.25, rotation=10, colour=0.3, cutout=16)  # load_data.py says what
@@ -88,7 +91,8 @@ SEED = 0  # weights, order of the images, augmentation and dropout
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 # files
 CHECKPOINT = Path("outputs/CNN.pth")  # the other files go beside it
-SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # epochs kept, as in the paper's Figure 4; 0, the start, always
+# epochs kept, as in the paper's Figure 4; 0, the start, always; an epoch beyond EPOCHS, as 64, does not occur
+SNAPSHOTS = (1, 2, 5, 10, 20, 30, 40, 64)  # in the folder snapshots beside CHECKPOINT
 
 
 Row = dict[str, float]  # of training_log.csv
@@ -119,6 +123,11 @@ def read_data(dataset: str, data_dir: Path, train_on: str) -> Data:
         SystemExit: If the data set or the part of it cannot be had.
     """
     dataset = find_dataset(dataset, data_dir)
+    if dataset != "stl10" and train_on.startswith("fold"):
+        raise SystemExit(
+            f"TRAIN_ON is {train_on!r}; only STL-10 has folds, not {TITLES[dataset]}: "
+            "set it to 'all' or 'validation'"
+        )
     names = class_names(dataset, data_dir)
     train = load_split(dataset, data_dir, "train")
     test = load_split(dataset, data_dir, "test")
@@ -173,14 +182,16 @@ def choose_precision(device: torch.device) -> torch.dtype:
 
 
 def build_network(config: dict[str, Any]) -> CNN:
-    """Return a new network, or raise SystemExit if images do not fit through it."""
+    """Return a new network, or raise SystemExit if it has not four layers or images do not fit through it."""
     try:
         net = CNN(**config)
+        if len(net.blocks) != len(LAYERS):
+            raise ValueError(f"each holds {len(net.blocks)} numbers, expected {len(LAYERS)}")
         net.eval()(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise SystemExit(
             f"FILTERS, KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers for images of "
-            f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]}"
+            f"{IMAGE_SIZE} pixels: {str(error).splitlines()[0]} (HEAD_SIZE and DROPOUT can be the cause, too)"
         ) from None
     return net
 
@@ -250,7 +261,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(net: CNN, settings: dict[str, Any]) -> tuple[Muon, torch.optim.AdamW]:
-    """Return Muon for the convolutions, and AdamW for batch norm and the classifier."""
+    """Return Muon for the convolutions, and AdamW for batch norm and the classifier.
+
+    Raises:
+        SystemExit: If the network has other parameters, which would stay as they are.
+    """
     filters: list[Tensor] = []
     batch_norm: list[Tensor] = []
     for block in net.blocks:
@@ -261,7 +276,18 @@ def build_optimizers(net: CNN, settings: dict[str, Any]) -> tuple[Muon, torch.op
         {"params": [*batch_norm, net.classifier.bias], "weight_decay": 0.0},
     ]
     muon = Muon(filters, settings["filter_rate"])
-    return muon, torch.optim.AdamW(groups, settings["learning_rate"], betas=(0.9, 0.99))
+    adamw = torch.optim.AdamW(groups, settings["learning_rate"], betas=(0.9, 0.99))
+
+    # a layer that somebody adds to CNN.py must not stay untrained unnoticed
+    trained: set[int] = set()
+    for group in muon.param_groups + adamw.param_groups:
+        trained.update(id(parameter) for parameter in group["params"])
+    parameters = net.named_parameters()
+    untrained = [name for name, value in parameters if value.requires_grad and id(value) not in trained]
+    if untrained:
+        pronoun = "it" if len(untrained) == 1 else "them"
+        raise SystemExit(f"no optimiser trains {', '.join(untrained)}: add {pronoun} in build_optimizers")
+    return muon, adamw
 
 
 class Result(NamedTuple):
@@ -282,7 +308,8 @@ class Trainer:
         precision: Precision of the forward and the backward pass; weights and optimisers stay in float32.
 
     Raises:
-        SystemExit: If there is no epoch or no batch to train on, or images do not fit through the network.
+        SystemExit: If there is no epoch or no batch to train on, or the warm-up is no share of the training.
+            `build_network` and `build_optimizers` name more reasons.
     """
 
     def __init__(self, train: Split, settings: dict[str, Any], device: torch.device, precision: torch.dtype):
@@ -291,11 +318,15 @@ class Trainer:
         self.precision = precision
         self.epochs: int = settings["epochs"]
         self.batch_size: int = settings["batch_size"]
-        self.steps = len(self.images) // self.batch_size  # in an epoch
         self.smoothing = settings["label_smoothing"]
         self.augmentation = Augmentation(**settings["augmentation"])
         if self.epochs < 1:
             raise SystemExit(f"EPOCHS is {self.epochs}; a training takes at least 1")
+        if self.batch_size < 1:
+            raise SystemExit(f"BATCH_SIZE is {self.batch_size}; a batch has at least 1 image")
+        if not 0 <= settings["warm_up"] <= 1:
+            raise SystemExit(f"WARM_UP is {settings['warm_up']}; it is a share of the training, from 0 to 1")
+        self.steps = len(self.images) // self.batch_size  # in an epoch
         if self.steps == 0:
             count = len(self.images)
             raise SystemExit(
@@ -381,7 +412,8 @@ class Trainer:
             "random": torch.get_rng_state(),
         }
         if device.type != "cpu":  # dropout's numbers are drawn on the device
-            state["device_random"] = getattr(torch, device.type).get_rng_state(device)
+            device_module = getattr(torch, device.type)  # torch.cuda or torch.mps; their functions are alike
+            state["device_random"] = device_module.get_rng_state(device)
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -395,7 +427,8 @@ class Trainer:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         if device.type != "cpu":
-            getattr(torch, device.type).set_rng_state(state["device_random"], device)
+            device_module = getattr(torch, device.type)
+            device_module.set_rng_state(state["device_random"], device)
 
 
 class Files(NamedTuple):
@@ -429,6 +462,14 @@ class Files(NamedTuple):
             if folder.exists():
                 shutil.rmtree(folder)
             self.pending_snapshots().rename(folder)
+
+    def refuse_folder(self) -> None:
+        """Raise SystemExit if a folder is where the checkpoint goes."""
+        if self.checkpoint.is_dir():
+            raise SystemExit(
+                f"CHECKPOINT is {str(self.checkpoint)!r}, a folder: name a file in it, such as "
+                f"{str(self.checkpoint / 'CNN.pth')!r}"
+            )
 
     def refuse_other_networks(self) -> None:
         """Raise SystemExit if another network lies in the folder, whose snapshots and log would be lost."""
@@ -503,7 +544,10 @@ def resume(path: Path, trainer: Trainer) -> list[Row]:
         trainer.restore(state)
         rows: list[Row] = state["rows"]
     except Exception as error:  # what torch raises for a damaged file is of nearly any type
-        raise SystemExit(f"{path} is damaged ({type(error).__name__}): move it and start anew") from None
+        raise SystemExit(
+            f"{path} is damaged, or the code of the network has changed since ({type(error).__name__}): "
+            "delete it and start anew"
+        ) from None
     print(f"going on after epoch {len(rows)} of an interrupted training")
     return rows
 
@@ -702,12 +746,16 @@ def finish(trainer: Trainer, data: Data, files: Files, log: pd.DataFrame) -> Non
     )
     files.publish_snapshots()
     print(f"wrote {files.checkpoint} and, beside it, snapshots/")
-    save_table(files.checkpoint.with_name("training_log.csv"), load_checkpoint(files.checkpoint), log)
+
+    # the file is read again for its checksum, which the log holds
+    checkpoint = load_checkpoint(files.checkpoint)
+    save_table(files.checkpoint.with_name("training_log.csv"), checkpoint, log)
     counts = confusion_matrix(data.measured.labels, final.predictions.numpy(), len(data.class_names))
     write_figures(files, data, log, trainer.net, counts)
     retry(lambda: files.state_path().unlink(missing_ok=True), files.state_path())
 
-    # last, because a terminal that cannot print a class name must not cost the files
+    # Last, because printing can fail and must not cost the files: nobody reads the output any more, as after
+    # `| head`; or main() is called without `run_script`, and the terminal cannot print a class name.
     report(counts, data.class_names)
     print(
         f"averaged over each image and its mirror image, at twice the cost: {percent(mirrored.accuracy, 2)}"
@@ -760,6 +808,7 @@ def main() -> None:
     trainer = Trainer(data.train, settings, device, precision)
     facts = {"dataset": data.dataset, "class_names": data.class_names, "settings": settings}
     files = Files(Path(CHECKPOINT).expanduser(), data.split, facts)
+    files.refuse_folder()
     files.refuse_other_networks()
     snapshots = np.atleast_1d(SNAPSHOTS).tolist()  # (5) is no tuple but 5
     log = train(trainer, data.measured, files, MEASURE_EVERY, snapshots)

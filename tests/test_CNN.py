@@ -115,6 +115,13 @@ def test_images_are_normalised_by_the_mean_and_deviation_that_the_network_holds(
     assert images.flatten().tolist() == [102, 255, 0]
 
 
+def test_images_that_are_no_grey_levels_are_refused_and_left_alone(make_net: MakeNet) -> None:
+    images = torch.ones(1, 3, 2, 2)
+    with pytest.raises(TypeError, match=r"^the images are torch.float32, expected torch.uint8, 0 to 255$"):
+        make_net().normalise(images)
+    assert torch.equal(images, torch.ones(1, 3, 2, 2))
+
+
 def test_receptive_fields_by_hand() -> None:
     # 5; pool: 6, jump 2; + 2*2 = 10; pool: 12, jump 4; + 2*4 = 20; pool: 24, jump 8; + 2*8 = 40
     fields = receptive_fields(CNN(filters=(2, 2, 2, 2), strides=(1, 1, 1, 1), kernel_sizes=(5, 3, 3, 3)))
@@ -259,6 +266,7 @@ def test_main_prints_shape_parameters_and_receptive_field(capsys: pytest.Capture
     assert conv4[:6] == f"conv4 256 x {rows} x {rows}".split()
     assert conv4[-2:] == f"{receptive_fields(CNN())[3].size} px".split()
     assert total == ["total", f"{sum(p.numel() for p in CNN().parameters()):,}"]
+    assert "default network" in lines[-1] and "train_CNN.py" in lines[-1]
 
 
 def test_a_wrapped_network_is_saved_without_its_wrapper(make_net: MakeNet) -> None:

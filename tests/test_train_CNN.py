@@ -234,6 +234,24 @@ def test_muon_moves_the_filters_and_the_classifier_alone_is_decayed(make_trainer
         assert [id(parameter) in group for group in groups] == [k == expected for k in range(3)], name
 
 
+def test_a_parameter_that_no_optimiser_trains_is_named(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_network = train_CNN.build_network
+
+    def build_with_biases(config: dict[str, Any]) -> CNN:
+        net = build_network(config)
+        for block, requires_grad in zip(net.blocks, (False, True, True, False), strict=True):
+            bias = torch.zeros(block.conv.out_channels)
+            block.conv.bias = torch.nn.Parameter(bias, requires_grad)  # one that is frozen may be untrained
+        return net
+
+    monkeypatch.setattr(train_CNN, "build_network", build_with_biases)
+    expected = "no optimiser trains blocks.1.conv.bias, blocks.2.conv.bias: add them in build_optimizers"
+    with pytest.raises(SystemExit, match=f"^{expected}$"):
+        make_trainer()
+
+
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
 def test_orthogonalising_is_three_newton_schulz_steps(shape: tuple[int, int]) -> None:
     matrix = torch.randn(*shape, dtype=torch.float64)
@@ -526,8 +544,44 @@ def test_a_damaged_state_is_refused(quick: None, monkeypatch: pytest.MonkeyPatch
     ((name, content),) = state_files().items()
     for damaged in (content[:-100], b"", b"text"):
         (OUTPUTS / name).write_bytes(damaged)
-        with pytest.raises(SystemExit, match=rf"^outputs/{name} is damaged \(\w+\): move it and start anew$"):
+        reason = r"is damaged, or the code of the network has changed since \(\w+\)"
+        with pytest.raises(SystemExit, match=rf"^outputs/{name} {reason}: delete it and start anew$"):
             train_CNN.main()
+
+
+def test_a_state_of_another_network_is_refused_after_a_change_of_the_code(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, 3)
+    build_network = train_CNN.build_network
+
+    def build_without_statistics(config: dict[str, Any]) -> CNN:
+        net = build_network(config)
+        net.blocks[0].bn = torch.nn.BatchNorm2d(4, track_running_stats=False)
+        return net
+
+    monkeypatch.setattr(train_CNN, "build_network", build_without_statistics)
+    with pytest.raises(SystemExit, match=r"or the code of the network has changed since \(RuntimeError\)"):
+        train_CNN.main()
+
+
+@pytest.mark.parametrize("checkpoint", ["outputs", Path("outputs/networks")])
+def test_a_folder_is_refused_as_a_checkpoint_before_the_training(
+    quick: None, monkeypatch: pytest.MonkeyPatch, checkpoint: Path | str
+) -> None:
+    Path("outputs/networks").mkdir(parents=True)
+    monkeypatch.setattr(train_CNN, "CHECKPOINT", checkpoint)
+    expected = f"^CHECKPOINT is '{checkpoint}', a folder: name a file in it, such as '{checkpoint}/CNN.pth'$"
+    with pytest.raises(SystemExit, match=expected):
+        train_CNN.main()
+    assert not [path for path in Path("outputs").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("dataset", ["folders", "shapes"])
+def test_a_fold_is_refused_where_the_data_set_is_not_stl10(tiny_stl10: Path, dataset: str) -> None:
+    (tiny_stl10 / load_data.FOLDER / "fold_indices.txt").write_text("0 1 2\n" * 10)
+    with pytest.raises(SystemExit, match=r"^TRAIN_ON is 'fold 0'; only STL-10 has folds, not .*: set it to "):
+        train_CNN.read_data(dataset, tiny_stl10, "fold 0")
 
 
 def test_the_first_snapshot_is_the_network_before_the_first_step(quick: None) -> None:
@@ -580,6 +634,9 @@ def test_the_pipeline_leaves_a_log_of_a_row_an_epoch_and_both_figures(pipeline: 
     [
         ("POOL_SIZES", (4, 4, 4, 4), "POOL_SIZES make no network of four layers for images of 96 pixels: .+"),
         ("KERNEL_SIZES", (5, 3, 3), "make no network of four layers for images of 96 pixels: .+"),
+        ("KERNEL_SIZES", 3, "^FILTERS, KERNEL_SIZES, STRIDES and POOL_SIZES make no network of four layers"),
+        ("HEAD_SIZE", 9, r"make no network .+ \(HEAD_SIZE and DROPOUT can be the cause, too\)$"),
+        ("DROPOUT", 2, r"make no network .+ \(HEAD_SIZE and DROPOUT can be the cause, too\)$"),
         ("STRIDES", (0, 1, 1, 1), "make no network of four layers for images of 96 pixels: .+"),
         ("TRAIN_ON", "fold 10", "^TRAIN_ON is 'fold 10'; allowed are 'all', 'validation', 'fold 0' to 'fold"),
         ("TRAIN_ON", "fold 1", "^data/stl10_binary/fold_indices.txt cannot be read"),
@@ -587,6 +644,10 @@ def test_the_pipeline_leaves_a_log_of_a_row_an_epoch_and_both_figures(pipeline: 
         ("DEVICE", "abacus", "^DEVICE is 'abacus'"),
         ("LEARNING_RATE", 1e30, r"^the loss of a batch is (nan|inf): lower FILTER_RATE or LEARNING_RATE$"),
         ("EPOCHS", 0, "^EPOCHS is 0; a training takes at least 1$"),
+        ("BATCH_SIZE", 0, "^BATCH_SIZE is 0; a batch has at least 1 image$"),
+        ("BATCH_SIZE", -5, "^BATCH_SIZE is -5; a batch has at least 1 image$"),
+        ("WARM_UP", 5, "^WARM_UP is 5; it is a share of the training, from 0 to 1$"),
+        ("WARM_UP", -0.1, "^WARM_UP is -0.1; it is a share of the training, from 0 to 1$"),
     ],
 )
 def test_settings_that_cannot_work_end_in_one_line_and_leave_no_checkpoint(
@@ -596,6 +657,20 @@ def test_settings_that_cannot_work_end_in_one_line_and_leave_no_checkpoint(
     with pytest.raises(SystemExit, match=message) as caught:
         train_CNN.main()
     assert "\n" not in str(caught.value.code) and not CHECKPOINT.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_classifier_of_no_region_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"make no network of four layers .+ \(HEAD_SIZE and DROPOUT can"):
+        train_CNN.build_network({"head_size": 0})
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_a_network_of_another_number_of_layers_is_refused(layers: int) -> None:
+    names = ("filters", "kernel_sizes", "strides", "pool_sizes")
+    expected = f"^FILTERS, .+ make no network of four layers .+: each holds {layers} numbers, expected 4 "
+    with pytest.raises(SystemExit, match=expected):
+        train_CNN.build_network({name: (1,) * layers for name in names})
 
 
 KILLED = """
