@@ -327,7 +327,8 @@ def recalibrate_batch_norm(net: CNN, first: int, images: Array) -> CNN:
 
     Batch norm of a trained network holds the statistics of its own maps. With other weights in the blocks
     below they would not fit, and activations would be off scale. Each mean and each variance is the average
-    over batches of the training `images`. The network itself is changed, and returned.
+    over batches of the training `images`. Batch norm of these blocks must be fresh: its average would go on
+    otherwise. The network itself is changed, and returned.
     """
     for block in net.blocks[first:]:
         block.train()
@@ -621,7 +622,8 @@ def fit_probe(features: Tensor, labels: Tensor, decay: float, start: Linear) -> 
     """Fit a logistic regression to the features (images, inputs) of labelled images.
 
     Features are standardised. The loss is the mean cross-entropy plus decay / 2 times the sum of squared
-    weights: a convex problem, which L-BFGS solves. A `start` near the solution saves steps.
+    weights: a convex problem, whose solution L-BFGS approaches in at most `PROBE_STEPS` steps. A `start` near
+    the solution saves steps.
     """
     centre = features.mean(dim=0)
     deviation = features.std(dim=0, correction=0)
@@ -764,6 +766,7 @@ def run_probes(run: Run, probes: pd.DataFrame, accuracy: float) -> pd.DataFrame:
 # ---------------------------------------------------------------- ablation: what filters are needed for
 
 HITS = "filters whose ablation hurts their preferred class most"
+SHUFFLED = "preferred classes shuffled"
 
 
 class Ablation(NamedTuple):
@@ -847,11 +850,12 @@ def preferred_classes(peak_means: Array) -> tuple[Array, Array]:
     return np.any(peak_means, axis=0), np.asarray(np.argmax(peak_means, axis=0))
 
 
-def average_costs(ablation: Ablation, peak_means: Array, labels: Array) -> pd.DataFrame:
+def average_costs(ablation: Ablation, peak_means: Array, labels: Array, readout: str) -> pd.DataFrame:
     """Return rows of summary.csv: mean loss increase of a filter's preferred class and of each other class.
 
-    The means are over active filters, the 95 % bootstrap intervals over images. `peak_means` are the
-    `class_means` (classes, filters).
+    The means are over active filters, the 95 % bootstrap intervals over images. On the other classes rises
+    and falls cancel, so there is the mean size of the loss increase, too; it has no interval, because noise
+    makes sizes larger. `peak_means` are the `class_means` (classes, filters), `readout` is a name.
     """
     class_count = len(peak_means)
     active, preferred = preferred_classes(peak_means)
@@ -865,16 +869,38 @@ def average_costs(ablation: Ablation, peak_means: Array, labels: Array) -> pd.Da
         if counted.any():
             low, high = np.percentile(samples[:, counted].mean(axis=1), (2.5, 97.5))
             interval = Interval(means[counted].mean(), low, high)
-        rows.append((f"loss increase of {which}", *interval, "nats", active.sum()))
+        rows.append((f"loss increase of {which}: {readout}", *interval, "nats", active.sum()))
+        if mask is not is_preferred:
+            size = np.abs(means[counted]).mean() if counted.any() else math.nan
+            name = f"size of the loss increase of {which}: {readout}"
+            rows.append((name, size, math.nan, math.nan, "nats", active.sum()))
     return pd.DataFrame(rows, columns=["name", *Interval._fields, "unit", "n"])
 
 
-def share_of_hits(ablation: Ablation, peak_means: Array, labels: Array) -> Interval:
-    """Return the share of active filters whose ablation hurts their preferred class most (Wilson)."""
+def count_hits(ablation: Ablation, peak_means: Array, labels: Array, readout: str) -> pd.DataFrame:
+    """Return rows of summary.csv: in how many active filters ablation hurts the preferred class most.
+
+    The interval is Wilson's. Beside it stands the share that is expected if the preferred classes are
+    shuffled among the filters. `readout` is a name.
+    """
+    class_count = len(peak_means)
     active, preferred = preferred_classes(peak_means)
-    loss_increase = reduce_by_class(np.mean, ablation.loss_increase, labels, len(peak_means))
-    is_hit = active & (loss_increase.argmax(axis=0) == preferred)
-    return wilson(is_hit.sum(), active.sum())
+    count = int(active.sum())
+    loss_increase = reduce_by_class(np.mean, ablation.loss_increase, labels, class_count)
+    hurt_most = loss_increase.argmax(axis=0)
+    hits = wilson(int((active & (hurt_most == preferred)).sum()), count)
+
+    # a filter and a preferred class that is drawn from all filters': how often do both name one class?
+    shuffled = math.nan
+    if count:
+        share_hurt = np.bincount(hurt_most[active], minlength=class_count) / count
+        share_preferred = np.bincount(preferred[active], minlength=class_count) / count
+        shuffled = float(share_hurt @ share_preferred)
+    rows = [
+        (f"{HITS}: {readout}", *hits, count),
+        (f"{HITS}: {readout}, {SHUFFLED}", shuffled, math.nan, math.nan, count),
+    ]
+    return to_percent(pd.DataFrame(rows, columns=["name", *Interval._fields, "n"]).assign(unit="%"))
 
 
 def correlate_samples(x: Array, y: Array) -> Interval:
@@ -891,16 +917,15 @@ def correlate_costs(ablation: pd.DataFrame, spread: Array) -> pd.DataFrame:
     """Return rows of summary.csv: rank correlations of loss increases with what might predict them.
 
     They are over active filters, or over pairs of an active filter and an other class; the intervals are over
-    filters. A filter's preferred class is kept apart from the others, or ranks would mix what the filter
-    drives with what it avoids. A filter that moves the logits more costs more, whatever class it prefers. So
-    a partial correlation says what selectivity tells beyond the `spread` (filters,) of what the filter adds
-    to the logits.
+    filters. A filter's preferred class is kept apart from the others, because preferred classes have high
+    values of both and pooled ranks would show that alone. A filter that moves the logits more costs more,
+    whatever class it prefers. So a partial correlation says what selectivity tells beyond the `spread`
+    (filters,) of what the filter adds to the logits.
     """
     active = ~np.isnan(values_by_filter(ablation, "selectivity")).any(axis=1)
     selectivity = values_by_filter(ablation, "selectivity")[active]  # (filters, classes)
-    contribution = values_by_filter(ablation, "contribution")[active]
     loss_increase = values_by_filter(ablation, "loss_increase")[active]
-    overall = ablation.groupby("filter")["loss_increase"].last().to_numpy()[active]
+    overall = ablation.groupby("filter")["loss_increase"].last().to_numpy()[active]  # the row "all"
     spread = spread[active]
     largest = selectivity.max(axis=1)
     is_preferred = selectivity.argmax(axis=1)[:, None] == np.arange(selectivity.shape[1])
@@ -915,14 +940,8 @@ def correlate_costs(ablation: pd.DataFrame, spread: Array) -> pd.DataFrame:
     other_cost = others(loss_increase)
     intervals = {
         "the preferred class, rank correlation with selectivity": correlate_samples(largest, preferred_cost),
-        "the preferred class, rank correlation with contribution": correlate_samples(
-            contribution[is_preferred], preferred_cost
-        ),
         "each other class, rank correlation with selectivity": correlate_samples(
             others(selectivity), other_cost
-        ),
-        "each other class, rank correlation with contribution": correlate_samples(
-            others(contribution), other_cost
         ),
         "all classes, rank correlation with selectivity": correlate_samples(largest, overall),
         "all classes, rank correlation with spread": correlate_samples(spread, overall),
@@ -936,10 +955,10 @@ def correlate_costs(ablation: pd.DataFrame, spread: Array) -> pd.DataFrame:
 
 
 def draw_ablation(ablation: pd.DataFrame, hits: pd.DataFrame, chance: float) -> Figure:
-    """Draw ablation.csv and, below, the share of filters that cost their preferred class most.
+    """Draw ablation.csv and, below, the share of filters whose ablation hurts their preferred class most.
 
     Above: the loss increase of each class (rows) by each active filter (columns). `hits` are the rows of
-    summary.csv with that share, one a readout; `chance` is the share if the class were picked at random.
+    `count_hits` for each readout; `chance` is the share if the class were picked at random.
     """
     names = ablation["class"].unique()[:-1]  # the last is "all"
     selectivity = values_by_filter(ablation, "selectivity")  # (filters, classes)
@@ -964,6 +983,7 @@ def draw_ablation(ablation: pd.DataFrame, hits: pd.DataFrame, chance: float) -> 
     above.set_yticks(np.arange(len(names)) + 0.5, [shorten(name) for name in names])
     above.set(xlabel="filters, by preferred class (framed), then falling selectivity", ylabel="class")
 
+    hits = hits[~hits["name"].str.endswith(SHUFFLED)]
     readouts = hits["name"].str.removeprefix(f"{HITS}: ")
     shares = hits.assign(readout=readouts, median=hits["value"])
     draw_intervals(below, shares, "readout", horizontal=True)
@@ -975,9 +995,9 @@ def draw_ablation(ablation: pd.DataFrame, hits: pd.DataFrame, chance: float) -> 
 def run_ablation(run: Run, trained: NetworkResults, untrained: NetworkResults) -> pd.DataFrame:
     """Ablate each filter of conv4; write table and figure, return rows of summary.csv.
 
-    The share of filters that cost their preferred class most belongs to the readout as much as to the
-    filters. So it is compared with the same share of a probe on the same features, and with the share of a
-    probe on the untrained network's features: the baseline, which needs no training of the network.
+    What a filter is needed for belongs to the readout, too: any fitted readout gives weight to a filter that
+    fires more on a class. So the network's own classifier is compared with a probe on the same features, and
+    with a probe on the untrained network's features: the baseline, which needs no training of the network.
     """
     labels = torch.from_numpy(run.test.labels).to(run.net.mean.device)
     peak_means = class_means(trained.tables.classes)
@@ -990,22 +1010,20 @@ def run_ablation(run: Run, trained: NetworkResults, untrained: NetworkResults) -
         "probe on trained features": (ablate(trained.readout, trained, labels), trained),
         "probe on untrained features": (ablate(untrained.readout, untrained, labels), untrained),
     }
-    rows = []
+    costs = []
+    hits = []
     for readout, (ablation, network) in ablations.items():
         means = class_means(network.tables.classes)
-        share = share_of_hits(ablation, means, run.test.labels)
-        active, _ = preferred_classes(means)
-        rows.append((f"{HITS}: {readout}", *share, active.sum()))
-    hits = to_percent(pd.DataFrame(rows, columns=["name", *Interval._fields, "n"]).assign(unit="%"))
+        costs.append(average_costs(ablation, means, run.test.labels, readout))
+        hits.append(count_hits(ablation, means, run.test.labels, readout))
 
-    costs = average_costs(network_ablation, peak_means, run.test.labels)
     correlations = correlate_costs(table, network_ablation.spread)
     if table["selectivity"].isna().all():
         print("no filter of conv4 fires: ablation.png is left out")
     else:
-        figure = draw_ablation(table, hits, 1 / len(run.names))
+        figure = draw_ablation(table, pd.concat(hits), 1 / len(run.names))
         run.save_figure("ablation", figure, f"What mean ablation of a filter of conv4 costs\n{run.source}")
-    return pd.concat([costs, hits, correlations]).assign(layer="conv4")
+    return pd.concat([*costs, *hits, correlations]).assign(layer="conv4")
 
 
 # ---------------------------------------------------------------- what a projection shows
@@ -1023,7 +1041,7 @@ class Windows(NamedTuple):
     """
 
     units: Units
-    before_pooling: Array  # row and column of each unit in the map before pooling, (units, 2)
+    map_positions: Array  # row and column of each unit in the map before pooling, (units, 2)
     origin: Array  # row and column of the window's top left pixel in the image, (units, 2)
     inside: Array  # whether a pixel of the window lies inside the image; windows may cross the border
     magnitude: Array  # of the projection, float32
@@ -1033,7 +1051,7 @@ class Windows(NamedTuple):
         """Return the units at `indices`, with the same profile."""
         return Windows(
             units=self.units.select(indices),
-            before_pooling=self.before_pooling[indices],
+            map_positions=self.map_positions[indices],
             origin=self.origin[indices],
             inside=self.inside[indices],
             magnitude=self.magnitude[indices],
@@ -1052,7 +1070,8 @@ def crop_windows(frames: Array, origins: Array, size: int) -> Array:
 def to_frames(windows: Array, origins: Array) -> Array:
     """Put windows (units, rows, columns) into frames of the image's size, 0 elsewhere.
 
-    The frame is cropped out of what surrounds the window, and so its origin lies at minus the window's.
+    Seen from the window's top left pixel the frame begins at minus the origin: the same crop with the roles
+    exchanged.
     """
     return crop_windows(windows, -origins, IMAGE_SIZE)
 
@@ -1076,7 +1095,7 @@ def read_examples(path: Path, checkpoint: Checkpoint) -> Windows:
     shares = magnitude / magnitude.sum(axis=(1, 2), keepdims=True)
     return Windows(
         units=Units(image[fires].astype(np.int64), filters, row, column, value[fires]),
-        before_pooling=Projector(checkpoint.net, len(LAYERS) - 1).before_pooling(origin),
+        map_positions=Projector(checkpoint.net, len(LAYERS) - 1).map_positions(origin),
         origin=origin,
         inside=inside,
         magnitude=magnitude,
@@ -1085,7 +1104,7 @@ def read_examples(path: Path, checkpoint: Checkpoint) -> Windows:
 
 
 def pick_units(filters: Array) -> Array:
-    """Pick one example of each active filter at random, because examples of one filter are much alike.
+    """Pick one example of each active filter at random, since examples of one filter are not independent.
 
     `filters` are the filters of the examples; the result are indices of examples, by rising filter.
     """
@@ -1094,16 +1113,17 @@ def pick_units(filters: Array) -> Array:
     return np.asarray(shuffled[first])
 
 
-def pick_partners(filters: Array, chosen: Array, draw: int) -> Array:
-    """Pick at random for each of the `chosen` examples another example of the same filter.
+def pick_partners(filters: Array, chosen: Array, draw: int, same_filter: bool) -> Array:
+    """Pick at random for each of the `chosen` examples another example, of the same or of another filter.
 
-    An example that is the only one of its filter is its own partner. `filters` and the result are as for
-    `pick_units`.
+    An example that has none is its own partner. `filters` and the result are as for `pick_units`.
     """
-    rng = random_stream(f"partners {draw}")
+    rng = random_stream(f"partners {draw} {same_filter}")
     partners = []
     for example in chosen:
-        others = np.flatnonzero((filters == filters[example]) & (np.arange(len(filters)) != example))
+        is_same = filters == filters[example]
+        others = np.flatnonzero(is_same if same_filter else ~is_same)
+        others = others[others != example]
         partners.append(rng.choice(others) if len(others) else example)
     return np.array(partners, np.int64)
 
@@ -1120,7 +1140,7 @@ def project_elsewhere(run: Run, net: CNN, windows: Windows, units: Units, desc: 
         run.test.images,
         units._replace(value=ones),
         desc,
-        before_pooling=windows.before_pooling,
+        map_positions=windows.map_positions,
     )
     return np.asarray(np.abs(projections).sum(axis=1))
 
@@ -1221,7 +1241,7 @@ def activate(net: CNN, images: Tensor, windows: Windows) -> Array:
     The pooled activation would not do: where the unit falls silent, a neighbour could take over.
     """
     filters = windows.units.filter
-    row, column = windows.before_pooling.T
+    row, column = windows.map_positions.T
     last = net.blocks[-1]
     activations = []
     for batch in np.split(np.arange(len(images)), range(BATCH, len(images), BATCH)):
@@ -1238,36 +1258,45 @@ def mask_images(run: Run, windows: Windows, other_filter: Array, shares: Sequenc
     """Keep only the pixels of a window that score highest, or remove them; grey stands for the rest.
 
     Returns a row a unit, method and share: insertion and deletion, the activation of the unit in the masked
-    image divided by its activation in the image.
+    image divided by its activation in the image; overlap, the share of the chosen pixels that the projection
+    chooses, too.
     """
     images = run.net.normalise(torch.from_numpy(run.test.images[windows.units.image]))
     in_window = to_frames(windows.inside, windows.origin)
     scores = score_pixels(run, windows, other_filter)
+    by_projection = {
+        share: topk_mask(average_blocks(scores["projection"], in_window), in_window, share)
+        for share in shares
+    }
     tables = []
     for method in tqdm(scores, "insertion and deletion", unit=" methods", disable=None):
         averaged = average_blocks(scores[method], in_window)
         for share in shares:
-            mask = torch.from_numpy(topk_mask(averaged, in_window, share))[:, None].to(images.device)
+            mask = topk_mask(averaged, in_window, share)
+            common = (mask & by_projection[share]).sum(axis=(1, 2))
+            kept = torch.from_numpy(mask)[:, None].to(images.device)
             columns = {
                 "unit": np.arange(len(images)),
                 "method": method,
                 "share": share,
-                "insertion": activate(run.net, images * mask, windows) / windows.units.value,
-                "deletion": activate(run.net, images * ~mask, windows) / windows.units.value,
+                "insertion": activate(run.net, images * kept, windows) / windows.units.value,
+                "deletion": activate(run.net, images * ~kept, windows) / windows.units.value,
+                "overlap": common / mask.sum(axis=(1, 2)),
             }
             tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
 
 def tabulate_masks(masked: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of trust.csv for insertion and deletion, and for their paired differences."""
+    """Return the rows of trust.csv for masked images: what is left, paired differences, and overlaps."""
     rows = []
-    for test in ("insertion", "deletion"):
+    methods = masked["method"].unique()
+    for test in ("insertion", "deletion", "overlap"):
         for share in masked["share"].unique():
             values = masked[masked["share"] == share].pivot(index="unit", columns="method", values=test)
-            for method in masked["method"].unique():
+            for method in methods if test != "overlap" else methods[methods != "projection"]:
                 rows.append((test, share, method, *median(values[method].to_numpy())))
-                if method != "projection":
+                if test != "overlap" and method != "projection":
                     differences = (values["projection"] - values[method]).to_numpy()
                     name = f"projection minus {method}"
                     rows.append((f"{test} difference", share, name, *median(differences)))
@@ -1297,7 +1326,8 @@ def randomise_weights(net: CNN, images: Array, draw: int) -> Iterator[tuple[str,
 def pick_other_filters(windows: Windows, draw: int) -> Units:
     """Give each unit another filter that is active, but need not fire in that unit's image and window.
 
-    `windows` holds one unit of each active filter.
+    `windows` holds one unit of each active filter. Value, row and column stay the unit's own;
+    `project_elsewhere` replaces them.
     """
     units = windows.units
     count = len(units.filter)
@@ -1308,8 +1338,15 @@ def pick_other_filters(windows: Windows, draw: int) -> Units:
 def project_conditions(
     run: Run, windows: Windows, norm_images: Array, draw: int
 ) -> Iterator[tuple[str, Array]]:
-    """Yield the names of the controls and of the random networks, with magnitudes in the same windows."""
+    """Yield the names of the controls and of the random networks, with magnitudes in the same windows.
+
+    The first is no projection: the image's own edges.
+    """
     units = windows.units
+    images = run.net.normalise(torch.from_numpy(run.test.images[units.image]))
+    size = windows.magnitude.shape[-1]
+    yield "edges of the image", crop_windows(edge_strength(images), windows.origin, size)
+
     other_filter = pick_other_filters(windows, draw)
     rng = random_stream(f"other images {draw}")
     other_image = pick_others(units.image, len(run.test.images), rng)
@@ -1356,31 +1393,33 @@ def compare_projections(run: Run, windows: Windows, norm_images: Array) -> pd.Da
 
 
 def compare_examples(examples: Windows, chosen: Array) -> pd.DataFrame:
-    """Compare the magnitudes of the `chosen` examples with other top-9 examples of the same filters.
+    """Compare magnitudes of the `chosen` examples with other top-9 examples, of the same or other filters.
 
-    This control asks more than another image drawn at random, on which the filter may not even fire. Both
-    units see their own windows, and the pixels that are inside the image in both are compared. The comparison
-    is pixel by pixel: the same pattern a few pixels further counts as another one. A filter with a single
-    example is left out. The rows are as in `compare_projections`.
+    This is stricter than another image drawn at random, on which the filter may not even fire: both units
+    fire strongly, each in the window of its own. The pixels that are inside the image in both are compared,
+    pixel by pixel: the same pattern a few pixels further counts as another one. An example without a partner
+    is left out. The rows are as in `compare_projections`.
     """
+    conditions = {"same filter, other top-9 example": True, "other filter, its top-9 example": False}
     tables = []
     for draw in range(RANDOM_DRAWS):
-        partners = pick_partners(examples.units.filter, chosen, draw)
-        units = np.flatnonzero(partners != chosen)
-        windows = examples.select(chosen[units])
-        others = examples.select(partners[units])
-        inside = windows.inside & others.inside
+        for condition, same_filter in conditions.items():
+            partners = pick_partners(examples.units.filter, chosen, draw, same_filter)
+            compared = np.flatnonzero(partners != chosen)
+            windows = examples.select(chosen[compared])
+            others = examples.select(partners[compared])
+            inside = windows.inside & others.inside
 
-        ranks = rank_pixels(windows.magnitude, inside)
-        other_ranks = rank_pixels(others.magnitude, inside)
-        profile = rank_pixels(np.broadcast_to(examples.profile, inside.shape), inside)
-        columns = {
-            "unit": units,
-            "condition": "same filter, other top-9 example",
-            "draw": draw,
-            "partial": correlate_given(ranks, other_ranks, profile),
-        }
-        tables.append(pd.DataFrame(columns))
+            ranks = rank_pixels(windows.magnitude, inside)
+            other_ranks = rank_pixels(others.magnitude, inside)
+            profile = rank_pixels(np.broadcast_to(examples.profile, inside.shape), inside)
+            columns = {
+                "unit": compared,
+                "condition": condition,
+                "draw": draw,
+                "partial": correlate_given(ranks, other_ranks, profile),
+            }
+            tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -1462,8 +1501,8 @@ def summarise_trust(trust: pd.DataFrame) -> pd.DataFrame:
 def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[float]) -> pd.DataFrame:
     """Mask images and compare projections; write trust.csv and its figure, return rows of summary.csv.
 
-    test: insertion, deletion; insertion difference, deletion difference, which are paired; or the partial
-        rank correlation of two projections.
+    test: insertion, deletion; insertion difference, deletion difference, which are paired; overlap, the share
+        of a method's pixels that the projection chooses, too; or partial rank correlation.
     share: Of the window's pixels that are kept or removed; empty for correlations.
     condition: What chose the pixels; or what the unit's projection is compared with.
     median, low, high: Over units, with a 95 % bootstrap interval over units.

@@ -111,12 +111,12 @@ def project(
     Example:
         A network of one's own needs blocks with these parts.
 
-        >>> from types import SimpleNamespace as Block
+        >>> from types import SimpleNamespace
         >>> def make_block():
         ...     conv = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
         ...     pool = torch.nn.MaxPool2d(2, return_indices=True)
-        ...     return Block(conv=conv, bn=torch.nn.BatchNorm2d(1).eval(), pool=pool)
-        >>> net = Block(blocks=[make_block(), make_block()])
+        ...     return SimpleNamespace(conv=conv, bn=torch.nn.BatchNorm2d(1).eval(), pool=pool)
+        >>> net = SimpleNamespace(blocks=[make_block(), make_block()])
 
         The way up records the switches. The way down starts from the maps of the second block.
 
@@ -129,9 +129,9 @@ def project(
         >>> project(net, 1, x, switches, (8, 8)).shape
         torch.Size([1, 1, 8, 8])
     """
-    rows = frame_sizes(net, image_size[0])
-    columns = frame_sizes(net, image_size[1])
-    check_switches(net, switches[: layer + 1], rows, columns)
+    row_sizes = frame_sizes(net, image_size[0])
+    column_sizes = frame_sizes(net, image_size[1])
+    check_switches(net, switches[: layer + 1], row_sizes, column_sizes)
 
     signal = pooled
     for k in reversed(range(layer + 1)):
@@ -140,7 +140,7 @@ def project(
 
         # Unpool: each value returns to the position of its region's maximum, all other positions are zero.
         # (images, filters, pooled rows, pooled columns) -> (images, filters, rows, columns)
-        map_size = (rows.outputs[k], columns.outputs[k])
+        map_size = (row_sizes.outputs[k], column_sizes.outputs[k])
         signal = F.max_unpool2d(signal, switches[k], [pool, pool], output_size=map_size)
 
         # Rectify: only positive signals go further down. The pixels at the end are not rectified.
@@ -148,8 +148,9 @@ def project(
 
         # Filter with the transposed weights: each value lays down a copy of its filter, scaled by the value.
         # (images, filters, rows, columns) -> (images, channels, input rows, input columns)
-        # A stride can leave rows and columns at the lower and right border over on the way up.
-        left_over = [(size.inputs[k] + 2 * padding - kernel) % stride for size in (rows, columns)]
+        # On the way up the last step of a stride can end before the padded input does (never in the default
+        # network). Without output_padding, so many rows or columns would be missing here.
+        left_over = [(sizes.inputs[k] + 2 * padding - kernel) % stride for sizes in (row_sizes, column_sizes)]
         signal = F.conv_transpose2d(
             signal, fold_batch_norm(block), stride=stride, padding=padding, output_padding=left_over
         )
@@ -890,7 +891,7 @@ function convolve(input, { reads, channels, filters, filtersLast, offsets }) {
 
 function pool(map, { regions, filters }) {
   const pooled = new Float32Array(regions.length * filters);
-  const switches = new Int32Array(pooled.length);  // where in the map the maximum of a region was
+  const switches = new Int32Array(pooled.length);  // where in the flat map, filters included, the maximum is
   for (let k = 0; k < pooled.length; k++) {
     const places = regions[Math.floor(k / filters)].map((read) => read.input * filters + (k % filters));
     switches[k] = places.reduce((best, place) => (map[place] > map[best] ? place : best));
@@ -913,7 +914,7 @@ function forward(image) {  // normalised
   return { layers, logits, probabilities: odds.map((value) => value / sum) };
 }
 
-// ---- the way down: `project` of deconv.py, and the other two rules of its `backpropagate`
+// ---- the way down: `project` of deconv.py, and the other rules of its `backpropagate` times the activation
 function unpool(signal, switches, { map_rows, filters }) {  // each value to its switch, all others are zero
   const unpooled = new Float32Array(map_rows ** 2 * filters);
   for (let k = 0; k < signal.length; k++) {
@@ -926,14 +927,15 @@ function rectify(signal, map, rule) {
   const rectified = new Float32Array(signal.length);
   for (let place = 0; place < signal.length; place++) {
     if (signal[place] === 0) continue;
-    const positive = signal[place] > 0 || rule === "gradient";
-    const fired = map[place] > 0 || rule === "deconvnet";
-    if (positive && fired) rectified[place] = signal[place];
+    const signPasses = signal[place] > 0 || rule === "gradient";
+    const unitPasses = map[place] > 0 || rule === "deconvnet";  // whether it fired on the way up
+    if (signPasses && unitPasses) rectified[place] = signal[place];
   }
   return rectified;
 }
 
-function filterDown(signal, { reads, kernel, channels, filters, weights, input_rows }) {  // transposed
+// The transposed convolution: each value goes back to the inputs that its position read on the way up.
+function filterDown(signal, { reads, kernel, channels, filters, weights, input_rows }) {
   const result = new Float32Array(input_rows ** 2 * channels);
   for (let place = 0; place < signal.length; place++) {
     const value = signal[place];

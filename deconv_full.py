@@ -87,8 +87,8 @@ class Units(NamedTuple):
         return Units(*(entry[indices] for entry in self))
 
 
-class ProjectedBatch(NamedTuple):
-    """Some projected units, as `project_units` yields them."""
+class ProjectedGroup(NamedTuple):
+    """Some projected units whose windows have one shape, as `project_units` yields them."""
 
     indices: Array  # which of the given units they are, (n,)
     origins: Array  # row and column of each window's top left pixel, (n, 2), negative beyond the border
@@ -166,10 +166,11 @@ def flip_kernels(block: ConvBlock) -> Tensor:
     # (filters, channels, taps, row phase, taps, column phase), flipped along the taps
     filters = filters.view(filter_count, channels, taps, stride, taps, stride).flip(2, 4)
     # -> (row phase, column phase, channels, filters, taps, taps) -> (phases * channels, filters, taps, taps)
-    filters = filters.permute(3, 5, 1, 0, 2, 4).reshape(stride**2 * channels, filter_count, taps, taps)
+    kernels = filters.permute(3, 5, 1, 0, 2, 4).reshape(stride**2 * channels, filter_count, taps, taps)
 
-    filters = F.pad(filters, (0, 0, 0, 0, 0, 0, 0, -len(filters) % 16))
-    return filters.contiguous(memory_format=torch.channels_last)
+    # zero kernels make the first dimension a multiple of 16
+    kernels = F.pad(kernels, (0, 0, 0, 0, 0, 0, 0, -len(kernels) % 16))
+    return kernels.contiguous(memory_format=torch.channels_last)
 
 
 def interleave(phases: Tensor, stride: int, channels: int) -> Tensor:
@@ -251,7 +252,7 @@ class Projector:
             numbers.append(patterns.index(parts_inside))
         return np.array(numbers)
 
-    def before_pooling(self, origins: Array) -> Array:
+    def map_positions(self, origins: Array) -> Array:
         """Return the position before pooling of units whose windows have these origins, int64 (units, 2)."""
         return (origins.astype(np.int64) - self.field.start) // self.field.jump
 
@@ -269,20 +270,23 @@ class Projector:
             masks.append(mask.permute(0, 2, 3, 1).contiguous())
         return masks
 
-    def project(self, masks: Sequence[Tensor], units: UnitTensors, map_row: int, map_column: int) -> Tensor:
+    def project(
+        self, masks: Sequence[Tensor], units: UnitTensors, reference_row: int, reference_column: int
+    ) -> Tensor:
         """Project units that the border cuts alike: their windows have one shape at every layer.
 
-        `map_row` and `map_column` belong to any one of the units. They are numbers, because to read them from
-        the device would mean to wait for it. The result is the part of each window inside the image, float32
-        (units, rows, columns, 3), signed, in normalised pixels.
+        The reference is the position before pooling of one of the units, whichever; the windows of the others
+        are shifted copies of its window. It is given as numbers, because reading them from a GPU would stall.
+        The result is the part of each window inside the image, float32 (units, rows, columns, 3), signed, in
+        normalised pixels.
         """
-        row_spans = self.spans_of_row[map_row]
-        column_spans = self.spans_of_row[map_column]
-        down = units.map_row - map_row  # how far each unit lies below that one
-        right = units.map_column - map_column
+        row_spans = self.spans_of_row[reference_row]
+        column_spans = self.spans_of_row[reference_column]
+        down = units.map_row - reference_row  # how far each unit lies below the reference
+        right = units.map_column - reference_column
 
-        # The units' own layer is unpooled already, since they are addressed where their switches point. Its
-        # transposed convolution turns a single activation into its filter times the activation.
+        # In their own layer the units stand at their positions before pooling: nothing is left to unpool. Nor
+        # to rectify, since an activation is never negative. What is left is the filter, times the activation.
         # (filters, kernel rows, kernel columns, channels) -> (units, rows, columns, channels)
         filters = self.own_filters[:, row_spans[self.layer].inside(), column_spans[self.layer].inside()]
         signal = filters[units.filter] * units.value[:, None, None, None]
@@ -296,11 +300,12 @@ class Projector:
             # Rectify, before unpooling because there are fewer values; the result is the same.
             signal = signal.clamp_(min=0)  # (units, pooled rows, pooled columns, filters)
 
-            # Unpool: repeat each value over its pooling region, and multiply by the mask of the region. This
-            # is done in the mask's own memory, which `regions` shares.
+            # Unpool: repeat each value over its pooling region, and multiply by the mask of the region. The
+            # window in the pooled map of layer k is the one at the input of layer k + 1. `gather` copies each
+            # unit's window of the mask, and the copy is multiplied in place, through the view `regions`.
             row_indices = window_rows(row_spans[k + 1], pool, down * step)
             column_indices = window_rows(column_spans[k + 1], pool, right * step)
-            unpooled = gather(masks[k], units.image, row_indices, column_indices)  # so far the mask
+            unpooled = gather(masks[k], units.image, row_indices, column_indices)  # so far a copy of the mask
             _, pooled_rows, pooled_columns, filter_count = signal.shape
             # (units, pooled rows, rows of a region, pooled columns, columns of a region, filters)
             regions = unpooled.view(-1, pooled_rows, pool, pooled_columns, pool, filter_count)
@@ -316,8 +321,8 @@ class Projector:
         return signal
 
     def project_batch(
-        self, images: Array, units: Units, before_pooling: Array | None, reduce: Callable[[Tensor], Tensor]
-    ) -> list[ProjectedBatch]:
+        self, images: Array, units: Units, map_positions: Array | None, reduce: Callable[[Tensor], Tensor]
+    ) -> list[ProjectedGroup]:
         """Project units of a few images, after one forward pass, in groups that the border cuts alike.
 
         The arguments are described in `project_units`.
@@ -327,18 +332,18 @@ class Projector:
         masks = self.masks(features)
 
         # the positions before pooling, and with them the windows
-        if before_pooling is None:
+        if map_positions is None:
             _, switches = features[self.layer]
             image, filters, rows, columns = self.to_device(mask_index, units.filter, units.row, units.column)
             unit_switches = switches[image, filters, rows, columns].cpu().numpy()
             map_row, map_column = np.divmod(unit_switches, self.map_sizes[self.layer])
         else:
-            map_row, map_column = before_pooling.T
+            map_row, map_column = map_positions.T
         origins = np.stack([map_row, map_column], axis=1) * self.field.jump + self.field.start
 
         # groups of units whose windows have the same shape; all of them go to the device in one piece
         groups = group_equal(
-            self.pattern[map_row] * len(self.pattern) + self.pattern[map_column],
+            self.pattern[map_row] * len(self.pattern) + self.pattern[map_column],  # one number a pair
             limit=CPU_GROUP if self.device_type == "cpu" else GPU_GROUP,
         )
         padded = [pad_to_power_of_two(group) for group in groups] if self.device_type == "mps" else groups
@@ -353,7 +358,7 @@ class Projector:
             one = indices[0]
             projections = self.project(masks, UnitTensors(*piece), int(map_row[one]), int(map_column[one]))
             projections = projections[: len(indices)]  # without what `pad_to_power_of_two` repeated
-            results.append(ProjectedBatch(indices, origins[indices], reduce(projections).cpu().numpy()))
+            results.append(ProjectedGroup(indices, origins[indices], reduce(projections).cpu().numpy()))
         return results
 
     def to_device(self, *arrays: Array) -> list[Tensor]:
@@ -413,13 +418,13 @@ def project_units(
     units: Units,
     desc: str,
     reduce: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
-    before_pooling: Array | None = None,
-) -> Iterator[ProjectedBatch]:
+    map_positions: Array | None = None,
+) -> Iterator[ProjectedGroup]:
     """Project units of many images; on a CPU each thread takes whole batches of images.
 
     The switch of a unit decides which pixels its window covers. To compare filters or networks in one and
-    the same window, pass its position as `before_pooling`, which `Projector.before_pooling` finds. Then the
-    switches of the units' own layer are ignored; the layers below use their own.
+    the same window, pass its position before pooling as `map_positions`; `Projector.map_positions` finds it.
+    Then row and column of the units, and the switches of their own layer, are ignored.
 
     Args:
         projector: The `Projector` of the units' layer.
@@ -427,8 +432,8 @@ def project_units(
         units: What is projected, in any order.
         desc: Label of the progress bar.
         reduce: Turns projections (units, rows, columns, 3) into what is kept of them, (units, ...); by
-            default everything is kept, as a copy.
-        before_pooling: Row and column of each unit in its map before pooling, int64 (units, 2); by default
+            default everything is kept, without the larger array that it was cropped from.
+        map_positions: Row and column of each unit in its map before pooling, int64 (units, 2); by default
             where its switch points.
 
     Yields:
@@ -439,8 +444,8 @@ def project_units(
     threads = torch.get_num_threads()
     batches = split_by_image(units.image, projector.batch_size)
 
-    def work(batch: Array) -> list[ProjectedBatch]:
-        positions = None if before_pooling is None else before_pooling[batch]
+    def work(batch: Array) -> list[ProjectedGroup]:
+        positions = None if map_positions is None else map_positions[batch]
         return projector.project_batch(images, units.select(batch), positions, reduce)
 
     executor = ThreadPoolExecutor(threads)
@@ -451,7 +456,7 @@ def project_units(
         with tqdm(total=len(batches), desc=desc, unit=" batches", disable=None) as bar:
             for batch, groups in zip(batches, results, strict=True):
                 for group in groups:
-                    yield group._replace(indices=batch[group.indices])
+                    yield group._replace(indices=batch[group.indices])  # numbers in the batch -> in `units`
                 bar.update()
     finally:
         executor.shutdown(cancel_futures=True)  # after an error or Ctrl-C no further batch is begun
@@ -471,7 +476,7 @@ def project_windows(
     units: Units,
     desc: str,
     dtype: type = np.float32,
-    before_pooling: Array | None = None,
+    map_positions: Array | None = None,
 ) -> tuple[Array, Array]:
     """Project units of many images and keep their whole windows.
 
@@ -481,7 +486,7 @@ def project_windows(
         units: What is projected, in any order.
         desc: Label of the progress bar.
         dtype: In which type the projections are stored.
-        before_pooling: As for `project_units`.
+        map_positions: As for `project_units`.
 
     Returns:
         The projections in the order of the units, (units, 3, size, size), zero outside the image. Beside them
@@ -491,7 +496,7 @@ def project_windows(
     projections: Array = np.zeros((len(units.image), 3, size, size), dtype)
     all_origins = np.zeros((len(units.image), 2), np.int16)
     for indices, origins, windows in project_units(
-        projector, images, units, desc, before_pooling=before_pooling
+        projector, images, units, desc, map_positions=map_positions
     ):
         all_origins[indices] = origins
         for index, origin, window in zip(indices, origins, windows, strict=True):

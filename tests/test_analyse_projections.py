@@ -436,12 +436,16 @@ def test_the_table_of_ablation_by_hand() -> None:
 
 
 def test_mean_costs_and_hits_by_hand_without_the_dead_filter() -> None:
-    costs = ap.average_costs(ABLATION, PEAK_MEANS, SIX).set_index("name")
-    assert costs.loc["loss increase of the preferred class", "value"] == (0.5 + 1) / 2
-    assert costs.loc["loss increase of each other class", "value"] == (0 + 0 + 0 - 1) / 4
-    assert (costs["n"] == 2).all() and (costs["low"] <= costs["value"]).all()
-    assert ap.share_of_hits(ABLATION, PEAK_MEANS, SIX) == ap.wilson(2, 2)
-    assert ap.share_of_hits(ABLATION, PEAK_MEANS[::-1], SIX) == ap.wilson(0, 2)
+    costs = ap.average_costs(ABLATION, PEAK_MEANS, SIX, "a").set_index("name")
+    assert costs.loc["loss increase of the preferred class: a", "value"] == (0.5 + 1) / 2
+    assert costs.loc["loss increase of each other class: a", "value"] == (0 + 0 + 0 - 1) / 4
+    assert costs.loc["size of the loss increase of each other class: a", "value"] == (0 + 0 + 0 + 1) / 4
+    assert (costs["n"] == 2).all() and (costs["low"].dropna() <= costs["value"][:2]).all()
+    hits, shuffled = ap.count_hits(ABLATION, PEAK_MEANS, SIX, "a").itertuples()
+    assert (hits.value, hits.low, hits.high) == pytest.approx(tuple(100 * x for x in ap.wilson(2, 2)))
+    # of the four pairs of a filter and a preferred class two name one class
+    assert (shuffled.value, shuffled.n) == (50, 2)
+    assert ap.count_hits(ABLATION, PEAK_MEANS[::-1], SIX, "a")["value"].tolist() == [0, 50]
 
 
 def test_correlations_of_costs_keep_the_preferred_class_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +508,7 @@ def test_examples_are_projected_where_the_file_says(pipeline: Path, tiny_stl10: 
         pooled, switches = net.features(batch)[3]
         assert float(pooled[0, filter_index, row, column]) == pytest.approx(value, rel=1e-5)
         position = divmod(int(switches[0, filter_index, row, column]), 6)
-        assert windows.before_pooling[k].tolist() == list(position)
+        assert windows.map_positions[k].tolist() == list(position)
         magnitude = project_unit(net, batch, 3, filter_index, row, column).abs().sum(dim=0).numpy()
         frame = ap.to_frames(windows.magnitude[[k]], windows.origin[[k]])[0]
         np.testing.assert_allclose(frame, magnitude, atol=1e-4 * magnitude.max())
@@ -526,10 +530,12 @@ def test_one_example_of_each_filter_is_drawn_and_another_as_its_partner() -> Non
     filters = np.repeat([0, 2, 5, 7], (9, 1, 2, 40))
     chosen = ap.pick_units(filters)
     assert filters[chosen].tolist() == [0, 2, 5, 7]
-    partners = np.stack([ap.pick_partners(filters, chosen, draw) for draw in range(5)])
+    partners = np.stack([ap.pick_partners(filters, chosen, draw, True) for draw in range(5)])
     assert (filters[partners] == filters[chosen]).all()
     assert (partners != chosen).tolist() == [[True, False, True, True]] * 5  # filter 2 has one example only
     assert len(set(partners[:, 3])) > 1  # draws differ
+    others = np.stack([ap.pick_partners(filters, chosen, draw, False) for draw in range(5)])
+    assert (filters[others] != filters[chosen]).all() and len(set(others[:, 3])) > 1
 
 
 def test_other_examples_of_a_filter_are_compared_where_both_windows_lie_inside_the_image(
@@ -540,6 +546,8 @@ def test_other_examples_of_a_filter_are_compared_where_both_windows_lie_inside_t
     examples = windows._replace(units=units)
     monkeypatch.setattr(ap, "RANDOM_DRAWS", 1)
     compared = ap.compare_examples(examples, np.array([0, 2]))  # the second is the only one of filter 1
+    assert compared["condition"].value_counts()["other filter, its top-9 example"] == 2
+    compared = compared[compared["condition"] == "same filter, other top-9 example"]
     assert compared["unit"].tolist() == [0]
     inside = windows.inside[0] & windows.inside[1]
     assert not inside.all()
@@ -574,7 +582,7 @@ def test_other_units_are_projected_from_the_same_position_before_pooling(make_ne
         features = net.features(net.normalise(torch.from_numpy(run.test.images[[image]])))
         only, switches = torch.zeros_like(features[3][0]), [switch.clone() for _, switch in features]
         only[0, filter_index, row, column] = 1
-        position = int(windows.before_pooling[k] @ [6, 1])  # in a map of six columns
+        position = int(windows.map_positions[k] @ [6, 1])  # in a map of six columns
         moved += int(switches[3][0, filter_index, row, column]) != position
         switches[3][0, filter_index, row, column] = position
         frame = project(net, 3, only, switches, (96, 96)).abs().sum(dim=1).numpy()
@@ -646,7 +654,7 @@ def test_an_activation_is_read_at_the_units_own_position_before_pooling(make_net
     for block in run.net.blocks[:3]:
         x = block(x)
     maps = run.net.blocks[3].bn(run.net.blocks[3].conv(x)).clamp(min=0)
-    rows, columns = windows.before_pooling.T
+    rows, columns = windows.map_positions.T
     expected = [float(maps[k, windows.units.filter[k], rows[k], columns[k]]) for k in range(len(images))]
     np.testing.assert_allclose(ap.activate(run.net, other, windows), expected, rtol=1e-4, atol=1e-5)
 
@@ -658,13 +666,18 @@ def test_what_is_left_is_what_the_network_makes_of_the_masked_image(make_net: Ma
     for k in range(len(windows.units.image)):
         images = run.net.normalise(torch.from_numpy(run.test.images[windows.units.image[[k]]]))
         unit = windows._replace(
-            units=windows.units.select(np.array([k])), before_pooling=windows.before_pooling[[k]]
+            units=windows.units.select(np.array([k])), map_positions=windows.map_positions[[k]]
         )
         inside = ap.to_frames(windows.inside[[k]], windows.origin[[k]])
+        masks: dict[str, Array] = {}
         for method, score in (("projection", windows.magnitude), ("other filter, same window", other)):
             frame = ap.to_frames(score[[k]], windows.origin[[k]])
-            mask = torch.from_numpy(ap.topk_mask(ap.average_blocks(frame, inside), inside, 0.25))[:, None]
+            chosen = ap.topk_mask(ap.average_blocks(frame, inside), inside, 0.25)
+            masks[method] = chosen
+            common = (chosen & masks["projection"]).sum()
+            mask = torch.from_numpy(chosen)[:, None]
             row = masked.xs((method, 0.25, k))
+            assert row["overlap"] == pytest.approx(common / chosen.sum())
             for test, image in (("insertion", images * mask), ("deletion", images * ~mask)):
                 left = ap.activate(run.net, image, unit)[0] / windows.units.value[k]
                 assert row[test] == pytest.approx(left, rel=1e-3, abs=1e-4)
@@ -681,10 +694,12 @@ def test_differences_of_methods_are_paired() -> None:
     rows = [(0, "projection", 5.0), (1, "projection", 1.0), (2, "projection", 9.0)]
     rows += [(0, "centre", 4.0), (1, "centre", 2.0), (2, "centre", 3.0)]
     masked = pd.DataFrame(rows, columns=["unit", "method", "insertion"]).assign(share=0.1, deletion=0.0)
+    masked["overlap"] = [1, 1, 1, 0.2, 0.4, 0.9]
     table = ap.tabulate_masks(masked).set_index(["test", "condition"])
+    assert table.loc[("overlap", "centre"), "median"] == 0.4
     assert table.loc[("insertion", "projection"), "median"] == 5
     assert table.loc[("insertion difference", "projection minus centre"), "median"] == 1  # of 1, -1 and 6
-    assert (table["n"] == 3).all() and len(table) == 6
+    assert (table["n"] == 3).all() and len(table) == 7
 
 
 def test_weights_become_random_from_the_top(make_net: MakeNet) -> None:
@@ -715,7 +730,8 @@ def test_controls_differ_in_the_filter_the_image_or_both(
 
     monkeypatch.setattr(ap, "project_elsewhere", spy)
     conditions = [name for name, _ in ap.project_conditions(run, windows, run.train.images, 0)]
-    assert conditions[:3] == [
+    assert conditions[:4] == [
+        "edges of the image",
         "other filter, same window",
         "same filter, other image",
         "other filter, other image",
@@ -982,7 +998,7 @@ def test_a_dead_conv4_leaves_figures_out_with_a_line_and_numbers_empty(
     summary = ap.read_summary(pipeline_copy).set_index(["name", "layer"])["value"]
     assert summary["dead filters", "conv4"] == 16
     assert math.isnan(summary["selectivity, median over filters, trained network", "conv4"])
-    assert math.isnan(summary["loss increase of the preferred class", "conv4"])
+    assert math.isnan(summary["loss increase of the preferred class: the network's own classifier", "conv4"])
 
 
 def test_one_test_image_a_class_is_enough(pipeline_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,8 +145,8 @@ def test_a_position_before_pooling_that_is_the_units_own_switch_changes_nothing(
     projector = Projector(make_net(), layer, 2)
     units = active_units(projector.net, layer, [3, 8, 0], 6)
     windows, origins = project_windows(projector, IMAGES, units, "")
-    positions = projector.before_pooling(origins)
-    forced_windows, forced_origins = project_windows(projector, IMAGES, units, "", before_pooling=positions)
+    positions = projector.map_positions(origins)
+    forced_windows, forced_origins = project_windows(projector, IMAGES, units, "", map_positions=positions)
     assert (forced_windows == windows).all() and (forced_origins == origins).all()
 
 
@@ -161,12 +161,12 @@ def test_another_filter_or_network_is_projected_in_the_window_of_a_given_unit(
 
     # the next filter of this network, or of another one, at the place of the given unit
     net = make_net(seed=9) if other_network else projector.net
-    positions = projector.before_pooling(origins)
+    positions = projector.map_positions(origins)
     filters = (units.filter + 1) % net.config["filters"][layer]
     values = np.arange(1, len(filters) + 1, dtype=np.float32)
     others = units._replace(filter=filters, value=values)
     windows, other_origins = project_windows(
-        Projector(net, layer, 2), IMAGES, others, "", before_pooling=positions
+        Projector(net, layer, 2), IMAGES, others, "", map_positions=positions
     )
     assert (other_origins == origins).all()
 

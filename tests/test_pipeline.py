@@ -20,6 +20,7 @@ from CNN import load_checkpoint, receptive_fields
 from load_data import STL10_CLASSES, Array
 
 ROOT = Path(__file__).resolve().parent.parent
+TRUST_ROWS = 2 * 2 * 13 + 2 * 6 + 10  # tests x shares x methods and differences, overlaps, correlations
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 
 
@@ -107,8 +108,8 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
         ),
         ("specialisation", 24, "metric layer network median low high n"),
         ("ablation", 11 * FILTERS[-1], "filter class selectivity contribution loss_increase"),
-        ("trust", 2 * 2 * 13 + 8, "test share condition median low high lowest_draw highest_draw n"),
-        ("summary", 2 + 4 * 4 + 24 + 8 + 12 + 2 * 2 * 13 + 8, "name layer value low high unit n"),
+        ("trust", TRUST_ROWS, "test share condition median low high lowest_draw highest_draw n"),
+        ("summary", 2 + 4 * 4 + 24 + 8 + 9 + 6 + 5 + TRUST_ROWS, "name layer value low high unit n"),
         ("occlusion", -1, "image filter label activation lowest_map_left lowest_unit_left taken_for"),
         ("invariance", 4 * (13 + 9 + 18), "transformation amount measure mean low high n"),
         ("probes", 8, "layer network accuracy low high inputs decay n"),

@@ -81,7 +81,7 @@ def fastest_rate(timer: Timer) -> float:
 def multiply_adds(projector: Projector, origins: Array) -> float:
     """Return the mean number of multiply-adds in a window: every unpooled input x kernel x outputs."""
     total = 0
-    for row, column in projector.before_pooling(origins):
+    for row, column in projector.map_positions(origins):
         for k in range(projector.layer):
             block = projector.blocks[k]
             pooled = projector.spans_of_row[row][k + 1].size() * projector.spans_of_row[column][k + 1].size()

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -41,52 +42,64 @@ FIGURES = {  # name in outputs/readme: file in outputs
 PAGE = "deconv/conv4_filters_032_to_047.png"  # an example of the pages of deconv_full.py
 SEEDS = ("seed 0", "seed 1", "seed 2")  # the columns of comparison.csv, in order
 
-# Table A: what is written first, name and layer in comparison.csv, and the row it is compared with.
+
+class Row(NamedTuple):
+    """A row of table A."""
+
+    text: str  # what is written first
+    name: str  # of the quantity in comparison.csv
+    layer: str = "conv4"
+    control: str = ""  # name of the quantity that it is compared with
+    control_text: str = ""
+
+
+OWN = "the network's own classifier"
+UNTRAINED = "probe on untrained features"
 MOST = "filters whose ablation hurts their preferred class most"
 NETWORK = [
-    ("test accuracy", "test accuracy", "", None),
-    (
+    Row("test accuracy", "test accuracy", layer=""),
+    Row(
         "the same, averaged over the image and its mirror image",
         "test accuracy, averaged over the image and its mirror image",
-        "",
-        None,
+        layer="",
     ),
-    (
-        "linear probe on conv4, test accuracy",
+    Row(
+        "test accuracy of a linear probe on conv4",
         "test accuracy of a linear probe, trained network",
-        "conv4",
-        "test accuracy of a linear probe, untrained network",
+        control="test accuracy of a linear probe, untrained network",
+        control_text="untrained network",
     ),
-    ("dead filters of conv4, of 256", "dead filters", "conv4", None),
-    (
+    Row("dead filters of conv4, of 256", "dead filters"),
+    Row(
         "selectivity, median over the filters of conv4",
         "selectivity, median over filters, trained network",
-        "conv4",
-        "selectivity, median over filters, untrained network",
+        control="selectivity, median over filters, untrained network",
+        control_text="untrained network",
     ),
-    (
+    Row(
         "AUC, median over the filters of conv4",
         "auc, median over filters, trained network",
-        "conv4",
-        "auc, median over filters, untrained network",
+        control="auc, median over filters, untrained network",
+        control_text="untrained network",
     ),
-    (
-        "filters of conv4 whose top-9 examples are most often of another class than the preferred one",
-        "filters whose top examples are most often of another class than the preferred",
-        "conv4",
-        None,
+    Row(
+        "loss increase of the preferred class under mean ablation",
+        f"loss increase of the preferred class: {OWN}",
+        control=f"loss increase of the preferred class: {UNTRAINED}",
+        control_text=UNTRAINED,
     ),
-    (
-        "loss increase of the preferred class under mean ablation, and of each other class",
-        "loss increase of the preferred class",
-        "conv4",
+    Row(
         "loss increase of each other class",
+        f"loss increase of each other class: {OWN}",
+        control=f"loss increase of each other class: {UNTRAINED}",
+        control_text=UNTRAINED,
     ),
-    (
-        "filters whose ablation hurts their preferred class most, and the same for an untrained readout",
-        f"{MOST}: the network's own classifier",
-        "conv4",
-        f"{MOST}: probe on untrained features",
+    Row(MOST, f"{MOST}: {OWN}", control=f"{MOST}: {UNTRAINED}", control_text=UNTRAINED),
+    Row(
+        "the same if preferred classes were shuffled among the filters",
+        f"{MOST}: {OWN}, preferred classes shuffled",
+        control=f"{MOST}: {UNTRAINED}, preferred classes shuffled",
+        control_text=UNTRAINED,
     ),
 ]
 METHODS = (
@@ -98,13 +111,16 @@ METHODS = (
     "centre",
     "chance",
 )
+SHARES = ("10 %", "25 %")
 CONDITIONS = (
     "random conv4",
     "other filter, same window",
     "random conv4 to conv3",
     "random conv4 to conv2",
     "random conv4 to conv1",
+    "edges of the image",
     "same filter, other top-9 example",
+    "other filter, its top-9 example",
     "same filter, other image",
     "other filter, other image",
 )
@@ -141,32 +157,56 @@ def as_markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def table_network(comparison: Comparison) -> str:
     """Return table A: the network and its filters, seed by seed, and what they are compared with."""
-    rows = []
-    for text, name, layer, control in NETWORK:
-        row = comparison[name, layer]
-        unit = f" ({row['unit']})" if row["unit"] not in ("", "filters") else ""
-        compared = comparison[control, layer]["seed 0"] if control else ""
-        others = [row[seed].split(" (")[0] for seed in SEEDS[1:]]
-        rows.append([f"{text}{unit}", row["seed 0"], *others, compared])
-    return as_markdown(["", "seed 0 (95 % interval)", "seed 1", "seed 2", "compared with (seed 0)"], rows)
+    lines = []
+    for row in NETWORK:
+        cells = comparison[row.name, row.layer]
+        unit = f" ({cells['unit']})" if cells["unit"] not in ("", "filters") else ""
+        others = [cells[seed].split(" (")[0] for seed in SEEDS[1:]]
+        compared = ""
+        if row.control:
+            compared = f"{row.control_text}: {comparison[row.control, row.layer]['seed 0']}"
+        lines.append([f"{row.text}{unit}", cells["seed 0"], *others, compared])
+    return as_markdown(["", "seed 0 (95 % interval)", "seed 1", "seed 2", "compared with (seed 0)"], lines)
+
+
+def is_as_good(test: str, difference: str) -> bool:
+    """Return whether a method is as good as the projection, or better, by a cell of paired differences."""
+    limits = re.search(r"\((\S+) to (\S+)\)", difference)
+    assert limits, difference
+    low = float(limits[1])
+    high = float(limits[2])
+    return low <= 0 if test == "insertion" else high >= 0
 
 
 def table_masks(comparison: Comparison) -> str:
-    """Return table B: insertion and deletion, a row a method, the best of each column in bold."""
-    columns = [(test, share) for test in ("insertion", "deletion") for share in ("10 %", "25 %")]
-    cells = {
-        (test, share): [
-            comparison[f"{test}, {share} of the window: {method}", "conv4"]["seed 0"] for method in METHODS
-        ]
-        for test, share in columns
-    }
-    for (test, _), column in cells.items():
-        best = (max if test == "insertion" else min)(map(number, column))
-        column[:] = [f"**{cell}**" if number(cell) == best else cell for cell in column]
+    """Return table B: insertion and deletion, a row a method; in bold what the projection does not beat."""
+    columns = [(test, share) for test in ("insertion", "deletion") for share in SHARES]
+    rows = []
+    for method in METHODS:
+        cells = [method]
+        for test, share in columns:
+            cell = comparison[f"{test}, {share} of the window: {method}", "conv4"]["seed 0"]
+            name = f"{test} difference, {share} of the window: projection minus {method}"
+            as_good = method == "projection" or is_as_good(test, comparison[name, "conv4"]["seed 0"])
+            cells.append(f"**{cell}**" if as_good else cell)
+        rows.append(cells)
     arrows = {"insertion": "higher is better ↑", "deletion": "lower is better ↓"}
     header = [f"{test}, {share} ({arrows[test]})" for test, share in columns]
-    rows = [[method, *values] for method, *values in zip(METHODS, *cells.values(), strict=True)]
     return as_markdown(["blocks ranked by", *header], rows)
+
+
+def table_differences(comparison: Comparison) -> str:
+    """Return the table of paired differences: projection minus each method, and how far their pixels agree."""
+    columns = [(test, share) for test in ("insertion", "deletion") for share in SHARES]
+    rows = []
+    for method in METHODS[1:]:
+        names = [
+            f"{test} difference, {share} of the window: projection minus {method}" for test, share in columns
+        ]
+        names += [f"overlap, {SHARES[0]} of the window: {method}"]
+        rows.append([method, *(comparison[name, "conv4"]["seed 0"] for name in names)])
+    header = [f"{test}, {share}" for test, share in columns]
+    return as_markdown(["projection minus", *header, f"common pixels of the {SHARES[0]} (%)"], rows)
 
 
 def table_similarity(comparison: Comparison) -> str:
@@ -180,7 +220,12 @@ def table_similarity(comparison: Comparison) -> str:
     return as_markdown([*header, "seed 1", "seed 2"], rows)
 
 
-TABLES = {"network": table_network, "masks": table_masks, "similarity": table_similarity}
+TABLES = {
+    "network": table_network,
+    "masks": table_masks,
+    "differences": table_differences,
+    "similarity": table_similarity,
+}
 
 
 def differing_rows(comparison: Comparison) -> list[str]:
