@@ -196,7 +196,7 @@ def table_masks(comparison: Comparison) -> str:
 
 
 def table_differences(comparison: Comparison) -> str:
-    """Return the table of paired differences: projection minus each method, and how far their pixels agree."""
+    """Return the table of paired differences, projection minus method, and of the pixels in common."""
     columns = [(test, share) for test in ("insertion", "deletion") for share in SHARES]
     rows = []
     for method in METHODS[1:]:
