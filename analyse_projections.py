@@ -1453,7 +1453,7 @@ def draw_trust(trust: pd.DataFrame) -> Figure:
         rows = rows.assign(share=rows["share"].map(percentage))
         draw_intervals(ax, rows, "condition", "share", horizontal=True)
         ax.set_title(title, fontsize=9)
-        ax.set(xlabel="activation left (% of the original)", xlim=(-3, None))  # a marker at 0 is whole
+        ax.set(xlabel="activation left (%)", xlim=(-3, None))  # a marker at 0 is whole
     axes[1].set_yticklabels([])
     handles, labels = axes[0].get_legend_handles_labels()
     shares = [f"{label} of the window" for label in labels]
@@ -1463,7 +1463,7 @@ def draw_trust(trust: pd.DataFrame) -> Figure:
     draw_intervals(axes[2], likeness, "condition", horizontal=True)
     axes[2].axvline(0, color="0.5", linestyle=":", linewidth=1)
     axes[2].set_title("likeness to the unit's projection", fontsize=9)
-    axes[2].set(xlabel="partial rank correlation of the pixels", xlim=(None, 1))
+    axes[2].set(xlabel="partial rank correlation", xlim=(None, 1))
     return fig
 
 
