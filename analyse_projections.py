@@ -753,7 +753,7 @@ def draw_probes(probes: pd.DataFrame, accuracy: float, chance: float) -> Figure:
 def run_probes(run: Run, probes: pd.DataFrame, accuracy: float) -> pd.DataFrame:
     """Write probes.csv of both networks and its figure; return rows of summary.csv.
 
-    `accuracy` is that of the network's own classifier, to compare with.
+    `accuracy` is the accuracy of the network's own classifier, to compare with.
     """
     run.save_table("probes", probes)
     title = f"What a linear classifier reads from each layer\n{run.source}"
@@ -863,16 +863,16 @@ def average_costs(ablation: Ablation, peak_means: Array, labels: Array, readout:
     means = reduce_by_class(np.mean, ablation.loss_increase, labels, class_count)
     samples = bootstrap_means(ablation.loss_increase, labels)  # (samples, classes, filters)
     rows = []
-    for which, mask in (("the preferred class", is_preferred), ("each other class", ~is_preferred)):
+    for classes, mask in (("the preferred class", is_preferred), ("each other class", ~is_preferred)):
         counted = mask & active
         interval = Interval(math.nan, math.nan, math.nan)
         if counted.any():
             low, high = np.percentile(samples[:, counted].mean(axis=1), (2.5, 97.5))
             interval = Interval(means[counted].mean(), low, high)
-        rows.append((f"loss increase of {which}: {readout}", *interval, "nats", active.sum()))
+        rows.append((f"loss increase of {classes}: {readout}", *interval, "nats", active.sum()))
         if mask is not is_preferred:
             size = np.abs(means[counted]).mean() if counted.any() else math.nan
-            name = f"size of the loss increase of {which}: {readout}"
+            name = f"size of the loss increase of {classes}: {readout}"
             rows.append((name, size, math.nan, math.nan, "nats", active.sum()))
     return pd.DataFrame(rows, columns=["name", *Interval._fields, "unit", "n"])
 
@@ -1503,7 +1503,7 @@ def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[
 
     test: insertion, deletion; insertion difference, deletion difference, which are paired; overlap, the share
         of a method's pixels that the projection chooses, too; or partial rank correlation.
-    share: Of the window's pixels that are kept or removed; empty for correlations.
+    share: How much of the window is kept or removed; empty for correlations.
     condition: What chose the pixels; or what the unit's projection is compared with.
     median, low, high: Over units, with a 95 % bootstrap interval over units.
     lowest_draw, highest_draw: The smallest and the largest median of the `RANDOM_DRAWS` draws.
@@ -1543,7 +1543,7 @@ DECIMALS = {"%": 1, "points": 1, "nats": 4, "filters": 0, "rho": 2, "": 3}  # of
 def summarise_accuracy(run: Run, accuracy: Interval) -> pd.DataFrame:
     """Return rows of summary.csv: test accuracy, alone and averaged over image and mirror image.
 
-    train_CNN.py has measured the latter; it is left out if that was on other images.
+    train_CNN.py has measured the average; it is left out if that was on other images.
     """
     count = len(run.test.labels)
     rows = [("test accuracy", *accuracy)]

@@ -90,9 +90,9 @@ def project(
 ) -> Tensor:
     """Project pooled maps of one layer back to pixels: unpool, rectify and filter, layer by layer.
 
-    A known artefact: where an image has a single colour, as in the black bars of some STL-10 images, all
-    values of a pooling region are equal, and the switch is the region's first position by convention. Signals
-    pass there and draw stripes.
+    There is a known artefact. Where an image has a single colour, as in the black bars of some STL-10 images,
+    all values of a pooling region are equal, and the switch is the region's first position by convention.
+    Signals pass there and draw stripes.
 
     Args:
         net: In evaluation mode: any object whose `blocks` have conv, bn and pool, run in this order. The ReLU

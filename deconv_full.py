@@ -300,16 +300,10 @@ class Projector:
             # Rectify, before unpooling because there are fewer values; the result is the same.
             signal = signal.clamp_(min=0)  # (units, pooled rows, pooled columns, filters)
 
-            # Unpool: repeat each value over its pooling region, and multiply by the mask of the region. The
-            # window in the pooled map of layer k is the one at the input of layer k + 1. `gather` copies each
-            # unit's window of the mask, and the copy is multiplied in place, through the view `regions`.
+            # Unpool. The window in the pooled map of layer k is the one at the input of layer k + 1.
             row_indices = window_rows(row_spans[k + 1], pool, down * step)
             column_indices = window_rows(column_spans[k + 1], pool, right * step)
-            unpooled = gather(masks[k], units.image, row_indices, column_indices)  # so far a copy of the mask
-            _, pooled_rows, pooled_columns, filter_count = signal.shape
-            # (units, pooled rows, rows of a region, pooled columns, columns of a region, filters)
-            regions = unpooled.view(-1, pooled_rows, pool, pooled_columns, pool, filter_count)
-            regions *= signal[:, :, None, :, None]
+            unpooled = unpool(signal, gather(masks[k], units.image, row_indices, column_indices), pool)
 
             # Filter: (units, rows, columns, filters) -> (units, rows, columns, channels) at the input. Padded
             # by taps - 1, because the outermost copies of the kernel reach so far beyond the signal.
@@ -355,8 +349,9 @@ class Projector:
 
         results = []
         for indices, piece in zip(groups, pieces, strict=True):
-            one = indices[0]
-            projections = self.project(masks, UnitTensors(*piece), int(map_row[one]), int(map_column[one]))
+            reference = indices[0]
+            reference_position = (int(map_row[reference]), int(map_column[reference]))
+            projections = self.project(masks, UnitTensors(*piece), *reference_position)
             projections = projections[: len(indices)]  # without what `pad_to_power_of_two` repeated
             results.append(ProjectedGroup(indices, origins[indices], reduce(projections).cpu().numpy()))
         return results
@@ -410,6 +405,19 @@ def gather(masks: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tenso
     positions = first[:, :, None] + columns[:, None, :]  # (units, window rows, window columns)
     windows = masks.view(-1, filters).index_select(0, positions.view(-1))
     return windows.view(*positions.shape, filters)
+
+
+def unpool(signal: Tensor, mask: Tensor, pool: int) -> Tensor:
+    """Repeat each value over its pooling region, and multiply by the mask, which is 1 at the switch.
+
+    `signal` is (units, pooled rows, pooled columns, filters), `mask` (units, rows, columns, filters). The
+    product takes the mask's place in memory, which saves a copy.
+    """
+    _, pooled_rows, pooled_columns, filter_count = signal.shape
+    # a view: (units, pooled rows, rows of a region, pooled columns, columns of a region, filters)
+    regions = mask.view(-1, pooled_rows, pool, pooled_columns, pool, filter_count)
+    regions *= signal[:, :, None, :, None]
+    return mask
 
 
 def project_units(
