@@ -52,7 +52,7 @@ from load_data import (
 
 OUTPUTS = Path("outputs")  # where results go
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
-DATA_DIR = Path("data")  # holds the folder stl10_binary
+DATA_DIR = Path("data")  # holds stl10_binary, or your own folders train and test
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 MASKED_SHARES = (0.10, 0.25)  # shares of a window's pixels that are kept or removed in masked images
 COMPARE_WITH: list[Path] = []  # outputs of other runs, to stand beside this one: [Path("outputs_seed1")]

@@ -62,7 +62,7 @@ LAYER = "all"  # "all", or one of "conv1", "conv2", "conv3", "conv4"
 SHOW_FILTERS: str | list[int] = "strongest"  # or numbers of filters of the one layer, such as [3, 17]
 N_FILTERS = 6  # how many of a layer's filters are drawn where the strongest are asked for
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
-DATA_DIR = Path("data")  # holds the folder stl10_binary
+DATA_DIR = Path("data")  # holds stl10_binary, or your own folders train and test
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 FIGURE = Path("outputs/deconv_image.png")  # what is written; the arrays go beside it, as deconv_*.npz
 LIVE_PAGE = Path("outputs/deconv_live.html")  # the page in which any picture and any unit can be tried
@@ -288,6 +288,8 @@ def choose_image(image: int | str | Path, checkpoint: Checkpoint, test: Split) -
     if not 0 <= image < len(test.images):
         raise SystemExit(f"IMAGE is {image}; the test split has images 0 to {len(test.images) - 1}")
     name = f"test image {image} of {TITLES[checkpoint.dataset]}"
+    if len(test.files):
+        name += f", {test.files[image]}"
     return Picture(test.images[image], name, checkpoint.class_names[test.labels[image]])
 
 

@@ -58,7 +58,7 @@ FILTERS_PER_PAGE = 16  # filters in one picture of outputs/deconv/
 EVOLUTION_FILTERS = 5  # filters of each layer in feature_evolution.png, evenly spaced by number
 EVOLUTION_IMAGES = 1000  # test images in which each snapshot's strongest activation is sought
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
-DATA_DIR = Path("data")  # holds the folder stl10_binary
+DATA_DIR = Path("data")  # holds stl10_binary, or your own folders train and test
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 OUTPUTS = Path("outputs")  # where results go
 
@@ -991,7 +991,7 @@ def main() -> None:
     checkpoint = load_checkpoint(CHECKPOINT, device)
     net = checkpoint.net
     snapshots = read_snapshots(Path(CHECKPOINT).parent / "snapshots", checkpoint)  # early: one may be damaged
-    images, labels = load_checkpoint_split(checkpoint, DATA_DIR, "test")
+    images, labels, _ = load_checkpoint_split(checkpoint, DATA_DIR, "test")
     title = TITLES[checkpoint.dataset]
     searched = f"{len(images):,} test images of {title}"
     filter_count = sum(net.config["filters"])

@@ -83,7 +83,7 @@ AMOUNTS: dict[str, list[float]] = {  # how far images are transformed
     "angle": [*range(0, 351, 10)],  # degrees clockwise
 }
 CHECKPOINT = Path("outputs/CNN.pth")  # written by train_CNN.py
-DATA_DIR = Path("data")  # holds the folder stl10_binary
+DATA_DIR = Path("data")  # holds stl10_binary, or your own folders train and test
 DEVICE = "auto"  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 OUTPUTS = Path("outputs")  # where results go
 

@@ -113,14 +113,22 @@ SHAPES_SEEDS = {"train": 1, "test": 2}
 
 
 class Split(NamedTuple):
-    """Images (images, 3, rows, columns), uint8, upright, and labels (images,), int64, 0 to classes - 1."""
+    """The images of a split.
+
+    Attributes:
+        images: uint8 (images, 3, rows, columns), upright.
+        labels: int64 (images,), 0 to classes - 1.
+        files: The file of each image as CLASS/NAME, for the user's own pictures; empty for other data sets.
+    """
 
     images: Array
     labels: Array
+    files: Array = np.array([], np.str_)
 
     def select(self, indices: Array) -> "Split":
-        """Return the images and labels at `indices`, which may also be a boolean mask."""
-        return Split(self.images[indices], self.labels[indices])
+        """Return the images at `indices`, which may also be a boolean mask."""
+        files = self.files[indices] if len(self.files) else self.files
+        return Split(self.images[indices], self.labels[indices], files)
 
 
 class DownloadError(Exception):
@@ -401,10 +409,12 @@ def read_folders(folder: Path, names: list[str]) -> Split:
 
     images = []
     labels = []
+    files = []
     for path, label in tqdm(pictures, f"reading {folder}", unit=" pictures", disable=None):
         try:
             images.append(read_picture(path))
             labels.append(label)
+            files.append(composed(path.relative_to(folder).as_posix()))
         except Exception as error:  # what Pillow raises for a damaged picture is of nearly any type
             tqdm.write(f"{path} cannot be read as a picture and is left out: {error}")
 
@@ -413,7 +423,7 @@ def read_folders(folder: Path, names: list[str]) -> Split:
     if empty := ", ".join(repr(name) for label, name in enumerate(names) if label not in labels):
         raise SystemExit(f"{folder} has no picture of {empty}: put some there, or remove the class")
     order = np.random.default_rng(0).permutation(len(images))
-    return Split(np.stack(images), np.array(labels, np.int64)).select(order)
+    return Split(np.stack(images), np.array(labels, np.int64), np.array(files)).select(order)
 
 
 def find_pictures(folder: Path) -> list[Path]:

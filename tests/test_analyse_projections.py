@@ -475,7 +475,7 @@ def test_correlations_of_costs_keep_the_preferred_class_apart(monkeypatch: pytes
 def test_the_table_of_ablation_is_that_of_the_network_and_the_test_images(
     pipeline: Path, tiny_stl10: Path
 ) -> None:
-    (net, *_), train, (images, labels) = ran(pipeline, tiny_stl10)
+    (net, *_), train, (images, labels, _) = ran(pipeline, tiny_stl10)
     learned, pooled = (
         net.features(net.normalise(torch.from_numpy(part)))[-1][0] for part in (train.images, images)
     )

@@ -396,7 +396,7 @@ def test_the_trained_network_that_is_shipped_loads() -> None:
 @NEEDS_STL10
 def test_the_trained_network_that_is_shipped_has_the_accuracy_it_claims() -> None:
     checkpoint = load_checkpoint(TRAINED / "CNN.pth")
-    images, labels = load_checkpoint_split(checkpoint, STL10.parent, "test")
+    images, labels, _ = load_checkpoint_split(checkpoint, STL10.parent, "test")
     correct = 0
     for start in range(0, len(images), 250):
         batch = checkpoint.net.normalise(torch.from_numpy(images[start : start + 250]))

@@ -135,7 +135,7 @@ def test_generated_images_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch
 
 
 def test_generated_classes_are_balanced_and_no_image_comes_twice(shapes: list[Split]) -> None:
-    images, labels = shapes[0]
+    images, labels, _ = shapes[0]
     assert images.shape == (600, 3, 96, 96) and images.dtype == np.uint8 and labels.dtype == np.int64
     assert np.bincount(labels).tolist() == [60] * 10 and (np.diff(labels) < 0).any()
     assert len({image.tobytes() for split in shapes for image in split.images}) == 900
@@ -483,6 +483,9 @@ def test_pictures_in_folders_are_a_data_set(folders: Path, capsys: pytest.Captur
                 for path in (folders / split / name).glob("one.*")
             }
             assert {image.tobytes() for image in data.images[data.labels == label]} == expected
+        for image, file in zip(data.images, data.files, strict=True):  # names as CLASS/NAME
+            stored = np.asarray(Image.open(folders / split / file))
+            assert (image == stored[:, 17:113].transpose(2, 0, 1)).all()
     out = capsys.readouterr().out
     assert "data/train/ant/broken.jpg cannot be read as a picture and is left out" in out
     assert "1 of 7 pictures in data/train were left out" in out

@@ -196,7 +196,7 @@ def make_trainer() -> MakeTrainer:
 def test_a_channel_that_is_the_same_in_all_images_or_black_images_can_be_trained_on(
     make_trainer: MakeTrainer,
 ) -> None:
-    images, labels = patchwork(12)
+    images, labels, _ = patchwork(12)
     images[:, 1] = 200
     for data in (Split(images, labels), Split(np.zeros_like(images), labels)):
         trainer = make_trainer(data)
