@@ -466,11 +466,14 @@ def tabulate(peaks: Mapping[str, Array], run: Run, n_top: int) -> Tables:
             activation_mean: Mean of the filter's peak activations over the images of the class.
             activation_low, activation_high: Limits of its 95 % bootstrap interval over images.
     """
+    # images are resampled once for the filters of all layers, because drawing them takes most of the time
+    all_samples = bootstrap_means(np.concatenate([peaks[layer] for layer in LAYERS], axis=1), run.test.labels)
+    ends = np.cumsum([peaks[layer].shape[1] for layer in LAYERS])
+
     filter_tables = []
     class_tables = []
-    for layer in LAYERS:
+    for layer, samples in zip(LAYERS, np.split(all_samples, ends[:-1], axis=2), strict=True):
         values = peaks[layer].astype(np.float64)
-        samples = bootstrap_means(values, run.test.labels)
         filter_tables.append(tabulate_filters(layer, values, samples, run, n_top))
         class_tables.append(tabulate_classes(layer, values, samples, run))
     return Tables(pd.concat(filter_tables, ignore_index=True), pd.concat(class_tables, ignore_index=True))
