@@ -524,6 +524,7 @@ def count_filters(filters: pd.DataFrame) -> pd.DataFrame:
         is_uncertain = active["preferred_share"] < 0.9
         differs = active["preferred_class"] != active["top_class"]
         counts = {
+            "filters": len(table),
             "dead filters": table["dead"].sum(),
             "nearly dead filters": (active["activation_nonzero"] < NEARLY_DEAD).sum(),
             "filters that prefer another class in over 10 % of the bootstrap samples": is_uncertain.sum(),
@@ -719,6 +720,7 @@ def measure_network(
 
     Only conv4's inputs are kept, because the inputs of all layers would fill the memory.
     """
+    print(f"measuring the {name} network", flush=True)
     train = measure_images(net, run.train.images, f"{name} network, training images")
     test = measure_images(net, run.test.images, f"{name} network, test images")
     tables = tabulate(peaks or test.peaks, run, n_top)
@@ -1518,6 +1520,7 @@ def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[
         run.save_table("trust", pd.DataFrame(columns=columns))
         return pd.DataFrame()
 
+    print("masking images, and comparing projections with controls", flush=True)
     chosen = pick_units(examples.units.filter)
     windows = examples.select(chosen)
     others = pick_other_filters(windows, draw=0)
@@ -1540,11 +1543,19 @@ def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[
 # ---------------------------------------------------------------- summary, and comparison with other runs
 
 SUMMARY = ["name", "layer", "value", "low", "high", "unit", "n"]  # columns of summary.csv
-DECIMALS = {"%": 1, "points": 1, "nats": 4, "filters": 0, "rho": 2, "": 3}  # of numbers in texts, by unit
+DECIMALS = {
+    "%": 1,
+    "points": 1,
+    "nats": 4,
+    "filters": 0,
+    "epochs": 0,
+    "rho": 2,
+    "": 3,
+}  # of numbers in texts, by unit
 
 
-def summarise_accuracy(run: Run, accuracy: Interval) -> pd.DataFrame:
-    """Return rows of summary.csv: test accuracy, alone and averaged over image and mirror image.
+def summarise_network(run: Run, accuracy: Interval) -> pd.DataFrame:
+    """Return rows of summary.csv: epochs; test accuracy, alone and averaged over image and mirror image.
 
     train_CNN.py has measured the average; it is left out if that was on other images.
     """
@@ -1555,11 +1566,13 @@ def summarise_accuracy(run: Run, accuracy: Interval) -> pd.DataFrame:
         averaged = wilson(round(metrics["accuracy_mirrored"] * count), count)
         rows.append(("test accuracy, averaged over the image and its mirror image", *averaged))
     table = pd.DataFrame(rows, columns=["name", *Interval._fields])
-    return to_percent(table.assign(layer="", unit="%", n=count))
+    accuracies = to_percent(table.assign(unit="%", n=count))
+    epochs = pd.DataFrame({"name": ["epochs of training"], "value": run.checkpoint.epochs, "unit": "epochs"})
+    return pd.concat([epochs, accuracies]).assign(layer="")
 
 
 def read_summary(folder: str | Path) -> pd.DataFrame:
-    """Read summary.csv of another run from its folder of outputs.
+    """Read summary.csv of another run, with its data set, from its folder of outputs.
 
     Raises:
         SystemExit: If there is none, or it is damaged.
@@ -1571,7 +1584,7 @@ def read_summary(folder: str | Path) -> pd.DataFrame:
     try:
         numbers = ["value", "low", "high"]
         table = pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in numbers})
-        return table[SUMMARY].astype(dict.fromkeys(numbers, float))
+        return table[["dataset", *SUMMARY]].astype(dict.fromkeys(numbers, float))
     except (ValueError, KeyError) as error:  # ValueError includes pandas' parser and Unicode errors
         reason = type(error).__name__
         raise SystemExit(f"{path} is damaged or not of this project ({reason}): {hint}") from None
@@ -1604,13 +1617,31 @@ def compare_runs(summaries: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Return comparison.csv: a row a quantity, a column a run, `value (low to high)` as text.
 
     name, layer, unit: As in summary.csv. A quantity that a run lacks is empty.
+    apart: "yes" if the interval of another run does not overlap the interval of the first one.
     """
+    indexed = {name: table.set_index(["name", "layer", "unit"]) for name, table in summaries.items()}
     columns = []
     for run_name, summary in summaries.items():
         rows = summary[["value", "low", "high", "unit"]].itertuples(index=False)
-        index = pd.MultiIndex.from_frame(summary[["name", "layer", "unit"]])
-        columns.append(pd.Series([format_value(*row) for row in rows], index, name=run_name))
-    return pd.concat(columns, axis=1, sort=False).fillna("").reset_index()
+        columns.append(
+            pd.Series([format_value(*row) for row in rows], indexed[run_name].index, name=run_name)
+        )
+    comparison = pd.concat(columns, axis=1, sort=False).fillna("")
+
+    first, *others = (table[["low", "high"]].reindex(comparison.index) for table in indexed.values())
+    is_apart = pd.Series(False, comparison.index)
+    for other in others:
+        is_apart |= (other["low"] > first["high"]) | (other["high"] < first["low"])
+    return comparison.assign(apart=np.where(is_apart, "yes", "")).reset_index()
+
+
+def describe_comparison(comparison: pd.DataFrame) -> str:
+    """Return the rows of comparison.csv on the network as a whole, and those whose intervals lie apart."""
+    shown = comparison[(comparison["layer"] == "") | (comparison["apart"] == "yes")]
+    return (
+        "runs side by side: the network, and quantities whose intervals do not overlap; all: comparison.csv\n"
+        f"{shown.drop(columns='apart').to_string(index=False)}"
+    )
 
 
 def main() -> None:
@@ -1622,6 +1653,9 @@ def main() -> None:
         )
     summaries = {str(folder): read_summary(folder) for folder in COMPARE_WITH}
     checkpoint = load_checkpoint(CHECKPOINT, choose_device(DEVICE))
+    for folder, other in summaries.items():
+        if (other["dataset"] != checkpoint.dataset).any():
+            print(f"{folder} is of another data set: {other['dataset'].iloc[0]}, not {checkpoint.dataset}")
     start = load_start(CHECKPOINT, checkpoint)
     peaks = read_peaks(OUTPUTS / "activations.npz", checkpoint)
     projections = read_statistics(OUTPUTS / "projection_statistics.npz", checkpoint)
@@ -1642,7 +1676,7 @@ def main() -> None:
     # the experiments
     accuracy = measure_accuracy(own_classifier(run.net), trained.test_inputs, test.labels)
     parts = [
-        summarise_accuracy(run, accuracy),
+        summarise_network(run, accuracy),
         run_filters(run, trained.tables, projections),
         run_specialisation(run, trained.tables.filters, untrained.tables.filters),
         run_probes(run, pd.concat([trained.probes, untrained.probes]), accuracy.value),
@@ -1656,10 +1690,8 @@ def main() -> None:
     if summaries:
         comparison = compare_runs({str(OUTPUTS): summary} | summaries)
         run.save_table("comparison", comparison)
-        print(comparison.to_string(index=False))
-    print(
-        f"wrote summary, filter_metrics, class_metrics, specialisation, probes, ablation, trust to {OUTPUTS}/"
-    )
+        print(describe_comparison(comparison))
+    print(f"wrote summary and other tables, and figures, to {OUTPUTS}/")
     print("next: uv run heatmap.py")
 
 

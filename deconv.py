@@ -1163,7 +1163,9 @@ async function showTiles(layer) {
   page.layers.children[layer].setAttribute("aria-current", "page");
   page.note.textContent = `${filters} filters, strongest in this picture first; `
     + `${filters - firing.length} do not fire. A tile is the projection of a filter's strongest unit in its `
-    + `window of ${field.size} x ${field.size} pixels, with its number and its activation. Click one.`;
+    + `window of ${field.size} x ${field.size} pixels, with its number and its activation. Click one, or end `
+    + `the address of the page with #${name}/42. What else activates a filter is in the explorer, which `
+    + "uv run heatmap.py writes.";
   page.tiles.replaceChildren(...order.map(({ filter, value }) => {
     const caption = el("span", {}, el("b", {}, filter), two(value));
     const tile = el("a", { href: `#${name}/${filter}` }, el("canvas", {}), caption);

@@ -52,7 +52,9 @@ from deconv import crop, displayed, fold_batch_norm
 from load_data import TITLES, Array, load_checkpoint_split, save_arrays, save_figure, set_style, shorten, tile
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
-IMAGES_PER_CLASS: int | None = 100  # test images of each class in projection_statistics.npz; None: all
+IMAGES_PER_CLASS: int | None = (
+    100  # test images of each class in projection_statistics.npz, which enters no summary; None: all
+)
 BATCH_SIZE = 16  # images whose masks are held at once by each thread; more costs memory, not time
 FILTERS_PER_PAGE = 16  # filters in one picture of outputs/deconv/
 EVOLUTION_FILTERS = 5  # filters of each layer in feature_evolution.png, evenly spaced by number

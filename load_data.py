@@ -829,7 +829,8 @@ def main() -> None:
 
     figure = draw_samples(train, names, f"{title}: training images of each class")
     save_figure("outputs/sample_images.png", figure)
-    print("next: uv run train_CNN.py")
+    following = "deconv.py" if Path("outputs/CNN.pth").exists() else "train_CNN.py"
+    print(f"next: uv run {following}")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def test_filters_are_counted_by_layer() -> None:
     table.loc[0, ["activation_nonzero", "preferred_share"]] = [0.005, 0.8]
     counts = ap.count_filters(table).groupby("layer")["value"].apply(list)
     # filter 1 is dead, filter 0's top images are mostly of its second class
-    assert counts["conv1"] == [1, 1, 1, 1] and counts["conv4"] == [1, 0, 0, 1]
+    assert counts["conv1"] == [3, 1, 1, 1, 1] and counts["conv4"] == [3, 1, 0, 0, 1]
 
 
 # ---------------------------------------------------------------- networks, and what was learned
@@ -907,12 +907,18 @@ def test_runs_stand_side_by_side_and_what_one_lacks_is_empty() -> None:
     assert table["name"].tolist() == ["test accuracy", "dead filters", "dead filters"]
     assert table["a"].tolist() == ["82.0 (80.0 to 84.0)", "0", "3"]
     assert table["b"].tolist() == ["81.0 (80.0 to 84.0)", "1", ""]
+    assert table["apart"].tolist() == ["", "", ""]
+    far = some_summary(70, 0, 3)
+    far.loc[0, ["low", "high"]] = [69.0, 79.9]
+    table = ap.compare_runs({"a": some_summary(82, 0, 3), "b": some_summary(82, 0, 3), "c": far})
+    assert table["apart"].tolist() == ["yes", "", ""]
+    assert "70.0 (69.0 to 79.9)" in ap.describe_comparison(table)
 
 
 def test_another_runs_summary_is_read_as_it_was_written() -> None:
     run, summary = make_run(LABELS), some_summary(82.04, 0, math.nan)
     run.save_table("summary", summary)
-    pd.testing.assert_frame_equal(ap.read_summary("outputs"), summary[ap.SUMMARY])
+    pd.testing.assert_frame_equal(ap.read_summary("outputs")[ap.SUMMARY], summary[ap.SUMMARY])
     Path("outputs/summary.csv").write_text("name,layer\n1,2\n")
     with pytest.raises(
         SystemExit, match=r"^outputs/summary.csv is damaged or not of this project \(KeyError\)"
@@ -955,7 +961,9 @@ def test_a_run_is_compared_with_others(
     monkeypatch.setattr(ap, "COMPARE_WITH", [pipeline / "outputs"])
     ap.main()
     table = pd.read_csv(pipeline_copy / "comparison.csv", keep_default_na=False)
-    assert list(table.columns[2:]) == ["name", "layer", "unit", "outputs", str(pipeline / "outputs")]
+    runs = ["outputs", str(pipeline / "outputs")]
+    assert list(table.columns[2:]) == ["name", "layer", "unit", *runs, "apart"]
+    assert not table["apart"].any()
     assert (table["outputs"] == table[str(pipeline / "outputs")]).all()  # the same seed, the same numbers
     assert table["outputs"].str.contains(" to ").sum() > 50
     assert str(pipeline / "outputs") in capsys.readouterr().out

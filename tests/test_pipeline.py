@@ -109,7 +109,7 @@ def test_projection_statistics_have_every_key_shape_and_type(pipeline: Path) -> 
         ("specialisation", 24, "metric layer network median low high n"),
         ("ablation", 11 * FILTERS[-1], "filter class selectivity contribution loss_increase"),
         ("trust", TRUST_ROWS, "test share condition median low high lowest_draw highest_draw n"),
-        ("summary", 2 + 4 * 4 + 24 + 8 + 9 + 6 + 5 + TRUST_ROWS, "name layer value low high unit n"),
+        ("summary", 3 + 4 * 5 + 24 + 8 + 9 + 6 + 5 + TRUST_ROWS, "name layer value low high unit n"),
         ("occlusion", -1, "image filter label activation lowest_map_left lowest_unit_left taken_for"),
         ("invariance", 4 * (13 + 9 + 18), "transformation amount measure mean low high n"),
         ("probes", 8, "layer network accuracy low high inputs decay n"),

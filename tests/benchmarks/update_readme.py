@@ -89,9 +89,9 @@ NETWORK = [
         control_text=UNTRAINED,
     ),
     Row(
-        "loss increase of each other class",
-        f"loss increase of each other class: {OWN}",
-        control=f"loss increase of each other class: {UNTRAINED}",
+        "size of the loss increase of each other class, up or down",
+        f"size of the loss increase of each other class: {OWN}",
+        control=f"size of the loss increase of each other class: {UNTRAINED}",
         control_text=UNTRAINED,
     ),
     Row(MOST, f"{MOST}: {OWN}", control=f"{MOST}: {UNTRAINED}", control_text=UNTRAINED),
@@ -133,7 +133,7 @@ def read_comparison(path: Path) -> Comparison:
     """Read comparison.csv of outputs/ or of outputs/readme/, where its columns are called by seed."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if not set(SEEDS) <= set(table.columns):
-        known = ("name", "layer", "unit", "checkpoint", "dataset")
+        known = ("name", "layer", "unit", "apart", "checkpoint", "dataset")
         runs = [column for column in table.columns if column not in known]
         table = table.rename(columns=dict(zip(runs, SEEDS, strict=True)))
 
