@@ -52,8 +52,7 @@ from deconv import crop, displayed, fold_batch_norm
 from load_data import TITLES, Array, load_checkpoint_split, save_arrays, save_figure, set_style, shorten, tile
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
-IMAGES_PER_CLASS: int | None = (
-    100  # test images of each class in projection_statistics.npz, which enters no summary; None: all
+IMAGES_PER_CLASS: int | None = 100  # of the test images, in projection_statistics.npz alone; None: all
 )
 BATCH_SIZE = 16  # images whose masks are held at once by each thread; more costs memory, not time
 FILTERS_PER_PAGE = 16  # filters in one picture of outputs/deconv/
