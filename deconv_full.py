@@ -53,7 +53,6 @@ from load_data import TITLES, Array, load_checkpoint_split, save_arrays, save_fi
 
 N_TOP = 9  # images of a filter: the N_TOP different test images that drive it most
 IMAGES_PER_CLASS: int | None = 100  # of the test images, in projection_statistics.npz alone; None: all
-)
 BATCH_SIZE = 16  # images whose masks are held at once by each thread; more costs memory, not time
 FILTERS_PER_PAGE = 16  # filters in one picture of outputs/deconv/
 EVOLUTION_FILTERS = 5  # filters of each layer in feature_evolution.png, evenly spaced by number
