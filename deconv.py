@@ -748,7 +748,7 @@ figure { margin: 0; }
 #samples button { padding: 1px; margin: 0; border: 2px solid transparent; background: none; }
 #samples [aria-pressed=true] { border-color: var(--link); }
 #picture { position: relative; width: 288px; margin-bottom: 6px; overflow: hidden; cursor: crosshair; }
-@media (min-width: 1000px) and (max-height: 950px) { #picture { width: 234px; } }  /* the bars are in sight */
+@media (min-width: 1000px) and (max-height: 950px) { #picture { width: 212px; } }  /* the bars are in sight */
 #picture.covered { touch-action: none; }
 #picture div { position: absolute; pointer-events: none; }
 #frame { outline: 2px solid #000; outline-offset: -3px; border: 1px solid #fff; }
