@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import NeuronDeconvolution, NeuronGradient, NeuronGuidedBackprop
-from conftest import DEVICES, MakeNet, write_checkpoint
+from conftest import DEVICES, MakeNet, make_checkpoint, write_checkpoint
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import deconv
 from CNN import CNN, LAYERS, choose_device, load_checkpoint, receptive_fields
-from load_data import Array, load_split
+from load_data import Array, Split, load_split
 
 CONFIGS: list[dict[str, Any]] = [  # even kernels, strides, rows that pooling or a stride leaves over
     {},
@@ -405,6 +405,27 @@ def test_chosen_filters_are_drawn_and_their_arrays_kept(
         rows, columns = np.nonzero(arrays["conv3_projection"][k].any(axis=0))
         size = receptive_fields(checkpoint.net)[2].size
         assert top <= rows.min() and rows.max() < top + size and left <= columns.min()
+
+
+def test_a_picture_is_projected_without_the_data_set_but_a_test_image_is_not(
+    figures: list[Figure], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deconv, "DATA_DIR", Path("elsewhere"))
+    with pytest.raises(SystemExit, match="elsewhere"):
+        deconv.main()
+    assert not figures
+    monkeypatch.setattr(deconv, "IMAGE", "my picture.png")
+    deconv.main()
+    assert figures and deconv.LIVE_PAGE.is_file()
+    assert "the live page is without test images: " in capsys.readouterr().out
+
+
+def test_a_picture_of_ones_own_test_set_is_called_by_its_file() -> None:
+    images = np.zeros((2, 3, 96, 96), np.uint8)
+    test = Split(images, np.array([1, 0]), np.array(["b/one.png", "a/two.png"]))
+    checkpoint = make_checkpoint(CNN(classes=2), dataset="folders", class_names=["a", "b"])
+    picture = deconv.choose_image(1, checkpoint, test)
+    assert picture.name == "test image 1 of your pictures, a/two.png" and picture.class_name == "a"
 
 
 @pytest.mark.usefixtures("figures")
