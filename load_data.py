@@ -272,7 +272,7 @@ def load_split(dataset: str, data_dir: str | Path, split: str) -> Split:
         split: "train" or "test".
 
     Returns:
-        Images and labels.
+        Images and labels; of the user's own pictures the files, too.
 
     Raises:
         SystemExit: If a file of STL-10 is missing or is not the published one; if a folder is missing or
