@@ -1345,12 +1345,14 @@ def project_conditions(
 ) -> Iterator[tuple[str, Array]]:
     """Yield the names of the controls and of the random networks, with magnitudes in the same windows.
 
-    The first is no projection: the image's own edges.
+    The first is no projection but the image's own edges. They are the same in every draw, so only draw 0 has
+    them.
     """
     units = windows.units
-    images = run.net.normalise(torch.from_numpy(run.test.images[units.image]))
-    size = windows.magnitude.shape[-1]
-    yield "edges of the image", crop_windows(edge_strength(images), windows.origin, size)
+    if draw == 0:
+        images = run.net.normalise(torch.from_numpy(run.test.images[units.image]))
+        size = windows.magnitude.shape[-1]
+        yield "edges of the image", crop_windows(edge_strength(images), windows.origin, size)
 
     other_filter = pick_other_filters(windows, draw)
     rng = random_stream(f"other images {draw}")
@@ -1543,15 +1545,8 @@ def run_trust(run: Run, examples: Windows, norm_images: Array, shares: Sequence[
 # ---------------------------------------------------------------- summary, and comparison with other runs
 
 SUMMARY = ["name", "layer", "value", "low", "high", "unit", "n"]  # columns of summary.csv
-DECIMALS = {
-    "%": 1,
-    "points": 1,
-    "nats": 4,
-    "filters": 0,
-    "epochs": 0,
-    "rho": 2,
-    "": 3,
-}  # of numbers in texts, by unit
+# decimals of numbers in texts, by unit
+DECIMALS = {"%": 1, "points": 1, "nats": 4, "filters": 0, "epochs": 0, "rho": 2, "": 3}
 
 
 def summarise_network(run: Run, accuracy: Interval) -> pd.DataFrame:

@@ -709,6 +709,7 @@ body, body * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
 header, main { max-width: 1520px; margin: auto; padding: 10px 20px; }
+td:first-child { max-width: 120px; overflow: hidden; text-overflow: ellipsis; }
 """  # of this page and of the explorer: colours, light and dark, and the frame of the page
 
 LIVE = (
@@ -755,7 +756,6 @@ figure { margin: 0; }
 /* bars */
 table { border-collapse: collapse; width: 100%; max-width: 420px; font-size: 13px; }
 td { padding: 1px 8px 1px 0; white-space: nowrap; }
-td:first-child { max-width: 120px; overflow: hidden; text-overflow: ellipsis; }
 td:last-child { text-align: right; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }
 .track { position: relative; min-width: 90px; height: 11px; }

@@ -1331,7 +1331,6 @@ dd { margin: 0; }
 table { border-collapse: collapse; width: 100%; max-width: 800px; font-size: 13px; }
 th, td { text-align: left; padding: 2px 8px 2px 0; }
 td { white-space: nowrap; }
-td:first-child { max-width: 120px; overflow: hidden; text-overflow: ellipsis; }
 .track { position: relative; width: 20vw; max-width: 110px; height: 11px; }
 .track * { position: absolute; top: 1px; bottom: 1px; }
 svg { max-width: 480px; font-size: 12px; fill: var(--soft); }
